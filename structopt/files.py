@@ -1,0 +1,119 @@
+"""Files that are whole or not there: atomic writing, and tensors without pickle.
+
+Tensors are stored in the safetensors format: a JSON header, then raw bytes. Reading such a file
+runs no code, whoever wrote it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialise
+from torch import Tensor
+
+__all__ = ["load_tensors", "save_tensors", "write_atomically"]
+
+Notes = dict[str, Any]
+"""Anything that JSON can hold."""
+
+
+def write_atomically(path: str | Path, writer: Callable[[BinaryIO], object]) -> None:
+    """Call ``writer(file)`` on a temporary file beside ``path``, then rename it to ``path``.
+
+    A reader finds the old file or the new one, never a half; when the writer fails, or the disk is
+    full, the old file stays and no other is left. Missing folders are made. Raises ``OSError``
+    (with ``path`` in it) where the folder cannot be written.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "note.txt"
+    >>> write_atomically(path, lambda file: file.write(b"whole"))
+    >>> path.read_bytes()
+    b'whole'
+    """
+    path = Path(path).expanduser().resolve()  # a link stays a link, its target is replaced
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("xb") as file:
+            writer(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        what = "nothing was written, and an older file there is as it was"
+        raise type(error)(error.errno, f"cannot write ({reason}); {what}", str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the new name itself survive a power cut, where the system can."""
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], notes: Notes) -> None:
+    """Write named tensors and JSON-able notes to one safetensors file, atomically.
+
+    Dense tensors of any type, shape, stride and device; those that share memory are stored once
+    each. Takes as much memory again as the tensors. Raises ``ValueError`` for tensors without
+    data (``meta``) or layouts that are not dense, ``TypeError`` for notes that JSON cannot hold,
+    ``OSError`` for a disk that is full or read-only.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "weights.safetensors"
+    >>> save_tensors(path, {"w": torch.arange(3)}, {"epoch": 2})
+    >>> load_tensors(path)
+    ({'w': tensor([0, 1, 2])}, {'epoch': 2})
+    """
+    text = json.dumps(notes)
+    apart: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
+            kind = "on the meta device" if tensor.is_meta else f"of layout {tensor.layout}"
+            raise ValueError(f"tensor {name!r} is {kind}: only dense tensors with data are stored")
+        # The format knows neither strides nor shared memory, so each tensor gets its own.
+        apart[name] = tensor.detach().resolve_conj().resolve_neg().cpu()
+        apart[name] = apart[name].clone(memory_format=torch.contiguous_format)
+    data = serialise(apart, {"notes": text})
+    write_atomically(path, lambda file: file.write(data))
+
+
+def load_tensors(
+    path: str | Path, device: str | torch.device = "cpu"
+) -> tuple[dict[str, Tensor], Notes]:
+    """Read what :func:`save_tensors` wrote: (tensors, notes), bit for bit, on ``device``.
+
+    Raises ``FileNotFoundError``, and ``ValueError`` for a file that is truncated, corrupt or of
+    another format. A safetensors file from elsewhere has empty notes.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            # A copy: the file may be replaced later, and must not change tensors in use.
+            tensors = {name: file.get_tensor(name).to(device, copy=True) for name in file.keys()}
+        notes = json.loads(metadata.get("notes", "{}"))
+    except (SafetensorError, ValueError, TypeError, RuntimeError, OverflowError) as error:
+        raise ValueError(
+            f"{path} is truncated, corrupt or not a safetensors file ({error}): "
+            "delete it and write it again"
+        ) from error
+    if not isinstance(notes, dict):
+        raise ValueError(f"{path}: its notes are {type(notes).__name__}, not a dictionary")
+    return tensors, notes
