@@ -6,6 +6,7 @@ runs no code, whoever wrote it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -50,9 +51,10 @@ def write_atomically(path: str | Path, writer: Callable[[BinaryIO], object]) -> 
     except OSError as error:
         reason = error.strerror or str(error)
         what = "nothing was written, and an older file there is as it was"
-        raise type(error)(error.errno, f"cannot write ({reason}); {what}", str(path)) from error
+        raise OSError(error.errno, f"cannot write ({reason}); {what}", str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # renamed, or its folder could not be made
+            temporary.unlink()
 
 
 def _sync_folder(folder: Path) -> None:
@@ -107,7 +109,8 @@ def load_tensors(
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
             # A copy: the file may be replaced later, and must not change tensors in use.
-            tensors = {name: file.get_tensor(name).to(device, copy=True) for name in file.keys()}
+            names = file.keys()
+            tensors = {name: file.get_tensor(name).clone() for name in names}
         notes = json.loads(metadata.get("notes", "{}"))
     except (SafetensorError, ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise ValueError(
@@ -116,4 +119,4 @@ def load_tensors(
         ) from error
     if not isinstance(notes, dict):
         raise ValueError(f"{path}: its notes are {type(notes).__name__}, not a dictionary")
-    return tensors, notes
+    return {name: tensor.to(device) for name, tensor in tensors.items()}, notes
