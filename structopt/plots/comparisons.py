@@ -61,7 +61,7 @@ def tradeoff(
         shape, fill = marker(name, number), colour(name, number)
         across, up = (getattr(row[column], "spread", None) for column in (x, y))
         axes.errorbar(*point, up, across, fmt=shape, color=fill, markersize=8, capsize=3, zorder=3)
-        beside(axes, name, point, (8, 5), fill)
+        beside(axes, name, point, (7, 9), fill)
     costs = [cost for cost, _ in points]
     if min(costs) > 0 and max(costs) >= 10 * min(costs):
         axes.set_xscale("log")
@@ -162,5 +162,5 @@ def reliability(
             height = (hits[k] / count[k]).item()
             axes.bar(k / bins, height, 1 / bins, align="edge", color=shade, edgecolor=CARD)
     axes.plot([0, 1], [0, 1], color=INK, linestyle="--", linewidth=1.2)
-    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy", aspect="equal")
+    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
     return axes

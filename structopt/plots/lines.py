@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from structopt.plots.palette import CARD, COLOURS, FAINT, INK, colour
+from structopt.plots.palette import CARD, COLOURS, INK, colour
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -120,7 +120,8 @@ def bars(
         axes.barh([label], [mean], height=0.62, color=colour(label, number))
         text = f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread else "") + unit
         if spread:
-            axes.errorbar([mean], [number], xerr=spread, color=FAINT, capsize=4, linewidth=2)
+            for ink, width in ((CARD, 4.5), (INK, 1.8)):  # seen on dark and on light bars
+                axes.errorbar([mean], [number], xerr=spread, color=ink, linewidth=width)
         beside(axes, text, (mean + spread, number), (6, 0), INK)
         reach = max(reach, mean + spread)
     axes.invert_yaxis()

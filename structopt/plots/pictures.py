@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from structopt.plots.lines import axes_or_new
-from structopt.plots.palette import COLOURS, FAINT, colour, marker
+from structopt.plots.palette import COLOURS, colour, marker
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +25,8 @@ def surface(
 ) -> Axes:
     """Level lines of a function of two variables, and paths that walk on it.
 
-    The levels are even in rank, not in height: a narrow valley shows as well as a steep wall.
+    Dark is high. The levels are even in rank, not in height: a narrow valley shows as well as a
+    steep wall.
 
     Args:
         function: takes a tensor of shape (2,), gives a scalar.
@@ -44,6 +45,8 @@ def surface(
     for label, path in (paths or {}).items():
         if path.ndim != 2 or path.shape[1] != 2:
             raise ValueError(f"path {label!r} has shape {tuple(path.shape)}, not (steps + 1, 2)")
+    from matplotlib.colors import LinearSegmentedColormap
+
     axes = axes_or_new(axes)
     across, up = torch.linspace(*x, 81), torch.linspace(*y, 81)
     with torch.no_grad():
@@ -52,8 +55,10 @@ def surface(
     ranks = torch.linspace(0, 1, 16, dtype=torch.float64)
     levels = sorted(set(grid[grid.isfinite()].quantile(ranks).tolist()))
     if len(levels) > 1:
-        axes.contourf(across, up, grid, levels=levels, cmap="Greys_r", alpha=0.35)
-        axes.contour(across, up, grid, levels=levels, colors=FAINT, linewidths=0.6)
+        shades = LinearSegmentedColormap.from_list("height", ["#fdfdfb", "#aebccb"], len(levels))
+        colours = shades(range(len(levels) - 1))
+        axes.contourf(across, up, grid, levels=levels, colors=colours)
+        axes.contour(across, up, grid, levels=levels, colors="#8797a8", linewidths=0.6)
     for number, (label, path) in enumerate((paths or {}).items()):
         walk = path.detach().cpu().numpy()
         line, shape = colour(label, number), marker(label, number)
