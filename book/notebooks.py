@@ -176,6 +176,7 @@ def execute(notebook: nbformat.NotebookNode, lines: list[int], source: Path) -> 
         kernel_name="python3",
         record_timing=False,
         coalesce_streams=True,
+        extra_arguments=["--log-level=40"],  # errors only: it warns about local sockets
         resources={"metadata": {"path": str(NOTEBOOKS)}},
         on_cell_start=note,
     )
