@@ -1,0 +1,93 @@
+"""Opens built pages in headless Chromium, network off, and notes what a reader would meet."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from playwright.sync_api import Browser, Page, sync_playwright
+
+HERE = Path(__file__).parent
+AXE = HERE / "node_modules" / "axe-core" / "axe.min.js"
+OBSERVE = HERE / "observe.js"
+DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+# No name but this machine's own is ever looked up, and the browser itself stays silent.
+FLAGS = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+FLAGS += ["--disable-component-update", "--disable-sync"]
+FLAGS += ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
+
+
+@dataclass
+class Visit:
+    """What one page showed. Each list holds problems, and is empty on a sound page."""
+
+    requests: list[str] = field(default_factory=list)  # every address asked for
+    messages: list[str] = field(default_factory=list)  # errors and warnings of the console
+    images: list[str] = field(default_factory=list)
+    formulas: list[str] = field(default_factory=list)
+    overflow: list[str] = field(default_factory=list)
+    idle: list[str] = field(default_factory=list)
+    barriers: dict[str, list[str]] = field(default_factory=dict)  # by theme
+    backgrounds: dict[str, str] = field(default_factory=dict)  # by theme
+    controls: int = 0
+
+
+def chromium() -> str | None:
+    """The browser: $CHROMIUM, or the first of the usual names on the path."""
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+
+
+@contextmanager
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=chromium(), args=FLAGS)
+        yield opened
+        opened.close()
+
+
+def ready(page: Page, address: str, observed: Visit) -> None:
+    """Loads a page and waits until scripts, images and formulas are done."""
+    page.on("request", lambda request: observed.requests.append(request.url))
+    page.on("pageerror", lambda error: observed.messages.append(str(error)))
+    page.on("requestfailed", lambda request: observed.messages.append(f"no {request.url}"))
+    page.on("console", lambda note: heard(note.type, note.text, observed))
+    page.goto(address, wait_until="load")
+    page.evaluate("window.MathJax?.startup?.promise?.then(() => null)")
+    page.add_script_tag(path=OBSERVE)
+
+
+def heard(kind: str, text: str, observed: Visit) -> None:
+    if kind in ("error", "warning"):
+        observed.messages.append(f"{kind}: {text}")
+
+
+def visit(opened: Browser, address: str) -> Visit:
+    """One page: wide and light, wide and dark, then on a phone."""
+    observed = Visit()
+    context = opened.new_context(viewport=DESK, color_scheme="light", offline=True)
+    page = context.new_page()
+    ready(page, address, observed)
+    observed.images = page.evaluate("observe.brokenImages()")
+    observed.formulas = page.evaluate("observe.formulaProblems()")
+    page.evaluate("document.querySelectorAll('details').forEach((e) => { e.open = true })")
+    if AXE.exists():
+        page.add_script_tag(path=AXE)
+    for theme in ("light", "dark"):
+        page.emulate_media(color_scheme=theme)
+        page.wait_for_timeout(50)
+        background = "getComputedStyle(document.body).backgroundColor"
+        observed.backgrounds[theme] = page.evaluate(background)
+        if AXE.exists():
+            observed.barriers[theme] = page.evaluate("observe.accessibility()")
+    observed.controls = page.evaluate("observe.controls()")
+    observed.idle = page.evaluate("observe.idleControls()")
+    page.set_viewport_size(PHONE)
+    page.wait_for_timeout(50)
+    observed.overflow = page.evaluate("observe.overflowing()")
+    context.close()
+    return observed
