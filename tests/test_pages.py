@@ -29,6 +29,7 @@ from built_book import (
 )
 from PIL import Image
 
+pytestmark = pytest.mark.pages
 FILE_NAME = re.compile(r"\S*\.(png|svg|jpe?g|gif|webp)", re.IGNORECASE)
 FOREIGN_STYLE = re.compile(r"""(?:url\(|@import)\s*["']?\s*((?:https?:)?//[^"')\s]+)""")
 MACHINE_PATH = re.compile(r"/home/\w+|/root/|/Users/\w+|/tmp/\w+|site-packages|ipykernel_\d+")
