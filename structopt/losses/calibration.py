@@ -8,7 +8,7 @@ from structopt.losses.checks import classified, range_message, seen
 
 
 def expected_calibration_error(logits: Tensor, targets: Tensor, *, bins: int = 15) -> Tensor:
-    """Σ_b fraction_b·|accuracy_b - confidence_b| (Naeini et al., 2015; Guo et al., 2017).
+    """``Σ_b fraction_b·|accuracy_b - confidence_b|`` (Naeini et al., 2015; Guo et al., 2017).
 
     0 means that of all predictions made with 80% confidence, 80% are right, and so on. Bins of
     equal width over the confidence, the probability of the predicted class.

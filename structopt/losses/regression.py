@@ -32,7 +32,7 @@ def mse(prediction: Tensor, target: Tensor, *, reduction: Reduction = "mean") ->
 
 
 def mae(prediction: Tensor, target: Tensor, *, reduction: Reduction = "mean") -> Tensor:
-    """Mean absolute error, |prediction - target|.
+    """Mean absolute error, ``|prediction - target|``.
 
     The negative log-likelihood of Laplace noise of fixed width, up to scale and a constant
     (Laplace, 1774). Its best constant prediction is the median; its gradient at 0 is taken as 0.
@@ -57,7 +57,7 @@ def mae(prediction: Tensor, target: Tensor, *, reduction: Reduction = "mean") ->
 def huber(
     prediction: Tensor, target: Tensor, *, delta: float = 1.0, reduction: Reduction = "mean"
 ) -> Tensor:
-    """Huber's loss (1964) of the error e: e²/2 where |e| <= delta, else delta·(|e| - delta/2).
+    """Huber's loss (1964) of the error e: ``e²/2`` where ``|e| <= delta``, else ``delta·(|e| - delta/2)``.
 
     Quadratic for small errors, linear for outliers, whose pull is at most `delta`.
 
