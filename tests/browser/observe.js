@@ -1,4 +1,6 @@
 // What a reader would see on this page, as data. tests/browser/visit.py loads this and asks.
+document.head.insertAdjacentHTML("beforeend", "<style>* { transition: none !important }</style>");
+
 window.observe = {
   describe(element) {
     const label = element.id ? "#" + element.id : element.className || "";

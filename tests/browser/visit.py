@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, TimeoutError, sync_playwright
 
 HERE = Path(__file__).parent
 AXE = HERE / "node_modules" / "axe-core" / "axe.min.js"
@@ -66,6 +66,12 @@ def heard(kind: str, text: str, observed: Visit) -> None:
         observed.messages.append(f"{kind}: {text}")
 
 
+def settle(page: Page, condition: str) -> None:
+    """Waits for a condition; where it never holds, what is observed next tells so."""
+    with suppress(TimeoutError):
+        page.wait_for_function(condition, timeout=3000)
+
+
 def visit(opened: Browser, address: str) -> Visit:
     """One page: wide and light, wide and dark, then on a phone."""
     observed = Visit()
@@ -79,7 +85,7 @@ def visit(opened: Browser, address: str) -> Visit:
         page.add_script_tag(path=AXE)
     for theme in ("light", "dark"):
         page.emulate_media(color_scheme=theme)
-        page.wait_for_timeout(50)
+        settle(page, f"document.documentElement.dataset.theme === '{theme}'")
         background = "getComputedStyle(document.body).backgroundColor"
         observed.backgrounds[theme] = page.evaluate(background)
         if AXE.exists():
@@ -87,7 +93,7 @@ def visit(opened: Browser, address: str) -> Visit:
     observed.controls = page.evaluate("observe.controls()")
     observed.idle = page.evaluate("observe.idleControls()")
     page.set_viewport_size(PHONE)
-    page.wait_for_timeout(50)
+    settle(page, f"window.innerWidth === {PHONE['width']}")
     observed.overflow = page.evaluate("observe.overflowing()")
     context.close()
     return observed

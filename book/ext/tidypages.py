@@ -1,0 +1,49 @@
+"""Mends what Sphinx and the theme write and a browser or a screen reader stumbles over."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from sphinx.application import Sphinx
+
+SIGNATURE = re.compile(r'<dt class="sig.*?</dt>', re.DOTALL)
+RULES = [
+    # Opened as a file, a page may not preload fonts: an error in the console, three times.
+    (re.compile(r'\s*<link rel="preload" as="font"[^>]*>'), ""),
+    # The book runs no kernel in the page, and the script of Thebe is declared twice.
+    (re.compile(r"\s*<script>const THEBE_JS_URL.*?</script>", re.DOTALL), ""),
+    (re.compile(r'\s*<script type="text/x-thebe-config">.*?</script>', re.DOTALL), ""),
+    (re.compile(r"\s*<script>kernelName = .*?</script>", re.DOTALL), ""),
+    (re.compile(r"\s*<(?:script|link)[^>]*sphinx-thebe\.[^>]*>(?:</script>)?"), ""),
+    # The name that is read aloud has to contain the words that are seen ("Search Ctrl + K").
+    (re.compile(r'(<button class="[^"]*search-button__button"[^>]*?) aria-label="Search"'), r"\1"),
+    # An entry is an item of the list around it.
+    (re.compile(r'role="doc-biblioentry"'), 'role="listitem"'),
+]
+
+
+def one_signature(found: re.Match[str]) -> str:
+    """Parameters as lines, where Sphinx writes a definition list that defines nothing."""
+    text = found[0].replace("<dl>", '<span class="sig-lines">').replace("</dl>", "</span>")
+    return text.replace("<dd>", '<span class="sig-line">').replace("</dd>", "</span>")
+
+
+def tidy(html: str) -> str:
+    for pattern, replacement in RULES:
+        html = pattern.sub(replacement, html)
+    return SIGNATURE.sub(one_signature, html)
+
+
+def tidy_pages(app: Sphinx, error: Exception | None) -> None:
+    if error or app.builder.format != "html":
+        return
+    for path in Path(app.outdir).rglob("*.html"):
+        text = path.read_text(encoding="utf-8")
+        path.write_text(tidy(text), encoding="utf-8")
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    app.connect("build-finished", tidy_pages)
+    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
