@@ -57,7 +57,7 @@ def mae(prediction: Tensor, target: Tensor, *, reduction: Reduction = "mean") ->
 def huber(
     prediction: Tensor, target: Tensor, *, delta: float = 1.0, reduction: Reduction = "mean"
 ) -> Tensor:
-    """Huber's loss (1964) of the error e: ``e²/2`` where ``|e| <= delta``, else ``delta·(|e| - delta/2)``.
+    """Huber's loss (1964) of an error e: ``e²/2`` up to delta, beyond ``delta·(|e| - delta/2)``.
 
     Quadratic for small errors, linear for outliers, whose pull is at most `delta`.
 
