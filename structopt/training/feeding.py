@@ -1,0 +1,85 @@
+"""From any re-iterable of batches to what one step needs, on the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structopt import distributed
+
+Group = list[tuple[Any, float]]
+"""The batches of one optimiser step, each with the weight of its loss."""
+
+
+class Feed:
+    """Batches in groups of ``accumulate``, each process its slice, an epoch at a time.
+
+    A loss is weighted by its batch's share of the step's examples, so that a step over several
+    batches (or slices on several processes) is the step over all their examples at once.
+    """
+
+    def __init__(self, batches: Any, accumulate: int) -> None:
+        if not isinstance(accumulate, int) or accumulate < 1:
+            raise ValueError(f"accumulate counts the batches of a step, at least 1: {accumulate}")
+        if iter(batches) is batches:
+            raise ValueError("batches can be walked only once: give a list, Batches or DataLoader")
+        self.sliced = distributed.world_size() > 1 and not distributed.is_dealt_out(batches)
+        if isinstance(batches, distributed.Shard):
+            batches = batches.batches
+        self.batches, self.accumulate = batches, accumulate
+
+    @property
+    def steps(self) -> int:
+        """Steps in an epoch; 0 where the batches do not know their number."""
+        batches = len(self.batches) if hasattr(self.batches, "__len__") else 0
+        return math.ceil(batches / self.accumulate)
+
+    def epoch(self, number: int, start: int) -> Iterator[Any]:
+        """The batches of epoch ``number`` from batch ``start`` on."""
+        if hasattr(self.batches, "epoch"):
+            return iter(self.batches.epoch(number, start))
+        sampler = getattr(self.batches, "sampler", None)
+        if sampler is not None and hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(number)
+        iterator: Iterator[Any] = iter(self.batches)
+        next(islice(iterator, start, start), None)  # skip: the order was drawn at the start
+        return iterator
+
+    def group(self, batches: list[Any]) -> Group:
+        sizes = [distributed.rows(batch) for batch in batches]
+        if not all(sizes):
+            raise ValueError("this batch holds no example: leave out empty batches")
+        if len(batches) == 1 and not self.sliced:
+            return [(batches[0], 1.0)]
+        total, world = sum(sizes), 1
+        pieces = list(zip(batches, sizes, strict=True))
+        if self.sliced:
+            pieces, world = [distributed.cut(batch) for batch in batches], distributed.world_size()
+        # DistributedDataParallel divides by the number of processes: undo it.
+        return [(piece, own * world / total) for piece, own in pieces]
+
+
+def wants_channels_last(model: nn.Module, device: torch.device) -> bool:
+    """Convolutions of a CPU or of CUDA read channels-last images without rearranging them."""
+    return device.type in {"cpu", "cuda"} and any(p.ndim == 4 for p in model.parameters())
+
+
+def move(batch: Any, device: torch.device, channels_last: bool) -> Any:
+    """Every tensor of ``batch`` on ``device``; images in channels-last order if wanted."""
+    if isinstance(batch, Tensor):
+        wait = device.type != "cuda"
+        if channels_last and batch.ndim == 4:
+            order = torch.channels_last
+            return batch.to(device, non_blocking=not wait, memory_format=order)
+        return batch.to(device, non_blocking=not wait)
+    if isinstance(batch, dict):
+        return type(batch)((k, move(v, device, channels_last)) for k, v in batch.items())
+    if isinstance(batch, (list, tuple)):
+        items = [move(item, device, channels_last) for item in batch]
+        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
+    return batch

@@ -1,0 +1,126 @@
+"""Supervised training as an objective, and the score of a trained model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structopt import losses
+
+Objective = Callable[[nn.Module, Any], Tensor]
+"""``objective(model, batch) -> loss``: a scalar tensor with a gradient."""
+
+Metric = Callable[[Tensor, Tensor], Tensor]
+"""``metric(output, target)`` -> one number an example, (B,), or their mean, a scalar."""
+
+
+def supervised(loss: Callable[[Tensor, Tensor], Tensor] = losses.cross_entropy) -> Objective:
+    """The objective ``loss(model(inputs), targets)`` of a batch ``(inputs, targets)``.
+
+    Raises ``ValueError`` for a batch that is not such a pair, or holds integer images.
+
+    >>> batch = torch.ones(2, 3), torch.zeros(2, 1)
+    >>> supervised(losses.mse)(nn.Linear(3, 1), batch).ndim
+    0
+    """
+
+    def objective(model: nn.Module, batch: Any) -> Tensor:
+        inputs, targets = _pair(batch)
+        return loss(model(inputs), targets)
+
+    return objective
+
+
+def _pair(batch: Any) -> tuple[Tensor, Tensor]:
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise ValueError(
+            f"a supervised batch is a pair (inputs, targets), not {describe(batch)}: "
+            "write an objective of your own, objective(model, batch) -> loss"
+        )
+    inputs, targets = batch
+    whole = isinstance(inputs, Tensor) and not inputs.is_floating_point()
+    if whole and (inputs.dtype == torch.uint8 or inputs.ndim == 4):
+        raise ValueError(
+            f"the inputs are integer images, {describe(inputs)}: "
+            "standardise them, (inputs.float() / 255 - mean) / std"
+        )
+    return inputs, targets
+
+
+def describe(batch: Any) -> str:
+    """Types and shapes in one line, for errors.
+
+    >>> describe((torch.zeros(2, 3), [1]))
+    '(float32 (2, 3), [int])'
+    """
+    if isinstance(batch, Tensor):
+        return f"{str(batch.dtype).removeprefix('torch.')} {tuple(batch.shape)}"
+    if isinstance(batch, dict):
+        return "{" + ", ".join(f"{k}: {describe(v)}" for k, v in batch.items()) + "}"
+    if isinstance(batch, (tuple, list)):
+        left, right = "()" if isinstance(batch, tuple) else "[]"
+        return left + ", ".join(describe(item) for item in batch) + right
+    return type(batch).__name__
+
+
+def accuracy(output: Tensor, target: Tensor) -> Tensor:
+    """1.0 where the largest logit is the target's, else 0.0: (B,) of (B, C, ...) and (B, ...).
+
+    Where an example has several targets, the fraction that is right.
+
+    >>> accuracy(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1]))
+    tensor([1., 0.])
+    """
+    if output.ndim < 2 or output[:, 0].shape != target.shape:
+        raise ValueError(
+            f"accuracy compares logits (B, C, ...) with class indices (B, ...), not "
+            f"{describe(output)} with {describe(target)}"
+        )
+    right = (output.argmax(1) == target).float()
+    return right.flatten(1).mean(1) if right.ndim > 1 else right
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    data: Any,
+    metric: Metric = accuracy,
+    *,
+    device: torch.device | str | None = None,
+) -> float:
+    """The mean of ``metric(model(inputs), targets)`` over all examples of ``data``.
+
+    ``data``: ``Examples``, or batches of pairs (inputs, targets). The model runs in evaluation
+    mode, which is undone afterwards, in its own number format (no autocast), on its own device
+    unless another is given. Raises ``ValueError`` for no data, or what is not pairs.
+
+    >>> evaluate(nn.Identity(), [(torch.eye(4), torch.tensor([0, 1, 2, 0]))])
+    0.75
+    """
+    own = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = torch.device(device) if device else own
+    modes = {module: module.training for module in model.modules()}
+    model.to(device).eval()
+    total, count = torch.zeros((), device=device), 0
+    try:
+        for inputs, targets in map(_pair, _batches(data)):
+            value = metric(model(inputs.to(device)), targets.to(device))
+            value = value if value.is_floating_point() else value.float()
+            total = total + (value.sum() if value.ndim else value * len(inputs))
+            count += len(inputs)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    if not count:
+        raise ValueError("there is nothing to evaluate: the data hold no example")
+    return float(total) / count
+
+
+def _batches(data: Any, size: int = 512) -> Iterator[Any] | Iterable[Any]:
+    if hasattr(data, "inputs") and hasattr(data, "targets"):
+        starts = range(0, len(data.inputs), size)
+        return ((data.inputs[i : i + size], data.targets[i : i + size]) for i in starts)
+    return data  # type: ignore[no-any-return]
