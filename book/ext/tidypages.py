@@ -44,6 +44,14 @@ def tidy_pages(app: Sphinx, error: Exception | None) -> None:
         path.write_text(tidy(text), encoding="utf-8")
 
 
+def readable_defaults(
+    app: Sphinx, what: str, name: str, thing: object, options: object, signature: str, returned: str
+) -> tuple[str, str] | None:
+    """The default of a dataclass's list is "<factory>", which Sphinx cannot parse and link."""
+    return (signature.replace("<factory>", "..."), returned) if signature else None
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
+    app.connect("autodoc-process-signature", readable_defaults)
     app.connect("build-finished", tidy_pages)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
