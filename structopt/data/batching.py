@@ -47,6 +47,14 @@ class Batches:
 
     def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of epoch ``number``, from batch ``start`` on. Repeats itself exactly."""
+        if number < 0 or not 0 <= start <= len(self):
+            raise ValueError(
+                f"epoch({number}, start={start}): epochs count from 0, and start is one of 0 ... "
+                f"{len(self)}, the number of batches"
+            )
+        return self._walk(number, start)
+
+    def _walk(self, number: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         inputs, targets = self.examples.inputs, self.examples.targets
         device = inputs.device
         noise = torch.Generator(device) if self.augment else None
@@ -137,6 +145,8 @@ class Shift:
             raise ValueError(f"pixels={self.pixels!r}: give a whole number, 0 or more")
 
     def __call__(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
+        if inputs.ndim != 4:
+            raise ValueError(f"Shift moves images (B, C, H, W), not shape {tuple(inputs.shape)}")
         count, channels, height, width = inputs.shape
         device = inputs.device
         shape, most = (2, count, 1), self.pixels

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -64,8 +65,8 @@ class Examples:
 
     def __getitem__(self, index: int | slice | Tensor | Sequence[int]) -> Examples:
         """Some of the examples; a single whole number gives one example, still with its N."""
-        if isinstance(index, int):
-            index = range(len(self))[index]  # negative numbers, and IndexError beyond the end
+        if isinstance(index, Integral):
+            index = range(len(self))[int(index)]  # negative numbers, and IndexError beyond the end
             index = slice(index, index + 1)
         return replace(self, inputs=self.inputs[index], targets=self.targets[index])
 

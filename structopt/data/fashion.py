@@ -97,7 +97,9 @@ def full_set(folder: str | os.PathLike[str] | None = None) -> tuple[Pixels, ...]
     download fills first.
     """
     if folder is not None:
-        return tuple(_read_idx(Path(folder), *file) for file in FILES)
+        nested = Path(folder) / "FashionMNIST" / "raw"  # where torchvision puts them
+        place = nested if nested.is_dir() else Path(folder)
+        return tuple(_read_idx(place, *file) for file in FILES)
     cache = Path(os.environ.get("STRUCTOPT_DATA") or Path.home() / ".cache" / "structopt")
     for place in (DEBIAN, cache / "fashion-mnist"):
         if place.is_dir():
@@ -112,26 +114,30 @@ def _read_idx(folder: Path, name: str, shape: tuple[int, ...], sha256: str) -> P
     try:
         with gzip.open(path) if path is packed else path.open("rb") as file:
             content = file.read(header + size + 1)  # no more, whatever a hostile file unpacks to
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(
             f"{folder} holds neither {name}.gz nor {name}: name a folder with the four files of "
             "Fashion-MNIST, or leave out full=True for the sample inside the package"
         ) from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} is truncated or corrupt ({error}): fetch it again") from error
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise ValueError(f"{path} {_difference(content, shape)}: fetch it again")
+        wrong: str | None = f"is truncated or corrupt ({error})"
+    else:
+        same = hashlib.sha256(content).hexdigest() == sha256
+        wrong = None if same else _difference(content, shape)
+    if wrong:
+        raise ValueError(f"{path} {wrong}: remove it and fetch it again")
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
 def _difference(content: bytes, shape: tuple[int, ...]) -> str:
     magic = bytes((0, 0, 8, len(shape)))  # IDX: two zeros, type (8: uint8), number of dimensions
-    if content[:4] != magic:
+    header = 4 + 4 * len(shape)
+    if content[:4] != magic or len(content) < header:
         return f"is no IDX file of bytes in {len(shape)} dimensions"
-    counted = tuple(int(n) for n in np.frombuffer(content[4 : 4 + 4 * len(shape)], ">u4"))
+    counted = tuple(int(n) for n in np.frombuffer(content[4:header], ">u4"))
     if counted != shape:
         return f"declares the shape {counted} where Fashion-MNIST has {shape}"
-    if len(content) != 4 * (1 + len(shape)) + int(np.prod(shape)):
+    if len(content) != header + int(np.prod(shape)):
         return f"does not hold the {shape} bytes that it declares"
     return "is not Fashion-MNIST's, though it has its shape (MNIST's files bear the same names)"
 
@@ -161,7 +167,11 @@ def _download(cache: Path) -> Path:
                 f"the full Fashion-MNIST is not on this machine and the download failed ({error}): "
                 f"{remedy}"
             ) from error
-        (Path(workplace.name) / "FashionMNIST" / "raw").rename(target)
+        try:
+            (Path(workplace.name) / "FashionMNIST" / "raw").rename(target)
+        except OSError:
+            if not target.is_dir():  # else another process was faster
+                raise
     return target
 
 
@@ -186,16 +196,21 @@ def sample() -> tuple[Pixels, ...]:
     return tuple(parts)
 
 
-def pack(folder: str | os.PathLike[str]) -> bytes:
-    """The embedded file's bytes, from the full set in ``folder``."""
+def choose(folder: str | os.PathLike[str]) -> bytes:
+    """The embedded sample's content, from the full set in ``folder``."""
     images, test_images, labels, test_labels = full_set(folder)
     kept = np.sort(np.concatenate([np.flatnonzero(labels == c)[:PER_CLASS] for c in range(10)]))
     parts = (images[kept], test_images, labels[kept], test_labels)
+    return b"".join(part.tobytes() for part in parts)
+
+
+def pack(content: bytes) -> bytes:
+    """The embedded file's bytes. The same content gives the same bytes."""
     # A window as long as the content, so that each image can refer to any other.
     window = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 24}
-    return lzma.compress(b"".join(part.tobytes() for part in parts), filters=[window])
+    return lzma.compress(content, filters=[window])
 
 
 if __name__ == "__main__":
-    ASSET.write_bytes(pack(sys.argv[1]))
+    ASSET.write_bytes(pack(choose(sys.argv[1])))
     sys.stdout.write(f"{hashlib.sha256(ASSET.read_bytes()).hexdigest()}  {ASSET}\n")

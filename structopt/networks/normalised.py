@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from structopt.networks.images import check_images
+from structopt.networks import images
 
 
 class ConvNorm(nn.Sequential):
@@ -41,7 +41,7 @@ class TeacherNet(nn.Module):
         self.fc = nn.Linear(64, classes)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        x = self.conv1(check_images(inputs))  # (B, 16, 28, 28)
+        x = self.conv1(images.checked(inputs))  # (B, 16, 28, 28)
         x = F.max_pool2d(self.conv2(x), 2)  # (B, 32, 14, 14)
         x = x + self.residual2(x)
         x = F.max_pool2d(self.conv3(x), 2)  # (B, 64, 7, 7)
@@ -67,7 +67,7 @@ class StudentNet(nn.Module):
         self.fc = nn.Linear(16, classes)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        x = F.max_pool2d(self.conv1(check_images(inputs)), 2)  # (B, 8, 14, 14)
+        x = F.max_pool2d(self.conv1(images.checked(inputs)), 2)  # (B, 8, 14, 14)
         x = F.max_pool2d(self.conv2(x), 2)  # (B, 16, 7, 7)
         logits: Tensor = self.fc(self.conv3(x).mean((2, 3)))
         return logits
@@ -122,7 +122,7 @@ class ResNet20(nn.Module):
         return nn.Sequential(first, *(ResidualBlock(outputs, outputs) for _ in range(2)))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(check_images(inputs))))  # (B, 16, 28, 28)
+        x = F.relu(self.bn1(self.conv1(images.checked(inputs))))  # (B, 16, 28, 28)
         x = self.stage1(x)
         x = self.stage2(x)  # (B, 32, 14, 14)
         x = self.stage3(x)  # (B, 64, 7, 7)

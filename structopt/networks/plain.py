@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from structopt.networks.images import SIDE, check_images
+from structopt.networks import images
+from structopt.networks.images import SIDE
 
 
 class SimpleNet(nn.Module):
@@ -29,7 +30,7 @@ class SimpleNet(nn.Module):
         self.fc = nn.Linear(second * 4 * 4, classes)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        x = F.relu(self.conv1(check_images(inputs)))  # (B, 32, 28, 28)
+        x = F.relu(self.conv1(images.checked(inputs)))  # (B, 32, 28, 28)
         x = F.relu(self.conv2(x))  # (B, 64, 28, 28)
         x = F.avg_pool2d(x, 6)  # (B, 64, 4, 4): the last four rows and columns are not read
         logits: Tensor = self.fc(x.flatten(1))
@@ -56,7 +57,7 @@ class LeNet300(nn.Module):
         self.fc3 = nn.Linear(second, classes)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        x = F.relu(self.fc1(check_images(inputs).flatten(1)))
+        x = F.relu(self.fc1(images.checked(inputs).flatten(1)))
         logits: Tensor = self.fc3(F.relu(self.fc2(x)))
         return logits
 
@@ -82,7 +83,7 @@ class LeNet5(nn.Module):
         self.fc2 = nn.Linear(third, classes)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        x = F.max_pool2d(self.conv1(check_images(inputs)), 2)  # (B, 20, 12, 12)
+        x = F.max_pool2d(self.conv1(images.checked(inputs)), 2)  # (B, 20, 12, 12)
         x = F.max_pool2d(self.conv2(x), 2)  # (B, 50, 4, 4)
         logits: Tensor = self.fc2(F.relu(self.fc1(x.flatten(1))))
         return logits

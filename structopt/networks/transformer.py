@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from structopt.networks.images import SIDE, check_images
+from structopt.networks import images
+from structopt.networks.images import SIDE
 
 
 class EncoderLayer(nn.Module):
@@ -67,7 +68,7 @@ class TinyTransformer(nn.Module):
         self.fc = nn.Linear(dim, classes)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        patches = self.embed(check_images(inputs)).flatten(2).transpose(1, 2)  # (B, 16, dim)
+        patches = self.embed(images.checked(inputs)).flatten(2).transpose(1, 2)  # (B, 16, dim)
         token = self.token.expand(inputs.shape[0], -1, -1)
         x = torch.cat([token, patches], dim=1) + self.positions  # (B, 17, dim)
         logits: Tensor = self.fc(self.norm(self.layers(x))[:, 0])
