@@ -1,0 +1,122 @@
+"""How a model is run while it is measured: as in use, and left exactly as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+Model = Callable[..., Any]
+"""A module or any function of tensors."""
+
+Example = Any
+"""What the model is called with: a tensor, a tuple of arguments or a dict of keywords."""
+
+
+def call(model: Model, example: Example) -> Any:
+    """Call the model with its example: a tuple gives arguments, a dict gives keywords."""
+    if isinstance(example, Mapping):
+        return model(**example)
+    return model(*example) if isinstance(example, tuple) else model(example)
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    """All tensors in nested tuples, lists and dicts, in their order."""
+    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
+def device_of(model: Model, example: Example) -> torch.device:
+    """The device of the model's first parameter, buffer, or of the example's first tensor."""
+    state = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
+    found = [*state, *tensors_of(example)]
+    return found[0].device if found else torch.device("cpu")
+
+
+def batch_of(example: Example) -> int:
+    """Size of the first dimension of the example's first tensor that has one, else 1.
+
+    >>> batch_of((torch.zeros(5, 3), torch.zeros(2)))
+    5
+    """
+    sizes = [len(tensor) for tensor in tensors_of(example) if tensor.ndim]
+    if sizes and sizes[0] == 0:
+        raise ValueError("the example is empty: its first tensor has no entries")
+    return sizes[0] if sizes else 1
+
+
+def with_batch(example: Example, size: int) -> Example:
+    """The example with `size` entries: its own, repeated as often as needed.
+
+    Tensors whose first dimension is not the batch stay as they are.
+
+    >>> with_batch(torch.tensor([[1], [2]]), 3).tolist()
+    [[1], [2], [1]]
+    """
+    batch = batch_of(example)
+
+    def resize(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == batch:
+            return leaf[torch.arange(size, device=leaf.device) % batch]
+        return leaf
+
+    return tree_map(resize, example)
+
+
+@contextlib.contextmanager
+def undisturbed(model: Model, example: Example) -> Iterator[None]:
+    """Inference inside the block: eval mode, no gradients.
+
+    After it each module's mode, all buffers and the generators of random numbers are as before.
+    """
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    modes = [(module, module.training) for module in modules]
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in modules
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    with torch.no_grad(), _same_random_numbers(device_of(model, example)):
+        try:
+            for module in modules:
+                module.training = False
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            for module, name, buffer, before in buffers:
+                module._buffers[name] = buffer
+                if not buffer.is_meta and not torch.equal(buffer, before):
+                    buffer.copy_(before)
+
+
+@contextlib.contextmanager
+def _same_random_numbers(device: torch.device) -> Iterator[None]:
+    if device.type == "mps":
+        state = torch.mps.get_rng_state()
+        with torch.random.fork_rng(devices=[]):
+            yield
+        torch.mps.set_rng_state(state)
+    else:
+        indices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=indices):
+            yield
+
+
+@contextlib.contextmanager
+def unfused() -> Iterator[None]:
+    """No compiled code and no fused encoder layer, each of which hides its operators."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+            # torch's counter follows modules by global hooks; nothing is compiled here.
+            warnings.filterwarnings("ignore", ".*when there are global hooks on modules")
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
