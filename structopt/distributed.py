@@ -97,17 +97,17 @@ def rows(batch: Any) -> int:
     >>> rows({"tokens": torch.zeros(4, 7), "name": "x"})
     4
     """
-    for tensor in _tensors(batch):
-        return len(tensor) if tensor.ndim else 1
+    for tensor in tensors(batch):
+        return tensor.shape[0] if tensor.ndim else 1
     return 1
 
 
-def _tensors(batch: Any) -> Iterator[Tensor]:
+def tensors(batch: Any) -> Iterator[Tensor]:
     if isinstance(batch, Tensor):
         yield batch
     elif isinstance(batch, (list, tuple, dict)):
         for item in batch.values() if isinstance(batch, dict) else batch:
-            yield from _tensors(item)
+            yield from tensors(item)
 
 
 def cut(batch: Any) -> tuple[Any, int]:
@@ -129,7 +129,7 @@ def cut(batch: Any) -> tuple[Any, int]:
 
 def _slice(batch: Any, start: int, stop: int, total: int) -> Any:
     if isinstance(batch, Tensor):
-        return batch[start:stop] if batch.ndim and len(batch) == total else batch
+        return batch[start:stop] if batch.ndim and batch.shape[0] == total else batch
     if isinstance(batch, dict):
         return type(batch)((k, _slice(v, start, stop, total)) for k, v in batch.items())
     if isinstance(batch, (list, tuple)):

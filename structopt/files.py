@@ -7,6 +7,7 @@ runs no code, whoever wrote it.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
@@ -90,8 +91,18 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], notes: Notes) 
         # The format knows neither strides nor shared memory, so each tensor gets its own.
         apart[name] = tensor.detach().resolve_conj().resolve_neg().cpu()
         apart[name] = apart[name].clone(memory_format=torch.contiguous_format)
-    data = serialise(apart, {"notes": text})
+    data = serialise(apart, {"notes": text, "sha256": _digest(apart, text)})
     write_atomically(path, lambda file: file.write(data))
+
+
+def _digest(tensors: Mapping[str, Tensor], notes: str) -> str:
+    """Of names, types, shapes and bytes: the format itself would not notice a flipped bit."""
+    digest = hashlib.sha256(notes.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def load_tensors(
@@ -100,7 +111,7 @@ def load_tensors(
     """Read what :func:`save_tensors` wrote: (tensors, notes), bit for bit, on ``device``.
 
     Raises ``FileNotFoundError``, and ``ValueError`` for a file that is truncated, corrupt or of
-    another format. A safetensors file from elsewhere has empty notes.
+    another format. A safetensors file from elsewhere has empty notes and no checksum to compare.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -111,7 +122,10 @@ def load_tensors(
             # A copy: the file may be replaced later, and must not change tensors in use.
             names = file.keys()
             tensors = {name: file.get_tensor(name).clone() for name in names}
-        notes = json.loads(metadata.get("notes", "{}"))
+        text = metadata.get("notes", "{}")
+        notes = json.loads(text)
+        if metadata.get("sha256", digest := _digest(tensors, text)) != digest:
+            raise ValueError("its checksum does not fit")
     except (SafetensorError, ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise ValueError(
             f"{path} is truncated, corrupt or not a safetensors file ({error}): "

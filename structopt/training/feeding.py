@@ -26,7 +26,7 @@ class Feed:
     def __init__(self, batches: Any, accumulate: int) -> None:
         if not isinstance(accumulate, int) or accumulate < 1:
             raise ValueError(f"accumulate counts the batches of a step, at least 1: {accumulate}")
-        if iter(batches) is batches:
+        if isinstance(batches, Iterator):
             raise ValueError("batches can be walked only once: give a list, Batches or DataLoader")
         self.sliced = distributed.world_size() > 1 and not distributed.is_dealt_out(batches)
         if isinstance(batches, distributed.Shard):
@@ -38,6 +38,23 @@ class Feed:
         """Steps in an epoch; 0 where the batches do not know their number."""
         batches = len(self.batches) if hasattr(self.batches, "__len__") else 0
         return math.ceil(batches / self.accumulate)
+
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """Generators that a ``DataLoader`` or its sampler draws from, besides the global ones."""
+        holders = (self.batches, getattr(self.batches, "sampler", None))
+        found = [getattr(holder, "generator", None) for holder in holders]
+        return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+    @property
+    def draws_globally(self) -> bool:
+        """Whether processes that share these batches must share torch's generator too."""
+        return self.sliced and not hasattr(self.batches, "epoch")
+
+    def spoiled(self, epoch: int, batch: int) -> bool:
+        """Whether that batch can be looked at again, and holds NaN or infinite values."""
+        again = self.batches.epoch(epoch, batch) if hasattr(self.batches, "epoch") else ()
+        return any(not_finite(found) for found in islice(again, 1))
 
     def epoch(self, number: int, start: int) -> Iterator[Any]:
         """The batches of epoch ``number`` from batch ``start`` on."""
@@ -67,6 +84,11 @@ class Feed:
 def wants_channels_last(model: nn.Module, device: torch.device) -> bool:
     """Convolutions of a CPU or of CUDA read channels-last images without rearranging them."""
     return device.type in {"cpu", "cuda"} and any(p.ndim == 4 for p in model.parameters())
+
+
+def not_finite(batch: Any) -> bool:
+    found = [t for t in distributed.tensors(batch) if t.is_floating_point()]
+    return not all(bool(t.isfinite().all()) for t in found)
 
 
 def move(batch: Any, device: torch.device, channels_last: bool) -> Any:

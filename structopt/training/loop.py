@@ -87,10 +87,9 @@ def train(
     feed = Feed(batches, accumulate)
     if schedule and not feed.steps:
         raise ValueError("a schedule needs to know the number of steps: give batches with a len()")
-    run = Run(model, objective, optimizer, feed, device, autocast)
+    run = Run(model, objective, optimizer, feed, epochs, device, autocast)
     run.schedule, run.clip, run.after_step, run.writer = schedule, clip, after_step, writer
     run.average = None if average is None else Average(run.model, average)
-    run.total = epochs * feed.steps
     saved = Checkpoint(checkpoint, run) if checkpoint else None
     begun = time.perf_counter() - run.history.seconds
     with Interrupts(distributed.world_size() == 1) as stop, _bar(run, progress) as run.bar:
@@ -116,8 +115,10 @@ def train(
 
 def step(run: Run, group: Group) -> None:
     """One step of the optimiser, on one batch or on several that count as one."""
-    factor = run.schedule(run.steps, run.total) if run.schedule else 1.0
-    run.set_rate(factor)
+    factor = 1.0
+    if run.schedule:
+        factor = run.schedule(run.steps, run.total)
+        run.set_rate(factor)
     run.optimizer.zero_grad(set_to_none=True)
     losses = []
     for number, (batch, weight) in enumerate(group, 1):

@@ -26,6 +26,9 @@ class Checkpoint:
         found = distributed.gather(self.path.exists())
         if any(found) and not all(found):
             raise ValueError(f"only some processes see {self.path}: put it on a shared disk")
+        if not distributed.rank():
+            for left in self.path.parent.glob(f".{self.path.name}.*.tmp"):  # by a killed run
+                left.unlink()
         if self.path.exists():
             self.load()
         else:
@@ -35,7 +38,7 @@ class Checkpoint:
         run = self.run
         run.fetch()
         run.need_finite_weights()
-        generators = [randomness.state(run.device), run.randomness]
+        generators = [randomness.state(run.device, run.feed.generators), run.randomness]
         tree = {
             "settings": self.settings,
             "place": [run.epoch, run.batch],
@@ -84,7 +87,7 @@ class Checkpoint:
             history[name] = history[name].tolist()
         vars(run.history).update(history)
         now, begun = tree["generators"][distributed.rank()]
-        randomness.restore(now, run.device)
+        randomness.restore(now, run.device, run.feed.generators)
         if begun is not None:
             run.randomness, run.resumed = begun, now
 
@@ -96,6 +99,8 @@ class Checkpoint:
             for name in sorted(theirs.keys() | ours.keys())
             if theirs.get(name) != ours.get(name)
         ]
+        if tree["place"][0] > self.run.epochs:
+            differ.append(f"epochs: {tree['place'][0]} done there, {self.run.epochs} asked here")
         there, here = shapes(tree["model"]), shapes(self.run.model.state_dict())
         differ += [
             f"{name}: {there.get(name, 'nothing')} there, {here.get(name, 'nothing')} here"
@@ -126,6 +131,7 @@ def settings(run: Run) -> dict[str, Any]:
         "clip": run.clip,
         "average": run.average and run.average.decay,
         "processes": distributed.world_size(),
+        "schedule": None if " at 0x" in repr(run.schedule) else repr(run.schedule),
     }
     for number, group in enumerate(run.optimizer.param_groups):
         for name, value in plain_settings(group).items():

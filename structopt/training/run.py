@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel as Parallel
 from structopt import distributed
 from structopt.training import randomness
 from structopt.training.averaging import Average
-from structopt.training.feeding import Feed, Group, move, wants_channels_last
+from structopt.training.feeding import Feed, Group, move, not_finite, wants_channels_last
 from structopt.training.history import History, Validation
 from structopt.training.objectives import Objective, describe
 
@@ -53,12 +53,13 @@ class Run:
         objective: Objective,
         optimizer: torch.optim.Optimizer,
         feed: Feed,
+        epochs: int,
         device: torch.device,
         autocast: torch.dtype | None,
     ) -> None:
         self.model = model.module if isinstance(model, Parallel) else model
         self.objective, self.optimizer = objective, optimizer
-        self.feed, self.device, self.dtype = feed, device, autocast
+        self.feed, self.epochs, self.device, self.dtype = feed, epochs, device, autocast
         self.channels_last = wants_channels_last(model, device)
         model.to(device)
         if self.channels_last:
@@ -73,7 +74,8 @@ class Run:
         self.autocast: AbstractContextManager[Any] = nullcontext()
         if autocast is not None:
             self.autocast = torch.autocast(device.type, dtype=autocast)
-        self.history, self.epoch, self.batch, self.total = History(), 0, 0, 0
+        self.total = epochs * feed.steps
+        self.history, self.epoch, self.batch = History(), 0, 0
         self.randomness: dict[str, Any] | None = None  # at the start of an epoch under way
         self.resumed: dict[str, Any] | None = None  # the generators of a checkpoint in mid-epoch
         self.waiting: list[Tensor] = []
@@ -85,14 +87,16 @@ class Run:
 
     def groups(self) -> Iterator[Group]:
         """The rest of this epoch, the batches of one step at a time."""
-        if self.resumed:
-            assert self.randomness
-            randomness.restore(self.randomness, self.device)
+        own = self.feed.generators
+        if self.feed.draws_globally:
+            torch.set_rng_state(distributed.gather(torch.get_rng_state())[0])
+        if self.resumed and self.randomness:
+            randomness.restore(self.randomness, self.device, own)
         else:
-            self.randomness = randomness.state(self.device)
+            self.randomness = randomness.state(self.device, own)
         iterator = self.feed.epoch(self.epoch, self.batch)
         if self.resumed:
-            randomness.restore(self.resumed, self.device)
+            randomness.restore(self.resumed, self.device, own)
             self.resumed = None
         while batches := list(islice(iterator, self.feed.accumulate)):
             try:
@@ -121,7 +125,8 @@ class Run:
                     f"the objective returned {describe(loss)}, not a scalar tensor with a gradient"
                 )
         except Exception as error:
-            error.add_note(f"{self.where()}; the batch is {describe(batch)}")
+            spoiled = ", and holds NaN or infinite values" if not_finite(batch) else ""
+            error.add_note(f"{self.where()}; the batch is {describe(batch)}{spoiled}")
             raise
         return loss
 
@@ -158,8 +163,8 @@ class Run:
             step = len(self.history.losses)
             if not math.isfinite(value):
                 raise FloatingPointError(
-                    f"the loss is {value} in epoch {self.epoch + 1}, step {step}: look for NaN in "
-                    "the batches, lower the learning rate, or pass clip=1.0"
+                    f"the loss is {value} in epoch {self.epoch + 1}, step {step}: "
+                    f"{self.remedy(step)}"
                 )
             if self.writer and not distributed.rank():
                 self.writer.add_scalar("loss", value, step)
@@ -167,6 +172,12 @@ class Run:
         if self.bar is not None:
             self.bar.update(len(values))
             self.bar.set_postfix(epoch=self.epoch + 1, loss=f"{values[-1]:.4f}", refresh=False)
+
+    def remedy(self, step: int) -> str:
+        taken = self.history.ends[-1] if self.history.ends else 0
+        if self.feed.spoiled(self.epoch, (step - 1 - taken) * self.feed.accumulate):
+            return "its batch holds NaN or infinite values, clean the data"
+        return "lower the learning rate, or pass clip=1.0"
 
     def need_finite_weights(self) -> None:
         """A finite loss may still have had a gradient that is not."""
