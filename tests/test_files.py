@@ -147,9 +147,6 @@ ENTRIES = {
     "notes that are a list": {"__metadata__": {"notes": "[1]"}},
     "notes that are no JSON": {"__metadata__": {"notes": "{"}},
     "notes that nest without end": {"__metadata__": {"notes": "[" * 100_000}},
-    "an empty tensor of absurd shape": {
-        "w": {"dtype": "F32", "shape": [0, 1 << 62, 1 << 62], "data_offsets": [0, 0]}
-    },
 }
 
 
@@ -160,9 +157,9 @@ def test_a_hostile_file_is_refused(tmp_path, what):
         path.write_bytes(HEADERS[what])
     else:
         header = json.dumps(ENTRIES[what]).encode()
-        body = b"" if "__metadata__" in ENTRIES[what] or "empty" in what else bytes(8)
+        body = b"" if "__metadata__" in ENTRIES[what] else bytes(8)
         path.write_bytes(struct.pack("<Q", len(header)) + header + body)
-    with pytest.raises(ValueError, match="x"):
+    with pytest.raises(ValueError, match="/x(:| is) "):
         load_tensors(path)
 
 
@@ -247,7 +244,8 @@ from structopt.files import write_atomically
 number = 0
 while True:
     number = (number + 1) % 256
-    write_atomically(sys.argv[1], lambda file: [file.write(bytes([number]) * 4096) for _ in range(99)])
+    block = bytes([number]) * 4096
+    write_atomically(sys.argv[1], lambda file: [file.write(block) for _ in range(99)])
 """
 
 
