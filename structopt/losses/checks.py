@@ -55,21 +55,20 @@ def classified(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Logits, class indices (int64) or probabilities, and weights, of shapes that fit."""
     check(logits, target, reduction)
-    logits, given = wide(logits), tuple(target.shape)
+    logits, soft = wide(logits), target.is_floating_point()
+    shape, given = tuple(logits.shape), tuple(target.shape)
     dim = class_dim(logits)
-    classes = logits.shape[dim] if logits.ndim else 0
-    indices = (*logits.shape[:dim], *logits.shape[dim + 1 :])
-    soft = target.is_floating_point()
-    if given != (tuple(logits.shape) if soft else indices) or not classes:
-        kind = "probabilities have the logits' shape" if soft else f"class indices have {indices}"
+    classes = shape[dim] if shape else 0
+    if given != (shape if soft else shape[:dim] + shape[dim + 1 :]) or not classes:
+        kind = f"probabilities are {shape}" if soft else "class indices lack the classes' dimension"
         remedy = "one-hot rows become indices by target.argmax(1), a spare dimension by squeeze(1)"
-        raise ValueError(f"target {given} for logits {tuple(logits.shape)}: {kind}; {remedy}")
+        raise ValueError(f"target {given} does not fit logits {shape}: {kind}; {remedy}")
     if target.dtype == torch.bool or target.is_complex():
         raise ValueError(f"the target is {target.dtype}: class indices are integers, call .long()")
     if weight is not None and weight.shape != (classes,):
         raise ValueError(f"weight {tuple(weight.shape)} needs a number per class: ({classes},)")
     target = target.to(logits.dtype if soft else torch.int64)
-    return logits, target, None if weight is None else weight.to(logits.dtype)
+    return logits, target, weight if weight is None else weight.to(logits.dtype)
 
 
 def tame(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor | None]:
