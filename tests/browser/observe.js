@@ -57,8 +57,13 @@ window.observe = {
     return document.querySelectorAll("article input[type=range]").length;
   },
 
-  async accessibility() {
-    const report = await axe.run(document, { resultTypes: ["violations"], preload: false });
+  background() {
+    return getComputedStyle(document.body).backgroundColor;
+  },
+
+  async barriers(rules) {
+    const only = rules ? { runOnly: rules } : {};
+    const report = await axe.run(document, { resultTypes: ["violations"], preload: false, ...only });
     return report.violations
       .filter((rule) => ["serious", "critical"].includes(rule.impact))
       .flatMap((rule) => rule.nodes.slice(0, 4).map((node) => `${rule.id}: ${node.html.slice(0, 120)} (${(node.any[0] || node.all[0] || node.none[0] || {}).message})`));
