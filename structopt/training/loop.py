@@ -148,4 +148,4 @@ def _bar(run: Run, progress: bool | None) -> Any:
         progress = live and "TQDM_DISABLE" not in os.environ
     hidden = not progress or distributed.rank() > 0
     total = run.total or None
-    return tqdm(total=total, initial=run.steps, unit="step", disable=hidden, leave=False)
+    return tqdm(total=total, initial=run.steps, unit="step", disable=hidden)

@@ -1,0 +1,509 @@
+"""The one loop does what a loop written by hand does, and says what went wrong."""
+
+import math
+import signal
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from structopt import data, descent
+from structopt.training import Average, History, accuracy, evaluate, supervised, train
+
+cross_entropy = supervised(F.cross_entropy)
+
+
+def examples(count=40, dtype=torch.float32):
+    inputs = torch.randn(count, 1, 6, 6, generator=torch.Generator().manual_seed(7)).to(dtype)
+    return data.Examples(inputs, (inputs.mean((1, 2, 3)) > 0).long())
+
+
+def network(seed=1, dropout=0.0):
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(dropout),
+        nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2),
+    )  # fmt: skip
+
+
+def weights(model):
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def sgd(model, **settings):
+    return torch.optim.SGD(model.parameters(), **{"lr": 0.1, "momentum": 0.9, **settings})
+
+
+# What one step is
+
+
+def test_it_is_the_loop_one_would_write(device):
+    batches = data.batches(examples(), 16, seed=3, device=device)
+    schedule = descent.cosine(final=0.1)
+    ours = network().to(device)
+    rates, losses = [], []
+    optimizer = sgd(ours)
+    history = train(
+        ours, batches, cross_entropy, optimizer, epochs=2, device=device, autocast=None,
+        schedule=schedule, clip=0.5,
+    )  # fmt: skip
+
+    theirs = network().to(device)
+    if device.type in {"cpu", "cuda"}:
+        theirs = theirs.to(memory_format=torch.channels_last)
+    by_hand = sgd(theirs)
+    step = 0
+    for epoch in range(2):
+        for inputs, targets in batches.epoch(epoch):
+            by_hand.param_groups[0]["lr"] = 0.1 * schedule(step, 6)
+            by_hand.zero_grad()
+            loss = F.cross_entropy(theirs(inputs), targets)
+            loss.backward()
+            nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+            by_hand.step()
+            losses.append(loss.item())
+            rates.append(by_hand.param_groups[0]["lr"])
+            step += 1
+    assert_same(weights(ours), weights(theirs))
+    assert history.losses == losses
+    assert history.lrs == rates
+    assert history.ends == [3, 6]
+    assert optimizer.param_groups[0]["lr"] == 0.1  # as it was given
+
+
+def test_the_schedule_multiplies_each_groups_own_rate():
+    model = network()
+    groups = [
+        {"params": model[0].parameters(), "lr": 0.1},
+        {"params": model[7].parameters(), "lr": 0.02},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    seen = []
+
+    def after_step(model, step):
+        seen.append([group["lr"] for group in optimizer.param_groups])
+
+    train(
+        model, data.batches(examples(), 20), cross_entropy, optimizer, epochs=2,
+        schedule=lambda step, total: 1 - step / total, after_step=after_step,
+    )  # fmt: skip
+    torch.testing.assert_close(seen, [[0.1 * f, 0.02 * f] for f in (1, 0.75, 0.5, 0.25)])
+
+
+@pytest.mark.parametrize("count", [32, 30, 27])
+def test_accumulated_batches_are_one_large_batch(count):
+    given = examples(count, torch.float64)
+    one, two = (nn.Sequential(nn.Flatten(), nn.Linear(36, 2)).double() for _ in range(2))
+    two.load_state_dict(one.state_dict())
+    settings = {"epochs": 3, "autocast": None, "device": "cpu"}
+    large = data.batches(given, 16, shuffle=False)
+    small = data.batches(given, 4, shuffle=False)
+    first = train(one, large, cross_entropy, sgd(one), **settings)
+    second = train(two, small, cross_entropy, sgd(two), accumulate=4, **settings)
+    torch.testing.assert_close(weights(one), weights(two), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(first.losses, second.losses, rtol=1e-12, atol=1e-12)
+
+
+def test_losses_are_read_seldom():
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += function is torch.ops.aten._local_scalar_dense.default
+            return function(*args, **(kwargs or {}))
+
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 2))
+    with Reads() as reads:
+        train(model, data.batches(examples(100), 1), cross_entropy, sgd(model), epochs=2)
+    assert reads.count < 20  # each waits for the device; there were 200 steps
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, None])
+def test_autocast_is_what_was_asked_for(dtype, device):
+    seen = []
+
+    def objective(model, batch):
+        output = model(batch[0])
+        seen.append(output.dtype)
+        return F.cross_entropy(output.float(), batch[1])
+
+    model = network()
+    batches = data.batches(examples(), 20)
+    train(model, batches, objective, sgd(model), epochs=1, autocast=dtype, device=device)
+    assert set(seen) == {dtype or torch.float32}
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_float16_scales_the_loss_and_skips_steps_that_overflow():
+    """The second gradient would vanish in float16 unscaled; the first overflows."""
+    model = nn.Linear(4, 1)
+    start = weights(model)
+    steps = []
+
+    def objective(model, batch):
+        return model(batch).float().mean() * (1e-7 if steps else 1e4)
+
+    def after_step(model, step):
+        steps.append(weights(model))
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e3)
+    batches = [torch.full((8, 4), 8.0)] * 3
+    train(
+        model, batches, objective, optimizer, epochs=1, autocast=torch.float16, device="cpu",
+        after_step=after_step,
+    )  # fmt: skip
+    assert_same(steps[0], start)
+    assert not torch.equal(steps[1]["weight"], start["weight"])
+
+
+def test_after_step_counts_from_one_and_may_change_the_model():
+    model, seen = network(), []
+
+    def after_step(trained, step):
+        assert trained is model
+        seen.append(step)
+        with torch.no_grad():
+            trained[7].weight[0] = 0
+
+    train(
+        model, data.batches(examples(), 16), cross_entropy, sgd(model), epochs=2,
+        after_step=after_step,
+    )  # fmt: skip
+    assert seen == [1, 2, 3, 4, 5, 6]
+    assert (model[7].weight[0] == 0).all()
+    assert (model[7].weight[1] != 0).any()
+
+
+def test_any_model_batch_and_objective_will_do(device):
+    """A batch may be a dict, a named tuple, a list, or no tensor at all."""
+
+    class Point(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.at = nn.Parameter(torch.tensor(4.0))
+
+    def objective(model, batch):
+        assert batch["x"].device.type == device.type
+        return (model.at - batch["x"].mean()) ** 2
+
+    model = Point()
+    history = train(model, [{"x": torch.ones(3), "name": "a"}], objective, sgd(model, momentum=0.0),
+                    epochs=30, device=device)  # fmt: skip
+    assert abs(model.at.item() - 1) < 0.01
+    assert len(history.losses) == 30
+
+    model = Point()
+    train(model, range(30), lambda model, batch: model.at**2, sgd(model), epochs=1, device=device)
+    assert abs(model.at.item()) < 2
+
+
+def test_fused_kernels_get_moments_in_their_parameters_order(device):
+    """State made before the network became channels-last must be laid out anew."""
+    given, models = examples(), []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(1, 3, 3), nn.Tanh(), nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2)]
+        models.append(model := nn.Sequential(*layers).to(device))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=fused)
+        for _ in range(3):  # plain order, so the moments are too
+            optimizer.zero_grad()
+            inputs, targets = given.inputs.to(device), given.targets.to(device)
+            F.cross_entropy(model(inputs), targets).backward()
+            optimizer.step()
+        train(model, data.batches(given, 8), cross_entropy, optimizer, epochs=3, autocast=None,
+              device=device)  # fmt: skip
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+# The average of the weights
+
+
+def test_the_average_is_its_formula(device):
+    model = network()
+    batches = data.batches(examples(), 10)
+    seen = [weights(network())]
+
+    def after_step(model, step):
+        seen.append(weights(model))
+
+    history = train(
+        model, batches, cross_entropy, sgd(model), epochs=4, average=0.6, after_step=after_step,
+        autocast=None, device=device,
+    )  # fmt: skip
+    want = {k: v.to(device).double() for k, v in seen[0].items()}
+    for step, now in enumerate(seen[1:]):
+        decay = min(0.6, (1 + step) / (10 + step))
+        want = {k: decay * want[k] + (1 - decay) * now[k].double() for k in want}
+    for name, value in history.averaged.state_dict().items():
+        if value.is_floating_point():  # batch-norm statistics too
+            torch.testing.assert_close(value.double(), want[name], rtol=1e-5, atol=1e-6)
+        else:
+            assert torch.equal(value, model.state_dict()[name])
+    assert not any(p.requires_grad for p in history.averaged.parameters())
+
+
+def test_validation_sees_the_average_and_restores_training_mode():
+    model, seen, modes = network(), [], []
+
+    def validate(given):
+        seen.append(given)
+        given.eval()
+        return {"a": 1, "b": torch.tensor(0.5)}
+
+    def objective(given, batch):
+        modes.append(given.training)
+        return cross_entropy(given, batch)
+
+    batches = data.batches(examples(), 20)
+    history = train(model, batches, objective, sgd(model), epochs=2, validate=validate, average=0.9)
+    assert seen == [history.averaged] * 2
+    assert history.validation == [{"a": 1.0, "b": 0.5}] * 2
+    assert all(modes)
+    train(model, batches, objective, sgd(model), epochs=1, validate=validate)
+    assert seen[2] is model
+    assert all(modes)
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0, math.nan])
+def test_a_decay_outside_its_range_is_refused(decay):
+    with pytest.raises(ValueError, match="average is the decay"):
+        Average(network(), decay)
+
+
+# Bad input
+
+
+def one_epoch(batches, objective=cross_entropy, model=None, **settings):
+    model = model or network()
+    return train(model, batches, objective, sgd(model), epochs=1, **settings)
+
+
+@pytest.mark.parametrize(
+    ("batches", "words"),
+    [
+        ([], "the batches are empty"),
+        (iter([1]), "walked only once"),
+        ([(torch.zeros(2, 1, 6, 6, dtype=torch.uint8), torch.zeros(2).long())], "standardise"),
+        ([(torch.zeros(2, 1, 6, 6).long(), torch.zeros(2).long())], "standardise"),
+        ([torch.zeros(2, 1, 6, 6)], r"pair \(inputs, targets\), not float32 \(2, 1, 6, 6\)"),
+        ([{"x": torch.zeros(2, 1, 6, 6)}], r"not \{x: float32 \(2, 1, 6, 6\)\}"),
+        ([(torch.zeros(0, 1, 6, 6), torch.zeros(0).long())], "holds no example"),
+    ],
+)
+def test_batches_that_cannot_be_trained_on_are_refused(batches, words):
+    with pytest.raises(ValueError, match=words):
+        one_epoch(batches)
+
+
+def test_an_error_in_the_objective_says_where_and_on_what():
+    good = (torch.zeros(2, 1, 6, 6), torch.zeros(2).long())
+    bad = (torch.full((2, 3, 6, 6), math.nan), torch.zeros(2).long())
+    with pytest.raises(RuntimeError, match="channels") as caught:
+        one_epoch([good, bad])
+    assert caught.value.__notes__ == [
+        "in epoch 1, step 2 (both count from 1); the batch is (float32 (2, 3, 6, 6), int64 (2,)), "
+        "and holds NaN or infinite values"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("objective", "words"),
+    [
+        (lambda model, batch: 3.0, "returned float"),
+        (lambda model, batch: torch.zeros(()), "not a scalar tensor with a gradient"),
+        (lambda model, batch: model(batch[0]), r"returned float32 \(20, 2\)"),
+    ],
+)
+def test_what_an_objective_returns_is_checked(objective, words):
+    with pytest.raises(ValueError, match=words):
+        one_epoch(data.batches(examples(), 20), objective, autocast=None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"accumulate": 0}, "accumulate counts"),
+        ({"epochs": -1}, "epochs counts"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, words):
+    model = network()
+    settings = {"epochs": 1, **settings}
+    with pytest.raises(ValueError, match=words):
+        train(model, data.batches(examples(), 20), cross_entropy, sgd(model), **settings)
+
+
+def test_a_schedule_needs_a_length():
+    class Endless:
+        def __iter__(self):
+            return iter(data.batches(examples(), 20).epoch(0))
+
+    assert len(one_epoch(Endless()).losses) == 2
+    with pytest.raises(ValueError, match="number of steps"):
+        one_epoch(Endless(), schedule=descent.cosine())
+
+
+def test_a_loss_that_is_not_finite_names_its_step(device):
+    calls = []
+
+    def objective(model, batch):
+        calls.append(1)
+        return cross_entropy(model, batch) * (math.inf if len(calls) == 7 else 1)
+
+    model = network()
+    with pytest.raises(FloatingPointError, match=r"loss is (inf|nan) in epoch 2, step 7: lower"):
+        train(model, data.batches(examples(), 10), objective, sgd(model), epochs=9, device=device)
+
+
+def test_nan_in_a_batch_is_told_from_divergence():
+    given = examples()
+    given.inputs[33] = math.nan
+    batches = data.batches(given, 8, shuffle=False)
+    with pytest.raises(FloatingPointError, match=r"epoch 1, step 5: its batch holds NaN"):
+        one_epoch(batches)
+    with pytest.raises(FloatingPointError, match=r"epoch 1, step 3: its batch holds NaN"):
+        one_epoch(batches, accumulate=2)
+
+
+def test_weights_that_are_not_finite_are_noticed_when_losses_are_not():
+    model = network()
+
+    def after_step(model, step):
+        if step == 4:  # the last step: no loss comes after it
+            with torch.no_grad():
+                model[7].weight[0, 0] = math.inf
+
+    with pytest.raises(FloatingPointError, match=r"weights are NaN .* epoch 1, step 4"):
+        one_epoch(data.batches(examples(), 10), model=model, after_step=after_step)
+
+
+# Ctrl-C
+
+
+def test_ctrl_c_waits_for_the_end_of_a_step():
+    before = signal.getsignal(signal.SIGINT)
+    model, steps = network(), []
+
+    def objective(model, batch):
+        if len(steps) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return cross_entropy(model, batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        one_epoch(data.batches(examples(), 10), objective, after_step=lambda m, s: steps.append(s))
+    assert steps == [1, 2, 3]
+    assert signal.getsignal(signal.SIGINT) is before
+    assert model is not None
+
+
+def test_a_second_ctrl_c_acts_at_once():
+    reached = []
+
+    def objective(model, batch):
+        signal.raise_signal(signal.SIGINT)
+        reached.append("after the first")
+        signal.raise_signal(signal.SIGINT)
+        reached.append("after the second")
+        return cross_entropy(model, batch)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        one_epoch(data.batches(examples(), 10), objective)
+    assert reached == ["after the first"]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+# What is shown
+
+
+def test_a_log_shows_no_bar_and_a_person_one(capsys):
+    one_epoch(data.batches(examples(), 10))
+    assert capsys.readouterr() == ("", "")
+    one_epoch(data.batches(examples(), 10), progress=True)
+    assert "4/4" in capsys.readouterr().err
+
+
+def test_tensorboard_gets_each_step(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(tmp_path)) as writer:
+        history = one_epoch(data.batches(examples(), 10), writer=writer, validate=lambda m: 0.5)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    losses = events.Scalars("loss")
+    assert [event.step for event in losses] == [1, 2, 3, 4]
+    torch.testing.assert_close([e.value for e in losses], history.losses, rtol=1e-6, atol=0)
+    assert [event.value for event in events.Scalars("validation/validation")] == [0.5]
+    assert len(events.Scalars("lr")) == 4
+
+
+def test_a_history_prints_and_draws_itself():
+    history = History([2.0, 1.0, 0.5, 0.5], [0.1] * 4, [{"top": 0.5}, {"top": 0.75}], [2, 4], 1.0)
+    assert str(history) == (
+        "epoch  steps    loss   top  rate\n"
+        "    1      2  1.5000   0.5   0.1\n"
+        "    2      4  0.5000  0.75   0.1"
+    )
+    assert "1.0" not in str(history).replace("1.00", "")  # a timing would differ from run to run
+    assert history._repr_html_().count("<tr>") == 3
+    assert history.draw().get_ylabel() == "training loss"
+
+
+# Scores
+
+
+def test_accuracy_counts_right_answers():
+    logits = torch.tensor([[0.1, 0.9], [0.8, 0.2], [0.3, 0.4]])
+    assert accuracy(logits, torch.tensor([1, 1, 1])).tolist() == [1, 0, 1]
+    pixels = torch.stack([logits, logits.flip(1)], dim=2)  # (3, 2 classes, 2 places)
+    assert accuracy(pixels, torch.tensor([[1, 1], [0, 0], [1, 0]])).tolist() == [0.5, 0.5, 1]
+    with pytest.raises(ValueError, match=r"accuracy compares .* not float32 \(3, 2\) with int64"):
+        accuracy(logits, torch.tensor([1, 1]))
+
+
+@pytest.mark.parametrize("size", [7, 512])
+def test_evaluation_is_exact_whatever_the_batches(size, device):
+    given = examples(600).to(device)
+    model = network(dropout=0.5).to(device)
+    model[1].eval()
+    modes = [module.training for module in model.modules()]
+    got = evaluate(model, given if size == 512 else data.batches(given, size))
+    assert [module.training for module in model.modules()] == modes
+    model.eval()
+    with torch.no_grad():
+        right = (model(given.inputs).argmax(1) == given.targets).sum().item()
+    assert got == pytest.approx(right / 600, abs=1e-9)
+    mean = evaluate(model, data.batches(given, size, shuffle=False), F.cross_entropy)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            mean, F.cross_entropy(model(given.inputs), given.targets).item(), rtol=1e-5, atol=1e-6
+        )
+
+
+def test_evaluation_restores_the_modes_after_an_error_too():
+    model = network()
+    with pytest.raises(RuntimeError):
+        evaluate(model, [(torch.zeros(1, 3, 6, 6), torch.zeros(1).long())])
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ([], "no example"),
+        ([torch.zeros(2, 1, 6, 6)], "pair"),
+        ([(torch.zeros(2, 1, 6, 6, dtype=torch.uint8), torch.zeros(2))], "standardise"),
+    ],
+)
+def test_evaluation_refuses_what_it_cannot_score(given, words):
+    with pytest.raises(ValueError, match=words):
+        evaluate(network(), given)
