@@ -12,6 +12,7 @@ executes the chapter again.
 from __future__ import annotations
 
 import argparse
+import base64
 import hashlib
 import json
 import os
@@ -219,6 +220,14 @@ def write(notebook: nbformat.NotebookNode, path: Path) -> None:
     os.replace(file.name, path)
 
 
+def export(notebook: nbformat.NotebookNode) -> None:
+    """Write the figure of each cell that names a `file` (below `book/`): the README shows one."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []) if "file" in cell.metadata else []:
+            if png := output.get("data", {}).get("image/png"):
+                (ROOT / "book" / cell.metadata["file"]).write_bytes(base64.b64decode(png))
+
+
 def make(source: Path, force: bool) -> str:
     """Bring one notebook into step; say what was done."""
     target = NOTEBOOKS / f"{source.stem}.ipynb"
@@ -233,6 +242,7 @@ def make(source: Path, force: bool) -> str:
     execute(new, lines, source)
     tidy(new, lines, source)
     write(new, target)
+    export(new)
     return f"executed in {time.monotonic() - began:.0f} s"
 
 
