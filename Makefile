@@ -20,7 +20,7 @@ book: $(PAGES)  ## Build the book (sets up .venv first) and say where to open it
 
 test: check  ## Check everything that the book says: about 20 minutes on 2 cores
 	$(PY) book/notebooks.py --check
-	$(PY) -m pytest tests structopt -n 2 --dist loadscope -m "not pages and not browser"
+	$(PY) -m pytest tests structopt README.md -n 2 --dist loadscope -m "not pages and not browser"
 	$(PY) -m pytest --nbval --nbval-current-env --nbval-sanitize-with book/nbval.cfg \
 	  --nbval-cell-timeout 300 -n 2 --dist loadscope book/chapters
 	$(MAKE) book
