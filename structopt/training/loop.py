@@ -133,12 +133,12 @@ def step(run: Run, group: Group) -> None:
         nn.utils.clip_grad_norm_(run.parameters, run.clip)
     run.scaler.step(run.optimizer)
     run.scaler.update()
-    if run.average:
-        run.average.update()
     run.batch += len(group)
     run.record(losses[0] if len(losses) == 1 else torch.stack(losses).sum(), factor)
     if run.after_step:
         run.after_step(run.model, run.steps)
+    if run.average:
+        run.average.update()
 
 
 def _bar(run: Run, progress: bool | None) -> Any:

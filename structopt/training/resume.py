@@ -13,6 +13,8 @@ from structopt.training import plain, randomness
 from structopt.training.run import Run
 
 KIND = "structopt.training 1"
+PARTS = {"settings", "place", "generators", "model", "others", "optimizer", "scaler", "average"}
+PARTS |= {"helpers", "history"}
 
 
 class Checkpoint:
@@ -69,7 +71,9 @@ class Checkpoint:
         tensors, notes = files.load_tensors(self.path)
         if notes.get("kind") != KIND:
             raise ValueError(f"{self.path} is not a checkpoint that train() wrote ({KIND})")
-        tree, run = plain.restore(notes["outline"], tensors), self.run
+        tree, run = plain.restore(notes.get("outline"), tensors), self.run
+        if not isinstance(tree, dict) or PARTS - tree.keys():
+            raise ValueError(f"{self.path} is not a training checkpoint: parts of it are missing")
         self.need_same(tree)
         run.model.load_state_dict(tree["model"])
         load_optimizer(run.optimizer, tree["optimizer"])
@@ -96,7 +100,7 @@ class Checkpoint:
         theirs, ours = tree["settings"], self.settings
         differ = [
             f"{name}: {theirs.get(name)} there, {ours.get(name)} here"
-            for name in sorted(theirs.keys() | ours.keys())
+            for name in [*ours, *(name for name in theirs if name not in ours)]
             if theirs.get(name) != ours.get(name)
         ]
         if tree["place"][0] > self.run.epochs:
