@@ -211,6 +211,20 @@ def test_inputs_stay_with_their_targets(device: torch.device) -> None:
         assert torch.equal(inputs[:, 0].long(), targets)
 
 
+def test_examples_are_moved_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    moves: list[object] = []
+
+    def to(self: Examples, device: object) -> Examples:
+        moves.append(device)
+        return self
+
+    monkeypatch.setattr(Examples, "to", to)
+    batches = data.batches(numbered(6), 2, device="cuda:1")
+    list(batches.epoch(0))
+    list(data.batches(numbered(6), 2))
+    assert moves == ["cuda:1"]
+
+
 def test_the_order_depends_on_seed_and_epoch_alone(device: torch.device) -> None:
     batches = data.batches(numbered(40), 16, seed=3, device=device)
     torch.manual_seed(99)
