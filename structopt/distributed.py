@@ -77,6 +77,13 @@ def join() -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
+def own_device() -> torch.device:
+    """The best device of this process; the CPU where its processes talk over gloo."""
+    together = dist.is_available() and dist.is_initialized()
+    gloo = together and dist.get_backend() == "gloo"
+    return torch.device("cpu") if gloo else devices.best_device()
+
+
 def wrap(model: nn.Module, *, unused_parameters: bool = False) -> nn.Module:
     """``model`` in ``DistributedDataParallel``, or itself where there is one process.
 

@@ -79,7 +79,7 @@ def train(
     >>> history.losses[-1] < history.losses[0]
     True
     """
-    device = torch.device(device) if device else devices.best_device()
+    device = torch.device(device) if device else distributed.own_device()
     if autocast == "auto":
         autocast = devices.autocast_dtype(device)
     if epochs < 0:
