@@ -6,9 +6,9 @@
 7840
 """
 
-from structopt.measure.compare import compare, pareto
-from structopt.measure.cost import Cost, cost
-from structopt.measure.energy import energy, energy_source
+from structopt.measure.comparison import compare, pareto
+from structopt.measure.costs import Cost, cost
+from structopt.measure.counters import energy, energy_source
 from structopt.measure.layers import per_layer
 from structopt.measure.resources import file_bytes, peak_memory
 from structopt.measure.table import Measured, Table

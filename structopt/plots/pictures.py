@@ -141,7 +141,7 @@ def pattern(mask: Tensor, axes: Axes | None = None) -> Axes:
         axes: where to draw; a new figure by default.
 
     Example:
-        >>> pattern(torch.eye(3, dtype=torch.bool)).get_title()
+        >>> pattern(torch.eye(3, dtype=torch.bool)).get_title(loc="left")
         '67 % removed'
     """
     from matplotlib.colors import ListedColormap
@@ -150,6 +150,6 @@ def pattern(mask: Tensor, axes: Axes | None = None) -> Axes:
     flat = mask.detach().bool().cpu().reshape(mask.shape[0] if mask.ndim else 1, -1)
     colours = ListedColormap(["#e6e6df", COLOURS["pruned"]])
     axes.imshow(flat.numpy(), cmap=colours, vmin=0, vmax=1, interpolation="nearest", aspect="auto")
-    axes.set_title(f"{100 * (1 - flat.float().mean().item()):.0f} % removed")
+    axes.set_title(f"{100 * (1 - flat.float().mean().item()):.0f} % removed", loc="left")
     axes.grid(visible=False)
     return axes

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from structopt.measure.cost import Cost, cost
+from structopt.measure.costs import Cost, cost
 from structopt.measure.resources import file_bytes, peak_memory
 from structopt.measure.running import Example, call, undisturbed, with_batch
 from structopt.measure.table import Measured, Table
@@ -55,8 +55,8 @@ def compare(
         >>> print(compare(nets, torch.zeros(1, 64), rounds=0))
         model   parameters   MACs  file (KB)  memory (KB)
         ------  ----------  -----  ---------  -----------
-        wide         4,160  4,096      16.81        24.83
-        narrow       1,040  1,024       4.33         6.21
+        wide         4,160  4,096      16.89        24.83
+        narrow       1,040  1,024       4.40         6.21
     """
     seeds = {n: list(m) if isinstance(m, Sequence) else [m] for n, m in models.items()}
     if not seeds or not all(seeds.values()) or batch < 1:
