@@ -45,6 +45,7 @@ COMBINATIONS = [
     {"optimizer": "descent", "batches": "loader"},
     {"optimizer": "adam", "batches": "generator", "parts": "accumulate hint"},
     {"optimizer": "adam", "parts": "half"},
+    {"optimizer": "sgd", "parts": "outside"},
 ]
 
 

@@ -90,10 +90,16 @@ def optimizer_of(kind, parameters):
 def run(seed=0, *, batches="batches", optimizer="adam", parts="", stop=None, device="cpu", **rest):
     """Train from scratch as a script would; ``stop(step)`` is called after each step."""
     devices.seed_everything(seed)
-    model, objective = network(), Hinted() if "hint" in parts else supervised()
+    model, objective, hinted = network(), supervised(), Hinted()
     parameters = [*model.parameters()]
     if "hint" in parts:
-        parameters += [*objective.parameters()]
+        objective = hinted
+    elif "outside" in parts:  # weights that only the optimiser knows
+        objective = lambda model, batch: hinted(model, batch)  # noqa: E731
+    elif "half" in parts:  # so large that the first steps overflow, and the scale is lowered
+        objective = lambda model, batch: 64 * supervised()(model, batch)  # noqa: E731
+    if "hint" in parts or "outside" in parts:
+        parameters += [*hinted.parameters()]
     shrink = Shrink()
 
     def after_step(model, step):
