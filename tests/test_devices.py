@@ -42,14 +42,23 @@ def test_autocast_type_follows_the_gpu(
     assert devices.autocast_dtype("cuda") is torch.bfloat16
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize(
+    ("amx", "avx512_bf16", "name", "fast"),
+    [
+        (True, True, "Intel(R) Xeon(R) Platinum 8480+", True),
+        (False, True, "Intel(R) Xeon(R) Processor", False),  # half the speed of fp32
+        (False, True, "AMD EPYC 9B14", True),
+        (False, True, "AMD64 Family 25 Model 97 Stepping 2, AuthenticAMD", True),
+        (False, False, "AMD EPYC 7763 64-Core Processor", False),
+    ],
+)
 def test_autocast_type_follows_the_cpu(
-    monkeypatch: pytest.MonkeyPatch, bf16: bool, amx: bool
+    monkeypatch: pytest.MonkeyPatch, amx: bool, avx512_bf16: bool, name: str, fast: bool
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16, raising=False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
-    assert devices.autocast_dtype("cpu") is (torch.bfloat16 if bf16 or amx else None)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16, raising=False)
+    monkeypatch.setattr(devices, "_processor_name", lambda: name)
+    assert devices.autocast_dtype("cpu") is (torch.bfloat16 if fast else None)
 
 
 def test_autocast_type_where_torch_cannot_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
