@@ -167,3 +167,17 @@ def test_the_curve_draws_itself() -> None:
     assert axes.get_xscale() == "log"
     assert "learning rate" in axes.get_xlabel()
     plt.close("all")
+
+
+def test_a_loss_that_refuses_nan_ends_the_search() -> None:
+    """The losses of this package raise on a CPU where others return NaN."""
+    model = nn.Linear(1, 1)
+
+    def objective(net: nn.Module, batch: Tensor) -> Tensor:
+        if abs(net.weight.item()) > 1e3:
+            raise FloatingPointError("the prediction holds inf")
+        return (net(batch) ** 2).sum() * 1e4
+
+    before = model.weight.item()
+    assert descent.find_lr(model, [torch.ones(1, 1)], objective, descent.gradient).diverged
+    assert model.weight.item() == before

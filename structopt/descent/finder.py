@@ -126,7 +126,10 @@ def _search(
     for number, rate in enumerate(rates, start=1):
         optimizer.param_groups[0]["lr"] = rate
         optimizer.zero_grad()
-        loss = objective(model, _to(next(batches), device))
+        try:
+            loss = objective(model, _to(next(batches), device))
+        except FloatingPointError:  # so the losses of this package say it
+            break
         mean = SMOOTHING * mean + (1 - SMOOTHING) * loss.item()
         corrected = mean / (1 - SMOOTHING**number)
         if not math.isfinite(corrected) or corrected > STOP * min(losses, default=corrected):

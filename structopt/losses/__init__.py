@@ -5,9 +5,9 @@ are computed *and returned* in float32, as torch does under autocast: a squared 
 not fit into float16. Gradients reach the inputs in the inputs' own type.
 
 Types and shapes are always checked. Values are looked at only where looking is free: on a CPU a
-label out of range or a NaN raises ``ValueError``. On an accelerator looking would make the device
-wait at every step, so there the loss is NaN, with a zero gradient for labels out of range (no
-device-side assert kills the process), and a training loop that watches its losses stops on it.
+label out of range raises ``ValueError``, a NaN ``FloatingPointError``. On an accelerator looking
+would make the device wait at every step, so there the loss is NaN, with a zero gradient for labels
+out of range (no device-side assert kills the process); a loop that watches its losses stops.
 """
 
 from structopt.losses.calibration import expected_calibration_error

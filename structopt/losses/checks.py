@@ -100,9 +100,11 @@ def seen(loss: Tensor, prediction: Tensor, target: Tensor) -> Tensor:
     for name, x in (("prediction", prediction), ("target", target)):
         if count := int(x.isnan().sum()):
             remedy = "look for a step too large, a log of 0, or a gap in the data"
-            raise ValueError(f"the {name} holds {count} NaN of {x.numel()} numbers: {remedy}")
+            raise FloatingPointError(
+                f"the {name} holds {count} NaN of {x.numel()} numbers: {remedy}"
+            )
     if prediction.isinf().any():
-        raise ValueError(
+        raise FloatingPointError(
             "the loss is NaN, since the prediction holds inf: it overflowed, or a mask hides all"
         )
     raise ValueError("no target counts (ignore_index, weight 0): drop this batch or sum instead")

@@ -44,8 +44,9 @@ def cross_entropy(
 
     Raises:
         ValueError: shapes that do not fit, an integer prediction, an empty batch; on a CPU also a
-            label out of range, a NaN, and the mean of a batch in which no target counts (NaN on
-            an accelerator; its sum is 0 everywhere). Whether probabilities add up is not checked.
+            label out of range, and the mean of a batch in which no target counts (NaN on an
+            accelerator; its sum is 0 everywhere). Whether probabilities add up is not checked.
+        FloatingPointError: NaN (on a CPU).
 
     Example:
         >>> import torch

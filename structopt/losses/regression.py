@@ -20,7 +20,8 @@ def mse(prediction: Tensor, target: Tensor, *, reduction: Reduction = "mean") ->
         reduction: "mean" or "sum" over everything, or "none".
 
     Raises:
-        ValueError: shapes that differ, an integer prediction, an empty batch, a NaN (on a CPU).
+        ValueError: shapes that differ, an integer prediction, an empty batch.
+        FloatingPointError: NaN (on a CPU).
 
     Example:
         >>> import torch
