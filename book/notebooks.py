@@ -87,6 +87,7 @@ def draft(source: Path) -> tuple[nbformat.NotebookNode, list[int]]:
         raise Broken(f"{source.name} has no {{code-cell}}: a page without code belongs in the book")
     setup = nbformat.v4.new_code_cell(SETUP.format(address=address()))
     setup.metadata["tags"] = ["hide-cell"]
+    setup.metadata["mystnb"] = {"code_prompt_show": "Install the package, if it is missing"}
     notebook.cells.insert(first, setup)
     lines.insert(first, lines[first])
     taken: dict[str, int] = {}
