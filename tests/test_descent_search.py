@@ -107,6 +107,7 @@ def test_the_finder_leaves_no_trace(explode: bool, device: torch.device) -> None
         curve = descent.find_lr(model, some_batches(), sometimes)
         assert curve.diverged
         assert len(curve.lrs) == len(curve.losses) > 20
+        assert max(curve.losses[20:]) < 4 * min(curve.losses)  # where the search gives up
     after = everything(model)
     assert len(before) == len(after)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
