@@ -67,7 +67,8 @@ def test_autocast_type_where_torch_cannot_be_asked(monkeypatch: pytest.MonkeyPat
     assert devices.autocast_dtype("cpu") is None
 
 
-def test_autocast_type_of_other_devices() -> None:
+def test_autocast_type_of_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "_cpu_multiplies_bf16", lambda: True)
     assert devices.autocast_dtype("mps") is torch.float16
     assert devices.autocast_dtype("meta") is None
 
