@@ -19,6 +19,12 @@ RULES = [
     (re.compile(r"\s*<(?:script|link)[^>]*sphinx-thebe\.[^>]*>(?:</script>)?"), ""),
     # The name that is read aloud has to contain the words that are seen ("Search Ctrl + K").
     (re.compile(r'(<button class="[^"]*search-button__button"[^>]*?) aria-label="Search"'), r"\1"),
+    (re.compile(r'<summary aria-label="Toggle hidden content">'), "<summary>"),
+    # The arrow beside a chapter that has pages of its own has no words at all.
+    (
+        re.compile(r'<summary>(?=\s*<span class="toctree-toggle")'),
+        '<summary aria-label="Show or hide the pages below">',
+    ),
     # An entry is an item of the list around it.
     (re.compile(r'role="doc-biblioentry"'), 'role="listitem"'),
 ]
