@@ -16,9 +16,8 @@ from torch.nn.parallel import DistributedDataParallel as Parallel
 from structopt import distributed
 from structopt.training import randomness
 from structopt.training.averaging import Average
-from structopt.training.feeding import Feed, Group, move, not_finite
+from structopt.training.feeding import Feed, Group, move, not_finite, wants_channels_last
 from structopt.training.history import History, Validation
-from structopt.training.layout import lay_like_parameters, wants_channels_last
 from structopt.training.objectives import Objective, describe
 
 FETCH_STEPS, FETCH_SECONDS = 50, 0.5  # reading a loss waits for the device: do it seldom
@@ -222,3 +221,16 @@ def wrap(model: nn.Module, objective: Objective, parameters: list[Tensor]) -> nn
             "their gradients would not be averaged; make the objective an nn.Module that owns them"
         )
     return whole
+
+
+def lay_like_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Give each state tensor its parameter's strides and device.
+
+    Fused kernels walk raw memory side by side, and would mix up the entries of a channels-last
+    parameter and a moment in plain order, without a word.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.ndim and value.shape == parameter.shape:
+                like = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
+                state[name] = like.copy_(value)
