@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from structopt import measure
+from structopt.measure import flops
 
 
 def macs(model, *example, **options):
@@ -83,6 +84,11 @@ def test_recurrent_layers_use_each_matrix_once_a_step(device, kind, gates, direc
     assert macs(layer, torch.zeros(3, 5, 8, device=device)) == by_hand
 
 
+def test_fused_recurrent_layers_count_their_matrices_not_their_biases():
+    weights = [(24, 8), (24, 6), (24,), (24,)]  # as CUDA's kernel gets them
+    assert flops._recurrent((5, 3, 8), weights) == 2 * 5 * 3 * 24 * (8 + 6)
+
+
 def test_macs_are_for_one_example(device):
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 10)).to(device)
     one, many = (measure.cost(model, torch.zeros(n, 1, 8, 8, device=device)) for n in (1, 7))
@@ -117,7 +123,7 @@ def test_parameters_are_counted_once_and_bytes_follow_the_type(device):
     tied = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)).to(device)
     tied[1].weight = tied[0].weight
     found = measure.cost(tied, torch.zeros(1, 4, device=device))
-    assert (found.parameters, found.bytes, found.macs) == (16, 64, 32)
+    assert (found.parameters, found.nonzeros, found.bytes, found.macs) == (16, 16, 64, 32)
     half = measure.cost(nn.Linear(4, 4).bfloat16(), torch.zeros(1, 4, dtype=torch.bfloat16))
     assert half.bytes == 2 * 20
 
