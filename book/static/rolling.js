@@ -10,24 +10,26 @@
   const slope = ([x, y]) => [FLAT * x, STEEP * y];
 
   // Each rule: from the gradient and its own memory to a direction. Limits of the slider: powers of 10.
+  const each = (make) => () => { const parts = [make(), make()]; return (g) => g.map((gi, i) => parts[i](gi)); };
   const RULES = {
-    gradient: { from: -1.5, to: 0.4, start: 0.25, make: () => (g) => g },
-    momentum: { from: -1.5, to: 0.6, start: 0, make: () => {
-      const v = [0, 0];
-      return (g) => v.map((_, i) => (v[i] = 0.6 * v[i] + g[i]));
-    } },
-    Adam: { from: -1.5, to: 0.6, start: 0, make: () => {
-      const m = [0, 0], s = [0, 0];
-      let t = 0;
-      return (g) => {
-        t += 1;
-        return g.map((gi, i) => {
-          m[i] = 0.9 * m[i] + 0.1 * gi;
-          s[i] = 0.999 * s[i] + 0.001 * gi * gi;
-          return m[i] / (1 - 0.9 ** t) / (Math.sqrt(s[i] / (1 - 0.999 ** t)) + 1e-8);
-        });
-      };
-    } },
+    "gradient descent": { from: -1.5, to: 0.4, start: 0.25, make: each(() => (g) => g) },
+    momentum: { from: -1.5, to: 0.6, start: 0, make: each((v = 0) => (g) => (v = 0.6 * v + g)) },
+    Nesterov: { from: -1.5, to: 0.6, start: 0, make: each((v = 0) => (g) => g + 0.6 * (v = 0.6 * v + g)) },
+    RMSProp: { from: -2, to: 0.3, start: -0.6, make: each((s = 0) => (g) => {
+      s = 0.9 * s + 0.1 * g * g;
+      return g / (Math.sqrt(s) + 1e-8);
+    }) },
+    Adam: { from: -1.5, to: 0.6, start: 0, make: each((m = 0, s = 0, t = 0) => (g) => {
+      t += 1;
+      m = 0.9 * m + 0.1 * g;
+      s = 0.999 * s + 0.001 * g * g;
+      return m / (1 - 0.9 ** t) / (Math.sqrt(s / (1 - 0.999 ** t)) + 1e-8);
+    }) },
+    Lion: { from: -2, to: 0.3, start: -0.5, make: each((m = 0) => (g) => {
+      const d = Math.sign(0.9 * m + 0.1 * g);
+      m = 0.99 * m + 0.01 * g;
+      return d;
+    }) },
   };
 
   function walk(rule, rate) {
@@ -48,13 +50,14 @@
 #rolling { --ro-line: #2f5fe0; --ro-faint: #767676; margin: 1.5rem 0; }
 html[data-theme="dark"] #rolling { --ro-line: #8fb0ff; --ro-faint: #a3a3a3; }
 #rolling svg { width: 100%; height: auto; border: 1px solid var(--ro-faint); border-radius: 0.4rem; }
-#rolling .ro-ring { fill: none; stroke: var(--ro-faint); stroke-width: 1; opacity: 0.6; }
+#rolling .ro-ring { fill: currentColor; fill-opacity: 0.03; stroke: var(--ro-faint); stroke-width: 1; stroke-opacity: 0.6; }
 #rolling .ro-path { fill: none; stroke: var(--ro-line); stroke-width: 2; }
 #rolling .ro-dot { fill: var(--ro-line); }
 #rolling .ro-start { fill: none; stroke: var(--ro-line); stroke-width: 2; }
 #rolling .ro-low { stroke: currentColor; stroke-width: 2; }
 #rolling .ro-row { display: flex; flex-wrap: wrap; gap: 0.5rem 1.5rem; align-items: end; margin-top: 0.5rem; }
-#rolling label { flex: 1 1 14rem; }
+#rolling label { flex: 1 1 14rem; max-width: 26rem; }
+#rolling label:has(select) { flex: 0 1 auto; }
 #rolling input { width: 100%; accent-color: var(--ro-line); }
 #rolling select { font: inherit; color: inherit; background: transparent; border: 1px solid var(--ro-faint);
   border-radius: 0.4rem; padding: 0.15rem 0.4rem; }
