@@ -1,0 +1,248 @@
+"""Networks whose structure was changed, saved without pickle and loaded into their own class.
+
+The file (safetensors) holds every tensor, and for every module its class and the plain numbers and
+words that it keeps: ``out_channels``, ``num_heads``, ``normalized_shape``, a model's own sizes.
+Loaded into a fresh model of the original class, widths, missing biases and ties become those of
+the saved one; layers that became another torch layer (a norm folded into ``Identity``, a ``Linear``
+factorised into a ``Sequential``) are built anew. Code never travels: hooks and functions are those
+of the fresh model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from structopt import files
+
+__all__ = ["load", "save"]
+
+KIND = "structopt.network 1"
+INTERNAL = frozenset(vars(nn.Module()))  # what every module keeps, such as `training`
+
+# Where a module keeps tensors: its parameters, its buffers, and attributes that are neither.
+KINDS: dict[str, Callable[[nn.Module], dict[str, Any]]] = {
+    "parameters": lambda module: module._parameters,
+    "buffers": lambda module: module._buffers,
+    "tensors": lambda module: {k: v for k, v in vars(module).items() if isinstance(v, Tensor)},
+}
+
+# Layers that the file alone describes fully, by their plain attributes and tensors: what folding,
+# removal, factorisation and a change of units put in the place of the layers of the original class.
+BUILDABLE: dict[str, type[nn.Module]] = {
+    layer.__name__: layer
+    for layer in (
+        nn.Identity, nn.Sequential, nn.Flatten, nn.Dropout, nn.Linear, nn.Embedding,
+        nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d,
+        nn.GroupNorm, nn.LayerNorm, nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.LeakyReLU,
+        nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.ChannelShuffle,
+    )
+}  # fmt: skip
+
+
+def save(model: nn.Module, path: str | Path) -> None:
+    """Write ``model`` to one file, atomically and without pickle.
+
+    Tensors that are tied are stored once. Buffers that a ``state_dict`` leaves out (rotary
+    frequencies, masks) are stored too, since a change of structure may have changed them.
+
+    Raises ``ValueError`` for tensors without data (``meta``, lazy layers) and for modules with an
+    extra state of their own, ``OSError`` for a disk that is full or read-only.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "narrow.safetensors"
+    >>> save(nn.Sequential(nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 1)), path)
+    >>> load(path, into=nn.Sequential(nn.Linear(4, 9), nn.ReLU(), nn.Linear(9, 1)))[0]
+    Linear(in_features=4, out_features=2, bias=True)
+    """
+    tensors: dict[str, Tensor] = {}
+    names: dict[int, str] = {}  # each tensor object's first name
+    structure: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise ValueError(f"{name or 'the model'} has an extra state, which needs pickle")
+        kept = {key: value for key, value in vars(module).items() if key not in INTERNAL}
+        attributes = {key: _packed(value) for key, value in kept.items() if _is_plain(value)}
+        record: dict[str, Any] = {"class": type(module).__name__, "attributes": attributes}
+        for kind, slots in KINDS.items():
+            record[kind] = dict.fromkeys(slots(module))
+            for key, tensor in slots(module).items():
+                if tensor is None:
+                    continue
+                where = f"{name}.{key}".lstrip(".")
+                if is_lazy(tensor):
+                    raise ValueError(f"{where} has no shape yet: run the model once, then save it")
+                first = names.setdefault(id(tensor), where)
+                if first == where:
+                    tensors[where] = tensor
+                record[kind][key] = [first, tensor.requires_grad and kind == "parameters"]
+        structure[name] = record
+    files.save_tensors(path, tensors, {"kind": KIND, "structure": structure})
+
+
+def load(path: str | Path, into: nn.Module) -> nn.Module:
+    """Make ``into``, a fresh model of the original class, the network that was saved; return it.
+
+    Changed in place, to the bit: tensors, sizes, ties, ``requires_grad``. Each tensor goes to the
+    device of the one it replaces (from ``meta`` to the CPU); the training mode stays.
+
+    Raises ``ValueError`` naming every mismatch (a module that one of the two lacks, a class that
+    cannot be built from plain numbers, a tensor of other dimensions), and for files that are
+    truncated, corrupt or hostile. The model is then as it was.
+    """
+    tensors, notes = files.load_tensors(path)
+    if notes.get("kind") != KIND:
+        raise ValueError(f"{path} is not a network that checkpoint.save wrote ({KIND})")
+    try:
+        plan = _Plan(notes["structure"], tensors, into)
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path} describes no network: {error!r}") from error
+    if plan.problems:
+        shown = "; ".join(plan.problems[:5])
+        more = f"; and {len(plan.problems) - 5} more" if len(plan.problems) > 5 else ""
+        raise ValueError(
+            f"{path} does not fit this {type(into).__name__}: {shown}{more}. Load it into a fresh "
+            "model of the class that it was made from"
+        )
+    plan.apply()
+    return into
+
+
+class _Plan:
+    """What loading would change, and every reason why it cannot; nothing is touched before."""
+
+    def __init__(self, structure: dict[str, Any], tensors: dict[str, Tensor], into: nn.Module):
+        self.into, self.tensors, self.problems = into, tensors, list[str]()
+        self.modules: dict[str, nn.Module] = dict(into.named_modules())
+        self.replaced: dict[str, nn.Module] = {}  # name -> the layer that is built for it
+        self.attributes: list[tuple[nn.Module, str, Any]] = []
+        self.slots: list[tuple[nn.Module, str, str, Any]] = []
+        devices = {t.device for t in (*into.parameters(), *into.buffers())} - {torch.device("meta")}
+        self.device = devices.pop() if len(devices) == 1 else torch.device("cpu")
+        for name, record in structure.items():
+            self._module(name, record)
+        for name, module in self.modules.items():
+            if name not in structure and not self._is_replaced(name):
+                self.problems.append(f"the file has no {name} ({type(module).__name__})")
+
+    def _is_replaced(self, name: str) -> bool:
+        """Whether a layer above ``name`` is built anew."""
+        parts = name.split(".")
+        return any(".".join(parts[:end]) in self.replaced for end in range(1, len(parts)))
+
+    def _module(self, name: str, record: dict[str, Any]) -> None:
+        below = self._is_replaced(name)
+        module = None if below else self.modules.get(name)
+        kind, key = str(record["class"]), name.rpartition(".")[2]
+        if module is None and not below:
+            self.problems.append(f"this model has no {name} ({kind})")
+        elif module is not None and type(module).__name__ == kind:
+            self._attributes(name, module, record)
+            self._tensors(name, module, record)
+        elif kind not in BUILDABLE or not name or not (key.isidentifier() or key.isdigit()):
+            here = type(module).__name__ if module else "nothing"
+            self.problems.append(f"{name or 'the model'} is {kind} there, {here} here")
+        else:
+            self.replaced[name] = self._built(name, record)
+            self._tensors(name, self.replaced[name], record)
+
+    def _built(self, name: str, record: dict[str, Any]) -> nn.Module:
+        """A torch layer from its plain attributes: no constructor has to guess its arguments."""
+        layer = BUILDABLE[record["class"]]
+        module = layer.__new__(layer)
+        nn.Module.__init__(module)
+        for key, value in record["attributes"].items():
+            if key in INTERNAL or hasattr(layer, key):
+                self.problems.append(f"{name}.{key} is no attribute of {layer.__name__}")
+            vars(module)[key] = _unpacked(value)
+        for key in record["parameters"]:
+            module.register_parameter(key, None)
+        for key in record["buffers"]:
+            module.register_buffer(key, None)
+        return module
+
+    def _attributes(self, name: str, module: nn.Module, record: dict[str, Any]) -> None:
+        for key, packed in record["attributes"].items():
+            # An attribute that the class does not set (a size noted in forward) is not its state.
+            if key in vars(module) and key not in INTERNAL and _is_plain(vars(module)[key]):
+                self.attributes.append((module, key, _unpacked(packed)))
+
+    def _tensors(self, name: str, module: nn.Module, record: dict[str, Any]) -> None:
+        for kind, slots in KINDS.items():
+            own = slots(module)
+            for key in own.keys() ^ record[kind].keys():
+                where, side = f"{name}.{key}".lstrip("."), "file" if key in own else "model"
+                self.problems.append(f"the {side} has no {where} among its {kind}")
+            for key, value in record[kind].items():
+                self.slots.append((module, kind, key, value))
+                if value is None:
+                    continue
+                tensor, old = self.tensors[value[0]], own.get(key)
+                where = f"{name}.{key}".lstrip(".")
+                if old is not None and old.ndim != tensor.ndim:
+                    shapes = f"{tuple(tensor.shape)} there, {tuple(old.shape)} here"
+                    self.problems.append(f"{where} has shape {shapes}")
+                if value[1] and not (tensor.is_floating_point() or tensor.is_complex()):
+                    self.problems.append(f"{where} is {tensor.dtype}, which has no gradient")
+
+    def apply(self) -> None:
+        for name, layer in self.replaced.items():
+            self._put(name, layer)
+        for module, key, value in self.attributes:
+            setattr(module, key, value)
+        placed: dict[tuple[str, str, torch.device], Tensor] = {}
+        for module, kind, key, value in self.slots:
+            if value is None:
+                setattr(module, key, None)
+                continue
+            old = KINDS[kind](module).get(key)
+            device = self.device if old is None or old.is_meta else old.device
+            place = (value[0], kind, device)
+            if place not in placed:  # names that are tied get one object
+                tensor = self.tensors[value[0]].to(device)
+                parameter = kind == "parameters"
+                placed[place] = nn.Parameter(tensor, bool(value[1])) if parameter else tensor
+            setattr(module, key, placed[place])
+        for module in self.into.modules():
+            if isinstance(module, nn.RNNBase):
+                module.flatten_parameters()
+
+    def _put(self, name: str, layer: nn.Module) -> None:
+        parent, _, key = name.rpartition(".")
+        if (old := self.modules.get(name)) is None:
+            self.into.get_submodule(parent).add_module(key, layer)
+            return
+        for module in list(self.into.modules()):  # wherever the old one stands
+            for child in [k for k, v in module._modules.items() if v is old]:
+                module._modules[child] = layer
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(type(key) is str and _is_plain(item) for key, item in value.items())
+    if type(value) in (tuple, list, torch.Size):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)
+
+
+def _packed(value: Any) -> Any:
+    """JSON has no tuples, so containers say what they are."""
+    if isinstance(value, dict):
+        return {"dict": {key: _packed(item) for key, item in value.items()}}
+    if isinstance(value, (tuple, list)):
+        return {type(value).__name__: [_packed(item) for item in value]}
+    return value
+
+
+def _unpacked(packed: Any) -> Any:
+    if not isinstance(packed, dict):
+        return packed
+    ((kind, items),) = packed.items()
+    if kind == "dict":
+        return {str(key): _unpacked(item) for key, item in items.items()}
+    return {"tuple": tuple, "list": list, "Size": torch.Size}[kind](map(_unpacked, items))

@@ -1,0 +1,411 @@
+"""A network of changed structure comes back into its own class, to the bit, or not at all."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from structopt import checkpoint, files
+
+
+class Attention(nn.Module):
+    """Fused queries, keys and values; sizes kept by the module's own Python."""
+
+    def __init__(self, width, heads, head):
+        super().__init__()
+        self.num_heads, self.scale, self.split = heads, head**-0.5, (heads, head)
+        self.qkv = nn.Linear(width, 3 * heads * head, bias=False)
+        self.out = nn.Linear(heads * head, width)
+        self.register_buffer("slopes", torch.arange(heads) / 7, persistent=False)
+        self.offset = torch.full((heads,), 0.1)  # a tensor that is no buffer
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, *self.split)).unbind(-3)  # (B, T, heads, head)
+        scores = torch.einsum("bthd,bshd->bhts", q, k) * self.scale
+        bias = (self.slopes + self.offset.to(x.device))[:, None, None]
+        mixed = torch.einsum("bhts,bshd->bthd", (scores + bias * scores).softmax(-1), v)
+        return self.out(mixed.reshape(*x.shape[:2], -1))
+
+
+class Tied(nn.Module):
+    """Reads and writes words with one table."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.table, self.out = nn.Embedding(11, width), nn.Linear(width, 11, bias=False)
+        self.out.weight = self.table.weight
+        self.scales = nn.ParameterList([nn.Parameter(torch.randn(width)) for _ in range(2)])
+
+    def forward(self, x):
+        words = self.table((x.flatten() * 4).abs().long() % 11)
+        return self.out(words * self.scales[0] + self.scales[1])
+
+
+class Recurrent(nn.Module):
+    def __init__(self, width, kind):
+        super().__init__()
+        self.rnn = kind(3, width, 2, batch_first=True, bidirectional=True)
+        self.out = nn.Linear(2 * width, 3)
+
+    def forward(self, x):
+        return self.out(self.rnn(x)[0])
+
+
+class MultiHead(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.read = nn.Linear(3, width)
+        self.attend = nn.MultiheadAttention(width, heads, batch_first=True)
+
+    def forward(self, x):
+        x = self.read(x)
+        return self.attend(x, x, x, need_weights=False)[0]
+
+
+def convolutions(a, b):
+    return nn.Sequential(
+        nn.Conv2d(3, 2 * a, 3, bias=b > 2), nn.BatchNorm2d(2 * a), nn.ReLU(),
+        nn.Conv2d(2 * a, 2 * a, 3, groups=2 * a, padding=1, padding_mode="reflect"),
+        nn.GroupNorm(2, 2 * a), nn.ConvTranspose2d(2 * a, b, 2, stride=2), nn.PReLU(b),
+        nn.Flatten(2), nn.LayerNorm(36), nn.Conv1d(b, b, 1),
+    )  # fmt: skip
+
+
+FAMILIES = {
+    "convolutions": (convolutions, (2, 3, 5, 5)),
+    "attention": (lambda a, b: Attention(3, a, b), (2, 4, 3)),
+    "multi-head": (lambda a, b: MultiHead(a * b, b), (2, 4, 3)),
+    "encoder": (
+        lambda a, b: nn.TransformerEncoderLayer(3, 3 if a > 2 else 1, 5 * b, batch_first=True),
+        (2, 4, 3),
+    ),
+    "lstm": (lambda a, b: Recurrent(a, nn.LSTM), (2, 4, 3)),
+    "gru": (lambda a, b: Recurrent(b, nn.GRU), (2, 4, 3)),
+    "tied": (lambda a, b: Tied(a), (2, 4, 3)),
+}
+
+
+def filled(model):
+    """Different numbers everywhere, statistics of norms included."""
+    with torch.no_grad():
+        for tensor in {id(t): t for t in (*model.parameters(), *model.buffers())}.values():
+            if tensor.is_floating_point():
+                tensor.copy_(torch.rand_like(tensor) + 0.1)
+    return model
+
+
+def assert_same_network(a, b):
+    left, right = a.state_dict(), b.state_dict()
+    assert list(left) == list(right)
+    for name in left:
+        assert left[name].dtype == right[name].dtype
+        assert torch.equal(left[name], right[name]), name
+    flags = [[p.requires_grad for p in model.parameters()] for model in (a, b)]
+    assert flags[0] == flags[1]
+    assert str(a) == str(b)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(sizes=st.tuples(*[st.integers(1, 4)] * 4), mode=st.booleans())
+def test_a_fresh_model_takes_the_sizes_of_the_saved_one(tmp_path_factory, family, sizes, mode):
+    build, shape = FAMILIES[family]
+    path = tmp_path_factory.mktemp("network") / "x"
+    saved, fresh = filled(build(*sizes[:2])), build(*sizes[2:]).train(mode)
+    next(saved.parameters()).requires_grad_(False)
+    checkpoint.save(saved, path)
+    modes = [module.training for module in fresh.modules()]
+    assert checkpoint.load(path, into=fresh) is fresh
+    assert_same_network(saved, fresh)
+    assert [module.training for module in fresh.modules()] == modes
+    x = torch.randn(shape)
+    assert torch.equal(saved.eval()(x), fresh.eval()(x))
+    assert len(list(fresh.parameters())) == len(list(saved.parameters()))  # tied as before
+
+
+def test_what_was_loaded_trains_copies_and_is_saved_again(tmp_path, device):
+    saved = filled(convolutions(1, 2)).to(device)
+    hooked, fresh = [], convolutions(3, 4).to(device)
+    fresh[0].register_forward_hook(lambda *given: hooked.append(1))
+    checkpoint.save(saved, tmp_path / "x")
+    checkpoint.load(tmp_path / "x", into=fresh)
+    assert {p.device.type for p in fresh.parameters()} == {device.type}
+    assert all(p.is_leaf for p in fresh.parameters())
+    x = torch.randn(2, 3, 5, 5, device=device)
+    for model in (saved, fresh):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model.train()(x).square().mean().backward()
+        optimizer.step()
+    assert_same_network(saved, copy.deepcopy(fresh))
+    assert hooked
+    checkpoint.save(fresh, tmp_path / "y")
+    assert_same_network(fresh, checkpoint.load(tmp_path / "y", into=convolutions(1, 1).to(device)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_types_and_tensors_without_memory(tmp_path, dtype):
+    saved = filled(Tied(3)).to(dtype)
+    checkpoint.save(saved, tmp_path / "x")
+    with torch.device("meta"):
+        fresh = Tied(5)
+    checkpoint.load(tmp_path / "x", into=fresh)
+    assert_same_network(saved, fresh)
+    assert fresh.out.weight is fresh.table.weight
+    with pytest.raises(ValueError, match="meta"):
+        checkpoint.save(nn.Linear(2, 2, device="meta"), tmp_path / "y")
+
+
+def test_the_file_holds_each_weight_once(tmp_path):
+    model = Tied(1000)
+    checkpoint.save(model, tmp_path / "x")
+    size = sum(p.numel() * 4 for p in model.parameters())
+    assert size < (tmp_path / "x").stat().st_size < size + 5000
+
+
+# Structure that became another
+
+
+def block():
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 6)
+    )
+
+
+def folded(model):
+    model.eval()
+    model[0] = nn.utils.fuse_conv_bn_eval(model[0], model[1])
+    model[1] = nn.Identity()
+
+
+def factorised(model):
+    model[4] = nn.Sequential(nn.Linear(36, 2, bias=False), nn.Linear(2, 6))
+
+
+def other_units(model):
+    model[2] = nn.Hardtanh(-0.5, 0.5)
+    model[0] = nn.Sequential(nn.Conv2d(3, 3, 3, groups=3), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+
+
+@pytest.mark.parametrize("change", [folded, factorised, other_units])
+def test_layers_that_became_others_are_built_anew(tmp_path, change, device):
+    saved = filled(block())
+    change(saved)
+    saved.to(device).eval()
+    checkpoint.save(saved, tmp_path / "x")
+    fresh = checkpoint.load(tmp_path / "x", into=block().to(device)).eval()
+    assert_same_network(saved, fresh)
+    x = torch.randn(2, 3, 5, 5, device=device)
+    assert torch.equal(saved(x), fresh(x))
+    fresh.train()(x).sum().backward()
+
+
+def test_a_layer_that_stands_twice_is_replaced_twice(tmp_path):
+    def twice():
+        layer = nn.Linear(4, 4)
+        return nn.Sequential(layer, nn.ReLU(), layer)
+
+    saved = twice()
+    saved[0] = saved[2] = nn.Sequential(nn.Linear(4, 1), nn.Linear(1, 4))
+    checkpoint.save(saved, tmp_path / "x")
+    fresh = checkpoint.load(tmp_path / "x", into=twice())
+    assert fresh[0] is fresh[2]
+    x = torch.randn(3, 4)
+    assert torch.equal(saved(x), fresh(x))
+
+
+SCRIPT = """
+import sys, torch, torchvision
+from structopt import checkpoint
+model = checkpoint.load(sys.argv[1], into=torchvision.models.resnet18(num_classes=3)).eval()
+torch.manual_seed(0)
+print(model(torch.rand(2, 3, 32, 32)).double().sum().item())
+"""
+
+
+def halve(block):
+    """The inner channels of a basic block."""
+    keep = torch.arange(block.conv1.out_channels // 2)
+    for layer, key, dim in [("conv1", "weight", 0), ("bn1", "weight", 0), ("bn1", "bias", 0),
+                            ("conv2", "weight", 1)]:  # fmt: skip
+        module = getattr(block, layer)
+        setattr(module, key, nn.Parameter(getattr(module, key).index_select(dim, keep).detach()))
+    for key in ("running_mean", "running_var"):
+        setattr(block.bn1, key, getattr(block.bn1, key)[keep])
+    block.conv1.out_channels = block.bn1.num_features = block.conv2.in_channels = len(keep)
+
+
+@pytest.mark.slow
+def test_a_narrowed_network_is_loaded_in_a_fresh_process(tmp_path):
+    import torchvision
+
+    model = torchvision.models.resnet18(num_classes=3)
+    for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
+        for inner in stage:
+            halve(inner)
+    checkpoint.save(filled(model).eval(), tmp_path / "x")
+    torch.manual_seed(0)
+    want = model(torch.rand(2, 3, 32, 32)).double().sum().item()
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "x")]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert float(found) == pytest.approx(want, rel=1e-6)
+
+
+# What does not fit
+
+
+class Extra(nn.Linear):
+    def get_extra_state(self):
+        return {"a": 1}
+
+
+def without(name):
+    model = block()
+    delattr(model, name)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("saved", "fresh", "words"),
+    [
+        (block(), without("4"), r"this model has no 4 \(Linear\)"),
+        (without("4"), block(), r"the file has no 4 \(Linear\)"),
+        (Tied(3), block(), "the model is Tied there, Sequential here"),
+        (nn.Sequential(Tied(3)), nn.Sequential(nn.ReLU()), "0 is Tied there, ReLU here"),
+        (nn.Sequential(nn.Conv1d(3, 3, 1)), nn.Sequential(nn.Conv2d(3, 3, 1)), None),
+        (nn.LSTM(2, 3), nn.LSTM(2, 3, num_layers=2), "the file has no weight_ih_l1 among its para"),
+        (nn.LSTM(2, 3, bidirectional=True), nn.LSTM(2, 3), "the model has no weight_ih_l0_reverse"),
+    ],
+)  # fmt: skip
+def test_a_mismatch_is_named_and_the_model_untouched(tmp_path, saved, fresh, words):
+    fresh = copy.deepcopy(fresh)
+    before = copy.deepcopy(fresh)
+    checkpoint.save(saved, tmp_path / "x")
+    if words is None:  # another torch layer in this place is built anew
+        assert_same_network(saved, checkpoint.load(tmp_path / "x", into=fresh))
+        return
+    with pytest.raises(ValueError, match=rf"x does not fit this .*{words}.*fresh model of the cla"):
+        checkpoint.load(tmp_path / "x", into=fresh)
+    assert_same_network(before, fresh)
+
+
+def test_what_needs_pickle_or_has_no_shape_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="0 has an extra state"):
+        checkpoint.save(nn.Sequential(Extra(1, 1)), tmp_path / "x")
+    with pytest.raises(ValueError, match=r"0\.weight has no shape yet"):
+        checkpoint.save(nn.Sequential(nn.LazyLinear(2)), tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_file_is_refused(tmp_path):
+    files.save_tensors(tmp_path / "x", {"weight": torch.zeros(2, 2)}, {})
+    with pytest.raises(ValueError, match=r"not a network that checkpoint\.save wrote"):
+        checkpoint.load(tmp_path / "x", into=nn.Linear(2, 2))
+    with pytest.raises(FileNotFoundError):
+        checkpoint.load(tmp_path / "none", into=nn.Linear(2, 2))
+
+
+@given(cut=st.floats(0, 1, exclude_max=True), bit=st.integers(-1, 7))
+def test_a_truncated_or_flipped_file_loads_whole_or_not_at_all(tmp_path_factory, cut, bit):
+    path = tmp_path_factory.mktemp("network") / "x"
+    saved, fresh = filled(block()), block()
+    before = copy.deepcopy(fresh)
+    checkpoint.save(saved, path)
+    data = bytearray(path.read_bytes())
+    place = int(cut * len(data))
+    if bit < 0:
+        del data[place:]
+    else:
+        data[place] ^= 1 << bit
+    path.write_bytes(data)
+    try:
+        checkpoint.load(path, into=fresh)
+    except ValueError:
+        assert_same_network(before, fresh)
+    else:
+        assert_same_network(saved, fresh)
+
+
+EDITS = {
+    "a method hidden by a number": (
+        lambda structure, tensors: structure["1"]["attributes"].update(forward=3),
+        r"1\.forward is no attribute of Identity",
+    ),
+    "a tensor of other dimensions": (
+        lambda structure, tensors: tensors.update({"4.bias": torch.zeros(6, 1)}),
+        r"4\.bias has shape \(6, 1\) there, \(6,\) here",
+    ),
+    "integers with a gradient": (
+        lambda structure, tensors: tensors.update({"4.bias": torch.zeros(6).long()}),
+        r"4\.bias is torch\.int64, which has no gradient",
+    ),
+    "a tensor that is not there": (
+        lambda structure, tensors: tensors.pop("4.bias"),
+        r"describes no network: KeyError\('4\.bias'\)",
+    ),
+    "a layer below one that is none": (
+        lambda structure, tensors: structure.update({"9.forward": structure["1"]}),
+        r"this model has no 9\.forward",
+    ),
+    "a child named as a method": (
+        lambda structure, tensors: structure.update({"1.for ward": structure["1"]}),
+        r"1\.for ward is Identity there, nothing here",
+    ),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_forged_description_is_refused(tmp_path, edit):
+    saved, fresh = block(), block()
+    folded(saved)
+    before = copy.deepcopy(fresh)
+    checkpoint.save(saved, tmp_path / "x")
+    tensors, notes = files.load_tensors(tmp_path / "x")
+    change, words = EDITS[edit]
+    change(notes["structure"], tensors)
+    files.save_tensors(tmp_path / "x", tensors, notes)
+    with pytest.raises(ValueError, match=words):
+        checkpoint.load(tmp_path / "x", into=fresh)
+    assert_same_network(before, fresh)
+
+
+hostile = st.sampled_from(
+    [None, True, -1, 2**70, 0.5, "", "forward", "__class__", "0.weight", [], {}, [None, None],
+     {"tuple": 3}, {"list": [1], "tuple": []}, {"Size": ["x"]}, {"dict": {"a": {"evil": []}}}]
+)  # fmt: skip
+
+
+@given(choices=st.lists(st.integers(0, 10**6), min_size=2, max_size=8), value=hostile)
+def test_a_hostile_description_changes_nothing_or_runs_no_code(tmp_path_factory, choices, value):
+    """Any one place of the description is replaced, or a key renamed; the checksum is right."""
+    path = tmp_path_factory.mktemp("network") / "x"
+    saved, fresh = block(), block()
+    folded(saved)
+    before = copy.deepcopy(fresh)
+    checkpoint.save(saved, path)
+    tensors, notes = files.load_tensors(path)
+    place = notes["structure"]
+    *steps, last = choices
+    for step in steps:
+        items = list(place) if isinstance(place, dict) else range(len(place))
+        inner = place[items[step % len(items)]] if items else None
+        if not isinstance(inner, (dict, list)) or not inner:
+            break
+        place = inner
+    key = (list(place) if isinstance(place, dict) else range(len(place)))[last % len(place)]
+    if isinstance(value, str) and isinstance(place, dict) and last % 2:
+        place[value] = place.pop(key)
+    else:
+        place[key] = value
+    files.save_tensors(path, tensors, json.loads(json.dumps(notes)))
+    try:
+        checkpoint.load(path, into=fresh)
+    except ValueError:
+        assert_same_network(before, fresh)
+    assert type(fresh) is nn.Sequential
+    allowed = {*checkpoint.BUILDABLE.values(), nn.Sequential}
+    assert {type(module) for module in fresh.modules()} <= allowed
