@@ -11,17 +11,14 @@ from torch import Tensor, nn
 
 from structopt.channels import verify
 from structopt.channels.edit import Refused, build
-from structopt.channels.groups import ChannelGroup, Channels
+from structopt.channels.groups import Axes, ChannelGroup, Channels
 from structopt.channels.labels import Vector
 from structopt.channels.mirrors import Book
 from structopt.channels.probe import Probe, settle
 from structopt.channels.tracing import (
-    call,
     label_parameters,
     map_tensors,
-    plain_kernels,
     substitute,
-    tensors_of,
     to_shadow,
     trace,
 )
@@ -31,28 +28,21 @@ TOLERANCE = 1e-10
 
 def channel_groups(model: nn.Module, example: Any) -> Channels:
     """Find which channels of a model belong together, in one run."""
-    shadow, inputs = _shadow(model, example)
-    book = Book()
-    labelled = substitute(shadow, lambda t: t.clone())
-    axes = label_parameters(book, labelled)
-    shapes = trace(book, labelled, inputs)
+    try:  # no values are needed, unless the model's own control flow asks for some
+        bare, inputs = substitute(model, to_shadow).eval(), map_tensors(example, to_shadow)
+        book, axes, shapes = _traced(bare, inputs)
+    except Exception:
+        bare, inputs = model, example
+        book, axes, shapes = _traced(bare, inputs)
     channels = Channels(model, example, book, axes)
-    settle(Probe(channels, shadow, inputs, shapes))
+    settle(Probe(channels, bare, inputs, shapes))
     return channels
 
 
-def _shadow(model: nn.Module, example: Any) -> tuple[nn.Module, Any]:
-    """A copy of the model without values, if it runs so; else the model and its example.
-
-    Control flow that depends on values needs them.
-    """
-    try:
-        shadow, inputs = substitute(model, to_shadow).eval(), map_tensors(example, to_shadow)
-        with plain_kernels():
-            call(substitute(shadow, lambda t: t.clone()), inputs)
-    except Exception:
-        return model, example
-    return shadow, inputs
+def _traced(model: nn.Module, example: Any) -> tuple[Book, Axes, list[torch.Size]]:
+    book, labelled = Book(), substitute(model, lambda t: t.clone())
+    axes = label_parameters(book, labelled)
+    return book, axes, trace(book, labelled, example)
 
 
 def take(
@@ -109,4 +99,4 @@ def _checked(group: ChannelGroup, index: Sequence[int] | Tensor, preserve: bool)
     return chosen
 
 
-__all__ = ["channel_groups", "take", "tensors_of"]
+__all__ = ["channel_groups", "take"]

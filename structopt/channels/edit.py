@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from structopt.channels.groups import Channels
+from structopt.channels.groups import Channels, keeper
 from structopt.channels.labels import Vector
 from structopt.channels.tracing import substitute
 
@@ -170,7 +170,7 @@ def _refresh(channels: Channels, model: nn.Module, choice: Choice, attributes: b
     """Set the sizes that modules remember: torch's own by name, others by their value."""
     modules = dict(model.named_modules())
     sizes: dict[tuple[str, int, str], set[int]] = {}
-    for extent in channels.extents():
+    for extent in channels.extents:
         taken = rows_of(channels, extent.labels, choice, f"a size in {extent.module}")
         if taken is not None:
             key = (extent.module, extent.size, extent.name)
@@ -192,17 +192,9 @@ def _like(old: object, new: int) -> object:
 
 def _set_by_value(modules: dict[str, nn.Module], path: str, old: int, new: int) -> None:
     """The innermost module around the op that keeps a number equal to the old size."""
-    while True:
-        module = modules[path]
-        if not type(module).__module__.startswith("torch.nn.modules."):
-            found = [k for k, v in vars(module).items() if type(v) is int and v == old]
-            for key in found:
-                setattr(module, key, new)
-            if found:
-                return
-        if not path:
-            return
-        path = path.rpartition(".")[0]
+    module, keys = keeper(modules, path, old)
+    for key in keys:
+        setattr(module, key, new)
 
 
 def _refresh_torch(module: nn.Module) -> None:

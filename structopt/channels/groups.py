@@ -65,6 +65,8 @@ class Channels:
         self.book = book
         self.axes = axes
         self.model = weakref.ref(model)
+        modules = dict(model.named_modules())
+        self.extents = [e for e in book.extents.values() if _is_kept(modules, e)]
         self.biases: dict[int, set[int]] = {}
         for rows, bias in book.beside:
             for row, one in zip(rows.tolist(), bias.tolist(), strict=True):
@@ -74,6 +76,7 @@ class Channels:
     def regroup(self) -> None:
         """Read the groups from the labels, again after some were tied or frozen."""
         self.book.labels.settle()
+        self._along: dict[int, tuple[Vector, dict[int, Vector]]] = {}
         self.group_of = np.full(self.book.labels.size, -1)  # of a root
         self.ordinal_of = np.zeros(self.book.labels.size, np.int64)
         made = _collect(self)
@@ -95,6 +98,9 @@ class Channels:
 
     def along(self, labels: Vector) -> dict[int, Vector]:
         """For each group that these labels belong to, the channel of each label, or -1."""
+        known = self._along.get(id(labels))
+        if known is not None and known[0] is labels:
+            return known[1]
         found: dict[int, Vector] = {}
         for roots in self.book.labels.leaves(labels).values():
             group = np.where(roots >= 0, self.group_of[roots], -1)
@@ -103,6 +109,7 @@ class Channels:
                 channel = np.where(mine, self.ordinal_of[roots], -1)
                 before = found.get(int(number))
                 found[int(number)] = channel if before is None else np.maximum(channel, before)
+        self._along[id(labels)] = labels, found
         return found
 
     def freedom(self, groups: Iterable[ChannelGroup] | None = None) -> float:
@@ -120,11 +127,27 @@ class Channels:
             total += parameter.numel()
         return free / max(total, 1)
 
-    def extents(self) -> list[Extent]:
-        return list(self.book.extents.values())
-
     def __repr__(self) -> str:
         return f"Channels({len(self.groups)} groups, {len(self.frozen)} frozen)"
+
+
+def keeper(modules: Mapping[str, nn.Module], path: str, size: int) -> tuple[nn.Module, list[str]]:
+    """The innermost module around `path` with whole numbers equal to `size`, and their names."""
+    while True:
+        module = modules[path]
+        found = [k for k, v in vars(module).items() if type(v) is int and v == size]
+        if found and not type(module).__module__.startswith("torch.nn.modules."):
+            return module, found
+        if not path:
+            return module, []
+        path = path.rpartition(".")[0]
+
+
+def _is_kept(modules: Mapping[str, nn.Module], extent: Extent) -> bool:
+    """Whether some module remembers this size as an attribute."""
+    if extent.name:
+        return hasattr(modules[extent.module], extent.name)
+    return bool(keeper(modules, extent.module, extent.size)[1])
 
 
 def _collect(channels: Channels) -> list[ChannelGroup]:

@@ -165,14 +165,10 @@ def _spread(
             out = out.narrow(d, 0, 1)
     index = out.numpy()
     if index.size < 2:
-        picked += [int(axis[i]) for i in index.ravel() if i >= 0]
+        picked += [int(axis[i]) for i in index.ravel()]
         book.freeze(axis, "picks single indices by number")
         return []
     grid = axis[index]
-    if (index < 0).any():
-        made = book.labels.new(index.size)
-        book.freeze(made, "a channel made by padding")
-        grid = np.where(index < 0, made.reshape(index.shape), grid)
     if max(index.shape) == index.size < len(axis):
         _piece(book, index.ravel(), axis)
     parts = book.split(grid.ravel(), index.shape)

@@ -109,10 +109,17 @@ def moves(call: Call) -> Any:
 
 
 @rule("constant_pad_nd")
-def pad(call: Call) -> Any:
-    """As `moves`; -1 marks the channels that padding made."""
-    move = lambda index: torch.constant_pad_nd(index, call[1], -1)  # noqa: E731
-    return follow(call.book, move, call[0].shape, call.mirror(call[0]))
+def pad(call: Call) -> Mirror:
+    """Padding along labelled dimensions makes channels, which stay: its width is Python's."""
+    out = list(call.mirror(call[0]))
+    for place, (left, right) in enumerate(zip(call[1][::2], call[1][1::2], strict=True)):
+        axis = out[-1 - place]
+        if axis is not None and (left or right):
+            axis = axis[max(-left, 0) : len(axis) - max(-right, 0)]
+            made = call.book.labels.new(max(left, 0) + max(right, 0))
+            call.book.freeze(made, "a channel made by padding")
+            out[-1 - place] = np.concatenate([made[: max(left, 0)], axis, made[max(left, 0) :]])
+    return out
 
 
 @rule("reflection_pad1d", "reflection_pad2d", "reflection_pad3d")
@@ -152,7 +159,9 @@ def cat(call: Call) -> Mirror:
     parts = [t for t in call[0] if t.shape != (0,)]  # the old empty placeholder joins nothing
     dim = call[1] % parts[0].ndim
     mirrors = [call.mirror(t) for t in parts]
-    out = [_join(call, [m[d] for m in mirrors]) for d in range(parts[0].ndim)]
+    out: Mirror = [
+        None if d == dim else _join(call, [m[d] for m in mirrors]) for d in range(parts[0].ndim)
+    ]
     axes = [m[dim] for m in mirrors]
     if all(axis is None for axis in axes):
         out[dim] = None
@@ -189,8 +198,10 @@ def _join(call: Call, axes: Sequence[Axis]) -> Axis:
 @rule("copy", "clone", "contiguous", "_to_copy", "lerp", "native_dropout", "fill", "zero")
 @rule("bernoulli", "cumsum", "zeros_like", "ones_like", "empty_like", "full_like", "rrelu_with_noise")
 @rule("_fused_moving_avg_obs_fq_helper", "fake_quantize_per_tensor_affine", "normal", "uniform")
-@rule("_foobar_detach", "detach", "alias", "masked_fill", "glu_jvp", "lift_fresh", "prelu")
-@rule("_prelu_kernel", "rand_like", "randn_like", "dropout", "feature_dropout", "threshold")
+@rule("detach", "alias", "masked_fill", "glu_jvp", "lift_fresh", "prelu")
+@rule("hardswish", "hardtanh", "hardsigmoid", "leaky_relu", "log_sigmoid_forward", "mish", "elu")
+@rule("celu", "selu", "softplus", "softshrink", "hardshrink", "relu6", "silu", "gelu", "_prelu_kernel")
+@rule( "rand_like", "randn_like", "dropout", "feature_dropout", "threshold")
 def pointwise(call: Call) -> Any:
     """Tie what meets; a dimension of size 1 is spread over the others and keeps out."""
     tensors = [t for t in _flat([*call.args, *call.kwargs.values()]) if isinstance(t, Tensor)]

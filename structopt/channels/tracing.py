@@ -163,6 +163,8 @@ def label_parameters(book: Book, model: nn.Module) -> dict[tuple[str, int], Vect
     axes: dict[tuple[str, int], Vector] = {}
     named = [*model.named_parameters(), *model.named_buffers()]
     for name, tensor in named:
+        if not tensor.is_floating_point():
+            continue
         mirror: Mirror = []
         for dim, size in enumerate(tensor.shape):
             axes[name, dim] = labels = book.labels.new(size)
@@ -181,19 +183,7 @@ def trace(book: Book, shadow: nn.Module, example: Any) -> list[torch.Size]:
     In evaluation mode first. If some weights were not met, in training mode too: branches that
     serve training only (auxiliary heads) read channels all the same.
     """
-    names = {id(module): name for name, module in shadow.named_modules()}
-    stack: list[str] = []
-
-    def enter(module: nn.Module, _: Any) -> None:
-        stack.append(book.module)
-        book.module = names[id(module)]
-
-    def leave(module: nn.Module, _: Any, __: Any) -> None:
-        book.module = stack.pop()
-
-    for module in shadow.modules():
-        module.register_forward_pre_hook(enter)
-        module.register_forward_hook(leave)
+    follow_modules(book, shadow)
     shapes = _run(book, shadow.eval(), example)
     unmet = [p for p in shadow.parameters() if id(p) not in book.met]
     if unmet:
@@ -204,6 +194,23 @@ def trace(book: Book, shadow: nn.Module, example: Any) -> list[torch.Size]:
                 for axis in mirror_of(p) or ():
                     freeze(book, axis, "a weight that the example does not use")
     return shapes
+
+
+def follow_modules(book: Book, model: nn.Module) -> None:
+    """Keep in `book.module` the name of the module at work."""
+    names = {id(module): name for name, module in model.named_modules()}
+    stack: list[str] = []
+
+    def enter(module: nn.Module, _: Any) -> None:
+        stack.append(book.module)
+        book.module = names[id(module)]
+
+    def leave(module: nn.Module, _: Any, __: Any) -> None:
+        book.module = stack.pop()
+
+    for module in model.modules():
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave)
 
 
 def _run(book: Book, shadow: nn.Module, example: Any) -> list[torch.Size]:

@@ -64,7 +64,7 @@ def torchvision_entry(name: str) -> Entry:
         patch = int(name.split("_")[-1])
         options["image_size"] = 2 * patch
         return lambda: models.get_model(name, **options), image(2 * patch)
-    size = {"inception_v3": 96, "maxvit_t": 224, "alexnet": 64}.get(name, 64)
+    size = {"inception_v3": 299, "maxvit_t": 224, "alexnet": 64}.get(name, 64)
     return lambda: models.get_model(name, **options), image(size)
 
 
