@@ -1,6 +1,0 @@
-"""Coupled channels: which weight axes belong together, and the one verb that edits them."""
-
-from structopt.channels.analysis import channel_groups, take
-from structopt.channels.groups import ChannelGroup, Channels, Member
-
-__all__ = ["ChannelGroup", "Channels", "Member", "channel_groups", "take"]
