@@ -20,18 +20,21 @@ window.observe = {
     return [...bare.map((e) => "not typeset: " + this.describe(e)), ...wrong.map((e) => "error: " + this.describe(e))];
   },
 
-  // Elements that stick out on the right and that no ancestor scrolls or clips.
+  // What sticks out on the right, where neither the page nor an element around it should be wider
+  // than the screen. Code, formulas and tables may, inside an element that scrolls.
   overflowing() {
     const width = document.documentElement.clientWidth;
-    if (document.documentElement.scrollWidth <= width) return [];
-    const clipped = (element) => {
+    const page = document.documentElement.scrollWidth > width ? [`page is wider than ${width}`] : [];
+    const right = (element) => element.getBoundingClientRect().right;
+    const cutBy = (element) => {
       for (let e = element.parentElement; e && e !== document.body; e = e.parentElement)
-        if (getComputedStyle(e).overflowX !== "visible" && e.getBoundingClientRect().right <= width + 1) return true;
-      return false;
+        if (right(e) < right(element) - 1 && getComputedStyle(e).overflowX !== "visible")
+          return getComputedStyle(e).overflowX;
+      return "nothing";
     };
-    const wide = [...document.body.querySelectorAll("*")].filter(
-      (e) => e.getBoundingClientRect().right > width + 1 && e.getClientRects().length && !clipped(e));
-    return [`page is ${document.documentElement.scrollWidth} wide in ${width}`, ...wide.slice(0, 5).map((e) => this.describe(e))];
+    const wide = [...document.querySelectorAll("article *:not(svg *, mjx-assistive-mml, mjx-assistive-mml *)")].filter(
+      (e) => e.getClientRects().length && right(e) > width + 1 && !["auto", "scroll"].includes(cutBy(e)));
+    return [...page, ...wide.slice(0, 5).map((e) => this.describe(e))];
   },
 
   // Moves each slider and chooses each option; the drawing beside it must change.

@@ -46,7 +46,9 @@ def chromium() -> str | None:
 def browser(*, offline: bool) -> Iterator[BrowserContext]:
     with sync_playwright() as driver:
         opened = driver.chromium.launch(executable_path=chromium(), args=FLAGS)
-        yield opened.new_context(viewport=DESK, offline=offline)
+        context = opened.new_context(viewport=DESK, offline=offline)
+        context.set_default_timeout(120_000)  # a busy machine is no failure
+        yield context
         opened.close()
 
 
