@@ -155,7 +155,7 @@ def test_bad_searches_are_named() -> None:
     ]:
         with pytest.raises(ValueError, match=words):
             descent.find_lr(model, batches, objective, **keywords)
-    with pytest.raises(ValueError, match="not finite at the lowest rate"):
+    with pytest.raises(FloatingPointError, match="not finite at the lowest rate"):
         descent.find_lr(model, some_batches(), lambda net, b: objective(net, b) * math.nan)
 
 

@@ -87,8 +87,8 @@ def find_lr(
     Afterwards the model is bit for bit what it was (parameters, gradients, buffers, training
     mode), and so are torch's random generators, even if the objective raises. Batches that have
     run out begin again; those with ``epoch(number)`` start at epoch 0 and keep their place.
-    Raises ValueError for a range that is not 0 < low < high, fewer than two steps, no batches, or
-    a loss that is not finite at the lowest rate.
+    Raises ValueError for a range that is not 0 < low < high, fewer than two steps, or no batches,
+    and FloatingPointError for a loss that is not finite at the lowest rate.
 
     >>> from torch.nn.functional import mse_loss
     >>> batch = (torch.tensor([[1.0], [2.0]]), torch.tensor([[2.0], [4.0]]))
@@ -105,7 +105,9 @@ def find_lr(
     with _as_it_was(model):
         losses = _search(model, _endless(batches), objective, rule, rates)
     if not losses:
-        raise ValueError(f"The loss is not finite at the lowest rate, {low}: look at the model.")
+        raise FloatingPointError(
+            f"The loss is not finite at the lowest rate, {low}: look at the model."
+        )
     return LrCurve(tuple(rates[: len(losses)]), tuple(losses), len(losses) < steps)
 
 

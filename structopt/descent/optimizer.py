@@ -21,8 +21,8 @@ class Descent(torch.optim.Optimizer):
     closures, hooks and ``state_dict`` work as with any optimiser of torch; a state that is loaded
     takes the memory format of its parameter. It works on whole lists of tensors at a time.
 
-    A gradient that is not finite raises ValueError before any weight has changed, and names the
-    parameter. ``check_finite=False`` lets it through and saves one wait for the device.
+    A gradient that is not finite raises FloatingPointError before any weight has changed, and names
+    the parameter. ``check_finite=False`` lets it through and saves one wait for the device.
     Raises ValueError for no parameters, a missing rule, a learning rate below zero, parameters
     that are complex or have no shape yet, and sparse gradients.
 
@@ -116,7 +116,7 @@ class Descent(torch.optim.Optimizer):
         if torch.stack([norm.to(device) for norm in largest]).isfinite().all():
             return
         bad = next(p for p, norm in zip(params, largest, strict=True) if not norm.isfinite())
-        raise ValueError(
+        raise FloatingPointError(
             f"The gradient of {self._name(bad)} is not finite; no weight was changed. Lower the "
             "learning rate, clip with chain(clip_norm(1.0), …), or look for a division by zero or "
             "a log(0) in the loss."
