@@ -66,10 +66,8 @@ def test_interactive_figures_answer_their_controls(visits: dict[str, Visit]) -> 
 
 
 def test_the_theme_follows_the_reader(visits: dict[str, Visit]) -> None:
-    same = [
-        n for n, seen in visits.items() if seen.backgrounds["light"] == seen.backgrounds["dark"]
-    ]
-    assert same == []
+    shades = {name: seen.backgrounds for name, seen in visits.items()}
+    sound(f"{name}: {shade}" for name, shade in shades.items() if shade["light"] == shade["dark"])
 
 
 @pytest.mark.skipif(not AXE.exists(), reason="no axe-core: run `npm install` in tests/browser")

@@ -12,11 +12,12 @@ window.observe = {
     return [...document.images].filter((image) => !(image.complete && image.naturalWidth > 0)).map((i) => i.src);
   },
 
-  // Sphinx wraps each formula in .math; MathJax puts a container with an SVG into it.
+  // Sphinx wraps each formula in .math; MathJax puts a container with an SVG into it, and sets a
+  // command that it does not know in red.
   formulaProblems() {
     const formulas = [...document.querySelectorAll(".math")];
     const bare = formulas.filter((formula) => !formula.querySelector("mjx-container svg"));
-    const wrong = [...document.querySelectorAll('[data-mml-node="merror"], mjx-merror')];
+    const wrong = [...document.querySelectorAll('[data-mml-node="merror"], mjx-assistive-mml mtext[mathcolor="red"]')];
     return [...bare.map((e) => "not typeset: " + this.describe(e)), ...wrong.map((e) => "error: " + this.describe(e))];
   },
 
