@@ -357,6 +357,17 @@ def test_settings_out_of_range_are_refused(settings, words):
         train(model, data.batches(examples(), 20), cross_entropy, sgd(model), **settings)
 
 
+def test_an_optimiser_of_another_model_is_refused():
+    with pytest.raises(ValueError, match="no parameter of this model"):
+        train(network(), data.batches(examples(), 20), cross_entropy, sgd(network()), epochs=1)
+
+
+@pytest.mark.parametrize("value", [None, "half", torch.zeros(2), {"a": None}])
+def test_what_validation_returns_is_checked(value):
+    with pytest.raises(ValueError, match="validate returned"):
+        one_epoch(data.batches(examples(), 20), validate=lambda model: value)
+
+
 def test_a_schedule_needs_a_length():
     class Endless:
         def __iter__(self):

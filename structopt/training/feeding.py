@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from structopt import distributed
 
@@ -79,11 +79,6 @@ class Feed:
             pieces, world = [distributed.cut(batch) for batch in batches], distributed.world_size()
         # DistributedDataParallel divides by the number of processes: undo it.
         return [(piece, own * world / total) for piece, own in pieces]
-
-
-def wants_channels_last(model: nn.Module, device: torch.device) -> bool:
-    """Convolutions of a CPU or of CUDA read channels-last images without rearranging them."""
-    return device.type in {"cpu", "cuda"} and any(p.ndim == 4 for p in model.parameters())
 
 
 def not_finite(batch: Any) -> bool:

@@ -16,8 +16,9 @@ from torch.nn.parallel import DistributedDataParallel as Parallel
 from structopt import distributed
 from structopt.training import randomness
 from structopt.training.averaging import Average
-from structopt.training.feeding import Feed, Group, move, not_finite, wants_channels_last
+from structopt.training.feeding import Feed, Group, move, not_finite
 from structopt.training.history import History, Validation
+from structopt.training.layout import lay_like_parameters, wants_channels_last
 from structopt.training.objectives import Objective, describe
 
 FETCH_STEPS, FETCH_SECONDS = 50, 0.5  # reading a loss waits for the device: do it seldom
@@ -67,6 +68,7 @@ class Run:
         if isinstance(objective, nn.Module):
             objective.to(device)
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        need_related(self.parameters, model, objective)
         lay_like_parameters(optimizer)
         self.whole = wrap(model, objective, self.parameters)
         self.rates = [float(group["lr"]) for group in optimizer.param_groups]
@@ -194,16 +196,35 @@ class Run:
         self.need_finite_weights()
         self.history.ends.append(self.steps)
         if validate is not None:
-            value = validate(self.average.model if self.average else self.model)
-            named = value if isinstance(value, dict) else {"validation": value}
-            numbers = {name: float(number) for name, number in named.items()}
-            self.history.validation.append(
-                numbers if isinstance(value, dict) else numbers["validation"]
-            )
-            for name, number in numbers.items():
-                if self.writer and not distributed.rank():
-                    self.writer.add_scalar(f"validation/{name}", number, self.steps)
+            self.keep(validate(self.average.model if self.average else self.model))
         self.epoch, self.batch, self.randomness = self.epoch + 1, 0, None
+
+    def keep(self, value: Validation) -> None:
+        """Note what ``validate`` returned."""
+        named = value if isinstance(value, dict) else {"validation": value}
+        try:
+            numbers = {name: float(number) for name, number in named.items()}
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"validate returned {describe(value)}, not a number or a dict of numbers"
+            ) from error
+        self.history.validation.append(
+            numbers if isinstance(value, dict) else numbers["validation"]
+        )
+        for name, number in numbers.items():
+            if self.writer and not distributed.rank():
+                self.writer.add_scalar(f"validation/{name}", number, self.steps)
+
+
+def need_related(parameters: list[Tensor], model: nn.Module, objective: Objective) -> None:
+    """An optimiser of another model would step that one, and this one would never learn."""
+    parts = [model, objective] if isinstance(objective, nn.Module) else [model]
+    own = {id(p) for part in parts for p in part.parameters()}
+    if not any(id(p) in own for p in parameters):
+        raise ValueError(
+            "the optimiser holds no parameter of this model: was it made for another one, or for a "
+            "copy? Make it from model.parameters() of the model you train"
+        )
 
 
 def wrap(model: nn.Module, objective: Objective, parameters: list[Tensor]) -> nn.Module | None:
@@ -221,16 +242,3 @@ def wrap(model: nn.Module, objective: Objective, parameters: list[Tensor]) -> nn
             "their gradients would not be averaged; make the objective an nn.Module that owns them"
         )
     return whole
-
-
-def lay_like_parameters(optimizer: torch.optim.Optimizer) -> None:
-    """Give each state tensor its parameter's strides and device.
-
-    Fused kernels walk raw memory side by side, and would mix up the entries of a channels-last
-    parameter and a moment in plain order, without a word.
-    """
-    for parameter, state in optimizer.state.items():
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.ndim and value.shape == parameter.shape:
-                like = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
-                state[name] = like.copy_(value)
