@@ -1,0 +1,62 @@
+"""Analyse a model: label it, run it, read the groups, try them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from structopt.channels.groups import Axes, Channels
+from structopt.channels.mirrors import Book
+from structopt.channels.probe import Probe, settle
+from structopt.channels.tracing import (
+    label_parameters,
+    map_tensors,
+    substitute,
+    to_shadow,
+    trace,
+)
+
+
+def channel_groups(model: nn.Module, example: Any) -> Channels:
+    """Find which channels of a model belong together, in one run.
+
+    `example` is what the model is called with: a tensor, a tuple of positional arguments, or a
+    dict of keyword arguments. Each index of each dimension of each parameter gets a label; the
+    labels travel beside the tensors of one forward pass, and what meets is tied. The pass needs
+    no values, unless the model's own control flow asks for some. The model is not touched.
+
+    Raises ValueError where the model does not accept the example or lies on several devices.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    >>> channels = channel_groups(model, torch.zeros(1, 3, 5, 5))
+    >>> [(group.name, group.size) for group in channels]
+    [('0', 8)]
+    >>> print(*channels["0"].members[:3], sep=", ")
+    0.weight[dim 0], 0.bias[dim 0], 1.weight[dim 0]
+    """
+    devices = {str(p.device) for p in model.parameters()}
+    if len(devices) > 1:
+        raise ValueError(f"the model lies on {', '.join(sorted(devices))}: move it to one device")
+    try:  # no values are needed, unless the model's own control flow asks for some
+        bare, inputs = substitute(model, to_shadow).eval(), map_tensors(example, to_shadow)
+        book, axes, shapes = _traced(bare, inputs)
+    except Exception:
+        bare, inputs = model, example
+        try:
+            book, axes, shapes = _traced(bare, inputs)
+        except Exception as problem:
+            raise ValueError(
+                f"the model does not accept the example: {type(problem).__name__}: {problem}. Give "
+                "a tensor, a tuple of positional arguments or a dict of keyword arguments"
+            ) from problem
+    channels = Channels(model, example, book, axes)
+    settle(Probe(channels, bare, inputs, shapes))
+    return channels
+
+
+def _traced(model: nn.Module, example: Any) -> tuple[Book, Axes, list[torch.Size]]:
+    book, labelled = Book(), substitute(model, lambda t: t.clone())
+    axes = label_parameters(book, labelled)
+    return book, axes, trace(book, labelled, example)

@@ -1,0 +1,221 @@
+"""From labels to groups: which channels are alike, and which weight axes hold them."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from structopt.channels.labels import Vector
+from structopt.channels.mirrors import Book, Extent
+
+Axes = Mapping[tuple[str, int], Vector]
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """An axis of a parameter that holds channels of a group.
+
+    `channel[i]` is the number of the channel that index i of the axis belongs to, or -1.
+    """
+
+    parameter: str
+    dim: int
+    channel: Vector
+    reads: bool
+
+    @property
+    def repeats(self) -> int:
+        """How many indices of the axis each channel owns."""
+        return int((self.channel >= 0).sum() // (self.channel.max() + 1))
+
+    def __str__(self) -> str:
+        times = f" ×{self.repeats}" if self.repeats > 1 else ""
+        return f"{self.parameter}[dim {self.dim}]{times}"
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGroup:
+    """Channels that are kept or removed alike, by every weight axis that makes or reads them."""
+
+    name: str
+    size: int
+    members: tuple[Member, ...]
+    frozen: str = ""
+    averaged: bool = False
+    channels: Channels = field(repr=False, default=None)  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        state = f"frozen, {self.frozen}" if self.frozen else f"{len(self.members)} axes"
+        return f"ChannelGroup({self.name}: {self.size} channels, {state})"
+
+
+class Channels:
+    """The coupled channels of one model: iterates over the groups that may change.
+
+    `frozen` holds the groups that may not, each with its reason.
+    """
+
+    def __init__(self, model: nn.Module, example: Any, book: Book, axes: Axes) -> None:
+        self.example = example
+        self.book = book
+        self.axes = axes
+        self.model = weakref.ref(model)
+        modules = dict(model.named_modules())
+        self.extents = [e for e in book.extents.values() if _is_kept(modules, e)]
+        self.scored = book.scored
+        self.biases: dict[int, set[int]] = {}
+        for rows, bias in book.beside:
+            for row, one in zip(rows.tolist(), bias.tolist(), strict=True):
+                self.biases.setdefault(row, set()).add(one)
+        self.regroup()
+
+    def regroup(self) -> None:
+        """Read the groups from the labels, again after some were tied or frozen."""
+        self.book.labels.settle()
+        self._along: dict[int, tuple[Vector, dict[int, Vector]]] = {}
+        self.group_of = np.full(self.book.labels.size, -1)  # of a root
+        self.ordinal_of = np.zeros(self.book.labels.size, np.int64)
+        self.reads = np.zeros(self.book.labels.size, bool)  # of a label: summed over by an op
+        for axis in self.book.readers:
+            self.reads[axis] = True
+        self.every = made = _collect(self)
+        self.groups = tuple(g for g in made if not g.frozen)
+        self.frozen = tuple(g for g in made if g.frozen)
+        self.number = {id(group): n for n, group in enumerate(made)}
+
+    def __iter__(self) -> Iterator[ChannelGroup]:
+        return iter(self.groups)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, name: str) -> ChannelGroup:
+        for group in (*self.groups, *self.frozen):
+            if group.name == name:
+                return group
+        raise KeyError(f"no group {name!r}; there are {', '.join(g.name for g in self.groups)}")
+
+    def along(self, labels: Vector) -> dict[int, Vector]:
+        """For each group that these labels belong to, the channel of each label, or -1."""
+        known = self._along.get(id(labels))
+        if known is not None and known[0] is labels:
+            return known[1]
+        found: dict[int, Vector] = {}
+        for roots in self.book.labels.leaves(labels).values():
+            group = np.where(roots >= 0, self.group_of[roots], -1)
+            for number in np.unique(group[group >= 0]):
+                mine = group == number
+                channel = np.where(mine, self.ordinal_of[roots], -1)
+                before = found.get(int(number))
+                found[int(number)] = channel if before is None else np.maximum(channel, before)
+        self._along[id(labels)] = labels, found
+        return found
+
+    def freedom(self, groups: Iterable[ChannelGroup] | None = None) -> float:
+        """The share of all weights of the model that lie on an axis of these groups."""
+        model = self.model()
+        assert model is not None, "the model that was analysed is gone"
+        chosen = {self.number[id(g)] for g in (self.groups if groups is None else groups)}
+        free = total = 0.0
+        for name, parameter in model.named_parameters():
+            locked = 1.0
+            for dim in range(parameter.ndim):
+                on = [c >= 0 for n, c in self.along(self.axes[name, dim]).items() if n in chosen]
+                locked *= 1 - float(np.logical_or.reduce(on).mean()) if on else 1.0
+            free += parameter.numel() * (1 - locked)
+            total += parameter.numel()
+        return free / max(total, 1)
+
+    def __repr__(self) -> str:
+        return f"Channels({len(self.groups)} groups, {len(self.frozen)} frozen)"
+
+
+def keeper(module: nn.Module, size: int) -> list[str]:
+    """The whole numbers equal to `size` that a module of the model's own keeps, by name."""
+    if type(module).__module__.startswith("torch.nn.modules."):
+        return []
+    return [key for key, value in vars(module).items() if type(value) is int and value == size]
+
+
+def _is_kept(modules: Mapping[str, nn.Module], extent: Extent) -> bool:
+    """Whether some module remembers this size as an attribute."""
+    if extent.name:
+        return hasattr(modules[extent.module], extent.name)
+    return bool(keeper(modules[extent.module], extent.size))
+
+
+def _collect(channels: Channels) -> list[ChannelGroup]:
+    """Channels with the same signature, the axes they lie on and how often, form a group."""
+    labels, axes = channels.book.labels, channels.axes
+    parts: list[tuple[int, Vector, Vector, Vector]] = []
+    every = [*axes.values(), *channels.book.pieces]
+    for number, vector in enumerate(every):
+        for path, roots in labels.leaves(vector).items():
+            seen, first, count = np.unique(roots, return_index=True, return_counts=True)
+            real = seen >= 0
+            parts.append((hash((number, path)) % 2**61, seen[real], first[real], count[real]))
+    if not parts:
+        return []
+    root = np.concatenate([p[1] for p in parts])
+    mark = np.concatenate([_mix(_mix(np.full(len(p[1]), p[0])) + p[3]) for p in parts])
+    place = np.concatenate([p[2] for p in parts])
+    order = np.argsort(root, kind="stable")
+    root, mark, place = root[order], mark[order], place[order]
+    starts = np.flatnonzero(np.r_[True, root[1:] != root[:-1]])
+    signature = np.add.reduceat(mark, starts) + _mix(labels.reason[root[starts]])
+    return _build(channels, root[starts], signature, place[starts])
+
+
+def _mix(values: Vector) -> Vector:
+    """Scatter numbers over 64 bits, so that sums of them do not collide."""
+    x = values.astype(np.uint64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> np.uint64(shift)) ^ np.uint64(0x9E3779B97F4A7C15)) * np.uint64(factor)
+    return x.astype(np.int64)
+
+
+def _build(
+    channels: Channels, roots: Vector, signature: Vector, place: Vector
+) -> list[ChannelGroup]:
+    labels = channels.book.labels
+    _, first, group = np.unique(signature, return_index=True, return_inverse=True)
+    rank = np.argsort(np.argsort(first))  # in the order of the first root
+    group = rank[group]
+    order = np.lexsort((place, group))
+    bounds = np.flatnonzero(np.r_[True, np.diff(group[order]) > 0, True])
+    for number, (a, b) in enumerate(itertools.pairwise(bounds)):
+        channels.group_of[roots[order[a:b]]] = number
+        channels.ordinal_of[roots[order[a:b]]] = np.arange(b - a)
+    members: list[list[Member]] = [[] for _ in bounds[:-1]]
+    for (name, dim), vector in channels.axes.items():
+        for number, channel in channels.along(vector).items():
+            members[number].append(Member(name, dim, channel, bool(channels.reads[vector].any())))
+    averaged = np.zeros(len(members), bool)
+    for axis in channels.book.averaged:
+        for leaf in labels.leaves(axis).values():
+            averaged[channels.group_of[leaf[leaf >= 0]]] = True
+    made, names = [], dict[str, int]()
+    for number, (a, b) in enumerate(itertools.pairwise(bounds)):
+        why = labels.reasons[labels.reason[roots[order[a]]]]
+        name = _name(members[number], names)
+        made.append(
+            ChannelGroup(
+                name, int(b - a), tuple(members[number]), why, bool(averaged[number]), channels
+            )
+        )
+    return made
+
+
+def _name(members: list[Member], taken: dict[str, int]) -> str:
+    """After the layer that makes the channels."""
+    makers = [m for m in members if not m.reads] or members
+    makers = [m for m in makers if m.parameter.endswith("weight")] or makers
+    name = makers[0].parameter.rpartition(".")[0] or makers[0].parameter if makers else "inner"
+    taken[name] = taken.get(name, 0) + 1
+    return name if taken[name] == 1 else f"{name}#{taken[name]}"

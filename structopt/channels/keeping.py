@@ -1,0 +1,94 @@
+"""What keeps the function of a model while its channels double, grow or shrink."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from structopt.channels.groups import Channels, Member
+from structopt.channels.labels import Vector
+from structopt.channels.rows import Choice, Edit, Reals, rows_of
+
+
+def times(tensor: Tensor, dim: int, factors: Reals) -> Tensor:
+    """Each index along a dimension times its own number."""
+    if (factors == 1).all():
+        return tensor
+    shape = [-1 if d == dim else 1 for d in range(tensor.ndim)]
+    return tensor * torch.from_numpy(factors).to(tensor).reshape(shape)
+
+
+def factors(channels: Channels, model: nn.Module, edit: Edit) -> Reals:
+    """For each label of a weight axis, what its entries are multiplied by."""
+    return _folded(channels, edit) * _scaled(channels, model, edit)
+
+
+def _folded(channels: Channels, edit: Edit) -> Reals:
+    """What the rows of each query are multiplied by, so that scores of attention stay the same.
+
+    Python that divides by the root of the width would divide by another number: √(new / old). A
+    channel that is doubled in query and key is counted twice in their product: one half.
+    """
+    book = channels.book
+    found = np.ones(book.labels.size)
+    done: set[int] = set()
+    for axis, picked in channels.scored:
+        taken = rows_of(channels, axis, edit.choice)
+        if taken is None or not (edit.fold or edit.preserve):
+            continue
+        root = np.sqrt(len(taken) / len(axis)) if edit.fold else 1.0
+        copies = np.bincount(taken, minlength=len(axis))
+        for label, count in zip(axis, copies, strict=True):
+            rows = book.rows(int(label))
+            for number in picked:
+                rows = np.intersect1d(rows, book.rows(number))
+            biases = {b for row in rows for b in channels.biases.get(int(row), ())}
+            for row in ({*rows.tolist()} | biases) - done:  # one query may meet several keys
+                done.add(row)
+                found[row] = root / (max(count, 1) if edit.preserve else 1)
+    return found
+
+
+def shares(channels: Channels, labels: Vector, taken: Vector, choice: Choice) -> Reals:
+    """How many copies of its channel each entry of an edited reader stands beside."""
+    found = np.ones(len(taken))
+    for number, channel in channels.along(labels).items():
+        if number in choice:
+            index = choice[number]
+            copies = np.bincount(index, minlength=int(channel.max()) + 1)
+            mine = channel[taken] >= 0
+            found[mine] *= copies[channel[taken][mine]]
+    return found
+
+
+def _scaled(channels: Channels, model: nn.Module, edit: Edit) -> Reals:
+    """Multiply what makes a channel and divide what reads it (Nagel et al., 2019).
+
+    Where a batch norm stands in between, its weight and bias make the channel.
+    """
+    found = np.ones(channels.book.labels.size)
+    parameters = dict(model.named_parameters())
+    for number, values in edit.scale.items():
+        members = channels.every[number].members
+        normed = any(m.parameter.endswith("running_var") for m in members)
+        by_channel = np.ones(channels.every[number].size)
+        by_channel[edit.choice[number]] = values
+        for member in members:
+            if member.parameter in parameters:
+                labels, mine = channels.axes[member.parameter, member.dim], member.channel >= 0
+                power = _power(model, member, normed)
+                found[labels[mine]] *= by_channel[member.channel[mine]] ** power
+    return found
+
+
+def _power(model: nn.Module, member: Member, normed: bool) -> int:
+    """1: makes the channel as it is read; -1: reads it; 0: what it does is undone or passed on."""
+    path, _, kind = member.parameter.rpartition(".")
+    module = model.get_submodule(path)
+    depthwise = getattr(module, "groups", 1) > 1 and kind == "weight"
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        return 1
+    if member.reads or depthwise:
+        return -1 if member.reads or normed else 0
+    return 0 if normed else 1

@@ -1,0 +1,193 @@
+"""Mirrors: what the tracer knows of a tensor, and how it follows data that only moves.
+
+The mirror of a tensor holds, for each dimension, one label for each index, or `None` where the
+size of the dimension is not a number of channels (batch, height, width, time). Labels along all
+other dimensions are equal, so that they are never spelled out.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from structopt.channels.labels import Labels, Vector
+
+Axis = Vector | None
+Mirror = list[Axis]
+
+
+@dataclass
+class Extent:
+    """A size that a module's own Python may hold: the number of labels along a dimension."""
+
+    module: str
+    size: int
+    labels: Vector
+    name: str = ""  # of the attribute, where the op says it
+
+
+@dataclass
+class Book:
+    """What one analysis writes down as it goes."""
+
+    labels: Labels = field(default_factory=Labels)
+    extents: dict[tuple[str, int, bytes], Extent] = field(default_factory=dict)
+    pieces: list[Vector] = field(default_factory=list)
+    readers: list[Vector] = field(default_factory=list)
+    averaged: list[Vector] = field(default_factory=list)
+    scored: list[tuple[Vector, tuple[int, ...]]] = field(default_factory=list)
+    beside: list[tuple[Vector, Vector]] = field(default_factory=list)  # rows and their bias
+    grids: list[tuple[Vector, int, Vector]] = field(default_factory=list)  # split labels: from what
+    starts: list[int] = field(default_factory=list)  # the first label of each grid, ascending
+    origins: dict[int, Vector] = field(default_factory=dict)  # what `rows` has found
+    picked: list[list[int]] = field(default_factory=list)  # by the op at hand, of each output
+    met: set[int] = field(default_factory=set)  # ids of parameters that some op used
+    module: str = ""
+    op: str = ""
+
+    def why(self, text: str) -> str:
+        return f"{text}: {self.op} in {self.module or 'the model'}"
+
+    def freeze(self, axis: Axis, text: str) -> None:
+        if axis is not None:
+            self.labels.freeze(axis, self.why(text))
+
+    def averages(self, axis: Axis) -> None:
+        """A norm's statistics run over these channels: without some, it is another norm."""
+        if axis is not None:
+            self.averaged.append(axis)
+
+    def tie(self, first: Axis, second: Axis) -> Axis:
+        """Tie two axes; one of a fixed size freezes the other. The result labels both."""
+        if first is None or second is None or len(first) != len(second):
+            self.freeze(first, "meets a dimension of fixed size")
+            self.freeze(second, "meets a dimension of fixed size")
+            return None
+        self.labels.tie(first, second)
+        return first
+
+    def split(self, axis: Axis, sizes: Sequence[int]) -> Mirror:
+        """The labels of the dimensions that one is unflattened into."""
+        result: Mirror = [None] * len(sizes)
+        if axis is None:
+            return result
+        grid, same = axis.reshape(tuple(sizes)), self.labels.find(axis).reshape(tuple(sizes))
+        varies = [bool((same != same.take([0], axis=d)).any()) for d in range(grid.ndim)]
+        kept = [d for d in range(grid.ndim) if varies[d]]
+        for d in range(grid.ndim):
+            if not varies[d]:
+                grid = grid.take([0], axis=d)
+        if not kept:  # one channel, or many tied into one
+            self.freeze(axis, "is tied into a single channel")
+        elif len(kept) == 1:
+            result[kept[0]] = grid.ravel()
+        else:
+            for d in kept:
+                result[d] = self.labels.new(sizes[d])
+                made = np.asarray(result[d])
+                self.grids.append((grid, d, made))
+                self.starts.append(int(made[0]))
+            self.labels.tie(grid.ravel(), self._product([np.asarray(result[d]) for d in kept]))
+        return result
+
+    def _product(self, axes: list[Vector]) -> Vector:
+        """Labels of a grid: the pair of the first axis with the pair of the second and so on."""
+        inner = axes[-1]
+        for outer in reversed(axes[:-1]):
+            inner = self.labels.pair(np.repeat(outer, len(inner)), np.tile(inner, len(outer)))
+        return inner
+
+    def rows(self, label: int) -> Vector:
+        """The labels of weights that this one was split from."""
+        known = self.origins.get(label)
+        if known is None:
+            place = bisect.bisect_right(self.starts, label) - 1
+            known = np.array([label])
+            if place >= 0:
+                grid, dim, made = self.grids[place]
+                if label <= made[-1]:
+                    parents = np.unique(grid.take([label - made[0]], axis=dim))
+                    known = np.unique(np.concatenate([self.rows(int(p)) for p in parents]))
+            self.origins[label] = known
+        return known
+
+    def extent(self, size: int, axis: Axis, name: str = "") -> None:
+        """Remember that the module at hand uses `size`, which is the number of these labels."""
+        if axis is not None and size > 1:
+            key = (self.module, size, name.encode() + axis.tobytes())
+            self.extents.setdefault(key, Extent(self.module, size, axis, name))
+
+
+def follow(book: Book, move: Callable[[Tensor], Any], shape: Sequence[int], mirror: Mirror) -> Any:
+    """The mirrors of `move(x)` for an x of this shape: run the same op on index tensors.
+
+    For each labelled dimension an index, expanded over all the others, goes through the op. What
+    comes out says where each element came from; a view of an expanded tensor copies nothing.
+    A list comes back where the op returns several tensors, `None` where nothing is labelled.
+    """
+    mirrors: list[list[list[Vector]]] = []  # of each output, of each dimension: what meets there
+    sizes: list[torch.Size] = []
+    single = True
+    for dim, axis in enumerate(mirror):
+        if axis is None:
+            continue
+        index = torch.arange(len(axis)).reshape([-1 if d == dim else 1 for d in range(len(shape))])
+        moved = move(index.expand(tuple(shape)))
+        single = isinstance(moved, Tensor)
+        outputs = [moved] if single else list(moved)
+        mirrors = mirrors or [[[] for _ in range(out.ndim)] for out in outputs]
+        sizes = [out.shape for out in outputs]
+        book.picked = book.picked or [[] for _ in outputs]
+        for out, dims, picked in zip(outputs, mirrors, book.picked, strict=True):
+            for d, labels in _spread(book, out, axis, picked):
+                dims[d].append(labels)
+    made = [[_combine(book, axes) for axes in dims] for dims in mirrors]
+    for shape_, result in zip(sizes, made, strict=True):
+        for size, axis in zip(shape_, result, strict=True):
+            book.extent(size, axis)
+    return None if not made else made[0] if single else made
+
+
+def _combine(book: Book, axes: list[Vector]) -> Axis:
+    """The labels of a dimension that several were flattened into: pairs, the slowest first."""
+    if not axes:
+        return None
+    order = sorted(axes, key=lambda axis: int(np.argmax(axis != axis[0])))
+    result = order[0]
+    for outer in order[1:]:
+        result = book.labels.pair(outer, result)
+    return result
+
+
+def _spread(book: Book, out: Tensor, axis: Vector, picked: list[int]) -> list[tuple[int, Vector]]:
+    """Along which dimensions of `out` the labels of `axis` vary, and how."""
+    for d in range(out.ndim):  # constant dimensions of a view have stride 0; others are compared
+        if out.shape[d] > 1 and (out.stride(d) == 0 or bool((out == out.narrow(d, 0, 1)).all())):
+            out = out.narrow(d, 0, 1)
+    index = out.numpy()
+    if index.size < 2:
+        picked += [int(axis[i]) for i in index.ravel()]
+        book.freeze(axis, "picks single indices by number")
+        return []
+    grid = axis[index]
+    if max(index.shape) == index.size < len(axis):
+        _piece(book, index.ravel(), axis)
+    parts = book.split(grid.ravel(), index.shape)
+    return [(d, part) for d, part in enumerate(parts) if part is not None]
+
+
+def _piece(book: Book, index: Vector, axis: Vector) -> None:
+    """One of several equal pieces is tied to the others, as in `chunk`; else it stands apart."""
+    start, count = int(index[0]), len(index)
+    whole = start % count == 0 and len(axis) % count == 0
+    if whole and np.array_equal(index, np.arange(start, start + count)):
+        blocks = axis.reshape(-1, count)
+        book.labels.tie(blocks[1:].ravel(), np.tile(blocks[0], len(blocks) - 1))
+    else:
+        book.pieces.append(axis[index])

@@ -1,0 +1,139 @@
+"""Rules of operators that move data or work element by element.
+
+Those that move data, views first of all, have one rule: run them on the labels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from structopt.channels.calls import Call, flat, join, rule
+from structopt.channels.mirrors import Mirror, follow
+
+
+@rule("_unsafe_view", "repeat", "roll", "flip", "index_select", "pixel_shuffle", "unfold_copy")
+@rule("pixel_unshuffle", "channel_shuffle", "native_channel_shuffle", "tril", "triu", "im2col")
+@rule("unsafe_split", "unsafe_chunk", "split_with_sizes_copy", "take_along_dim", "_reshape_alias")
+def moves(call: Call) -> Any:
+    """Run the op on indices, and look up which label arrived where."""
+    source = call[0]
+    if call.book.op in ("view", "_unsafe_view", "_reshape_alias"):
+        move = lambda index: index.reshape(call[1])  # noqa: E731 - an expanded index may not view
+    else:
+        move = lambda index: call.func(index, *call.args[1:], **call.kwargs)  # noqa: E731
+    return follow(call.book, move, call.shapes[id(source)], call.mirror(source))
+
+
+@rule("constant_pad_nd")
+def pad(call: Call) -> Mirror:
+    """Padding along labelled dimensions makes channels, which stay: its width is Python's."""
+    out = list(call.mirror(call[0]))
+    for place, (left, right) in enumerate(zip(call[1][::2], call[1][1::2], strict=True)):
+        axis = out[-1 - place]
+        if axis is not None and (left or right):
+            axis = axis[max(-left, 0) : len(axis) - max(-right, 0)]
+            made = call.book.labels.new(max(left, 0) + max(right, 0))
+            call.book.freeze(made, "a channel made by padding")
+            out[-1 - place] = np.concatenate([made[: max(left, 0)], axis, made[max(left, 0) :]])
+    return out
+
+
+@rule("reflection_pad1d", "reflection_pad2d", "reflection_pad3d")
+@rule("replication_pad1d", "replication_pad2d", "replication_pad3d")
+def float_moves(call: Call) -> Any:
+    """As `moves`, for operators that take no integers."""
+    move = lambda index: call.func(index.double(), *call.args[1:], **call.kwargs).long()  # noqa: E731
+    return follow(call.book, move, call[0].shape, call.mirror(call[0]))
+
+
+@rule("index", "gather")
+def gather(call: Call) -> Any:
+    """As `moves`, where the indices are known; dimensions of the index itself stay unlabelled."""
+    source, *rest = call.args
+    known = [i for i in flat(rest) if isinstance(i, Tensor)]
+    if any(i.is_meta for i in known):
+        return call.freeze_everything()
+    for index in known:
+        call.freeze_all(call.mirror(index), "used as an index")
+    move = lambda grid: call.func(grid, *_cpu(rest), **call.kwargs)  # noqa: E731
+    return follow(call.book, move, source.shape, call.mirror(source))
+
+
+def _cpu(tree: Any) -> Any:
+    if isinstance(tree, list | tuple):
+        return type(tree)(_cpu(part) for part in tree)
+    return tree.cpu() if isinstance(tree, Tensor) else tree
+
+
+@rule("cat", "concat", "concatenate")
+def cat(call: Call) -> Mirror:
+    """Labels stand one after the other along `dim`; along the others they are tied."""
+    parts = [t for t in call[0] if t.shape != (0,)]  # the old empty placeholder joins nothing
+    dim = call[1] % parts[0].ndim
+    mirrors = [call.mirror(t) for t in parts]
+    out: Mirror = [
+        None if d == dim else join(call, [m[d] for m in mirrors]) for d in range(parts[0].ndim)
+    ]
+    axes = [m[dim] for m in mirrors]
+    if all(axis is None for axis in axes):
+        out[dim] = None
+        return out
+    for number, axis in enumerate(axes):
+        if axis is None:
+            axes[number] = made = call.book.labels.new(parts[number].shape[dim])
+            call.book.freeze(made, "joined from a dimension of fixed size")
+    out[dim] = np.concatenate([a for a in axes if a is not None])
+    return out
+
+
+@rule("stack")
+def stack(call: Call) -> Mirror:
+    """A new dimension of fixed size; all others are tied."""
+    mirrors = [call.mirror(t) for t in call[0]]
+    out = [join(call, [m[d] for m in mirrors]) for d in range(len(mirrors[0]))]
+    out.insert(call[1] % (len(out) + 1), None)
+    return out
+
+
+# ------------------------------------------------------------------ element by element
+
+
+@rule("copy", "clone", "contiguous", "_to_copy", "lerp", "native_dropout", "fill", "zero")
+@rule(
+    "bernoulli", "cumsum", "zeros_like", "ones_like", "empty_like", "full_like", "rrelu_with_noise"
+)
+@rule("_fused_moving_avg_obs_fq_helper", "fake_quantize_per_tensor_affine", "normal", "uniform")
+@rule("detach", "alias", "masked_fill", "glu_jvp", "lift_fresh", "prelu")
+@rule("hardswish", "hardtanh", "hardsigmoid", "leaky_relu", "log_sigmoid_forward", "mish", "elu")
+@rule(
+    "celu", "selu", "softplus", "softshrink", "hardshrink", "relu6", "silu", "gelu", "_prelu_kernel"
+)
+@rule("rand_like", "randn_like", "dropout", "feature_dropout", "threshold")
+def pointwise(call: Call) -> Any:
+    """Tie what meets; a dimension of size 1 is spread over the others and keeps out."""
+    tensors = [t for t in flat([*call.args, *call.kwargs.values()]) if isinstance(t, Tensor)]
+    outputs = [call.out] if isinstance(call.out, Tensor) else list(call.out)
+    shape = outputs[0].shape
+    result: Mirror = []
+    for d in range(-len(shape), 0):
+        meet = [t for t in tensors if t.ndim >= -d and t.shape[d] == shape[d]]
+        axes = [call.mirror(t)[d] for t in meet]
+        if call.book.op in ("add", "add_") and len(meet) == 2:
+            a, b = sorted(meet, key=lambda t: id(t) in call.weights)
+            result.append(call.add(call.mirror(a)[d], call.mirror(b)[d]))
+            continue
+        result.append(join(call, axes) if axes else None)
+    if isinstance(call.out, Tensor):
+        return result
+    return [result if o.shape == shape else None for o in outputs]
+
+
+@rule("zeros", "ones", "empty", "full", "new_zeros", "new_ones", "new_empty", "new_full")
+def fresh(call: Call) -> Any:
+    """A tensor of equal values fits any channels: its labels wait to be tied."""
+    if isinstance(call.out, Tensor) and call.out.is_floating_point():
+        return [call.book.labels.new(n) if n > 1 else None for n in call.out.shape]
+    return None

@@ -1,0 +1,134 @@
+"""Try the groups on a copy without values, and learn what the model's own Python insists on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from structopt.channels.edit import build
+from structopt.channels.groups import ChannelGroup, Channels
+from structopt.channels.labels import Vector
+from structopt.channels.mirrors import Book
+from structopt.channels.rows import Choice, Edit
+from structopt.channels.tracing import call, follow_modules, plain_kernels, tensors_of
+
+Shapes = list[torch.Size]
+
+
+class Probe:
+    """Runs edited copies of a model whose weights have shapes but no values."""
+
+    def __init__(self, channels: Channels, bare: nn.Module, example: Any, expected: Shapes) -> None:
+        self.channels, self.bare, self.example, self.expected = channels, bare, example, expected
+        self.problem = self.where = ""
+
+    def works(self, groups: Iterable[ChannelGroup]) -> bool:
+        """Does the model run, with outputs of the same shape, when these groups shrink?"""
+        choice = {self.channels.number[id(g)]: _some(g, n) for n, g in enumerate(groups)}
+        if self._runs(choice, True):
+            return True
+        first = self.problem, self.where
+        if self._runs(choice, False):
+            return True
+        self.problem, self.where = first
+        return False
+
+    def _runs(self, choice: Choice, attributes: bool) -> bool:
+        watch = Book()
+        try:
+            made = build(self.channels, self.bare, Edit(choice, attributes=attributes))
+            follow_modules(watch, made)
+            with plain_kernels():
+                found = [t.shape for t in tensors_of(call(made.eval(), self.example))]
+        except Exception as problem:
+            self.problem, self.where = str(problem), watch.module
+            return False
+        self.problem, self.where = "the shape of the output changes", ""
+        return found == self.expected
+
+
+def _some(group: ChannelGroup, number: int) -> Vector:
+    """About half of the channels, and not the same share of each group."""
+    spare = max(group.size // 2, 1)
+    return np.arange(max(group.size - 1 - (number * 7) % spare, 1))
+
+
+def settle(probe: Probe) -> None:
+    """Tie what only changes together, freeze what never does, until all free groups work at once.
+
+    Python that computes one width from another (`head_dim = width // heads`) leaves no trace in
+    labels: it shows when a group that shrinks alone breaks the model.
+    """
+    channels, seen = probe.channels, set[type]()
+    while channels.groups and not probe.works(channels.groups):
+        kind = _kind(probe)
+        if kind in seen or not _tie_squares(probe, kind):
+            _freeze_some(probe)
+        seen.add(kind)
+        channels.regroup()
+
+
+def _kind(probe: Probe) -> type:
+    """The class of module that failed: the nearest that is not one of torch's plain layers."""
+    path = probe.where
+    while True:
+        module = probe.bare.get_submodule(path)
+        plain = type(module).__module__.startswith("torch.nn.")
+        if not path or not plain or isinstance(module, nn.MultiheadAttention):
+            return type(module)
+        path = path.rpartition(".")[0]
+
+
+def _tie_squares(probe: Probe, kind: type) -> bool:
+    """Tie both axes of square weights in all modules of a kind, where neither shrinks alone.
+
+    A square weight of an attention lies between the width of the model and that of its heads.
+    """
+    channels, tied = probe.channels, False
+    verdicts: dict[frozenset[int], bool] = {}  # of sets of groups: do they work alone?
+    both = (*channels.groups, *channels.frozen)
+    groups = {channels.number[id(g)]: g for g in both if not g.frozen}
+    paths = tuple(n + "." if n else "" for n, m in probe.bare.named_modules() if type(m) is kind)
+    fails = ""
+    for (name, dim), rows in channels.axes.items():
+        columns = channels.axes.get((name, 1))
+        if dim or columns is None or len(columns) != len(rows) or not name.startswith(paths):
+            continue
+        sides = [frozenset(channels.along(axis).keys() & groups.keys()) for axis in (rows, columns)]
+        if not sides[0] or not sides[1] or sides[0] == sides[1]:
+            continue
+        layer = name.removeprefix(max((p for p in paths if name.startswith(p)), key=len))
+        if not fails:  # one instance speaks for all of its class
+            for side in sides:
+                if side not in verdicts:
+                    verdicts[side] = probe.works([groups[n] for n in side])
+            fails = "" if any(verdicts[side] for side in sides) else layer
+        if fails == layer:
+            channels.book.labels.tie(rows, columns)
+            tied = True
+    return tied
+
+
+def _freeze_some(probe: Probe) -> None:
+    """Freeze the groups that break the model alone; if none does, those that do so with others."""
+    channels = probe.channels
+    stuck = False
+    for group in channels.groups:
+        if not probe.works([group]):
+            stuck = True
+            _freeze(channels, group, f"the model fails without some: {probe.problem}")
+    working: list[ChannelGroup] = []
+    for group in () if stuck else channels.groups:
+        if probe.works([*working, group]):
+            working.append(group)
+        else:
+            _freeze(channels, group, f"does not go with others: {probe.problem}")
+
+
+def _freeze(channels: Channels, group: ChannelGroup, why: str) -> None:
+    roots = np.flatnonzero(channels.group_of == channels.number[id(group)])
+    channels.book.labels.freeze(roots, why.splitlines()[0] if why else "")

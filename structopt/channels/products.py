@@ -1,0 +1,118 @@
+"""Rules of operators that sum products: the dimension summed over ties a reader to a maker."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from structopt.channels.calls import Call, join, rule
+from structopt.channels.mirrors import Axis, Book, Mirror
+
+
+@rule("convolution")
+def convolution(call: Call) -> Mirror:
+    """Input channels meet the weight's; with groups, both are grids of groups and members."""
+    book, x, weight, bias, groups = call.book, call[0], call[1], call[2], call[8]
+    xm, wm = call.mirror(x), call.mirror(weight)
+    call.freeze_all([*xm[2:], *wm[2:]], "a size of a kernel")
+    made, read = (1, 0) if call[6] else (0, 1)  # a transposed one swaps the weight's channels
+    call.reads(weight, read)
+    if groups == 1:
+        book.tie(xm[1], wm[read])
+        out = wm[made]
+    else:
+        x_group, x_member = book.split(xm[1], (groups, x.shape[1] // groups))
+        w_group, other = book.split(wm[0], (groups, weight.shape[0] // groups))
+        group = book.tie(x_group, w_group)
+        book.tie(x_member, other if call[6] else wm[1])
+        book.extent(groups, group, "groups")
+        out = wm[0]
+        if call[6]:
+            out = _grid(book, group, wm[1], groups, weight.shape[1])
+    if isinstance(bias, Tensor):
+        out = call.add(out, call.mirror(bias)[0])
+    return [xm[0], out] + [None] * (x.ndim - 2)
+
+
+def _grid(book: Book, outer: Axis, inner: Axis, rows: int, columns: int) -> Axis:
+    """The labels of a flattened grid."""
+    if outer is None and inner is None:
+        return None
+    one = book.labels.new(1)
+    book.freeze(one, "fixed")
+    first = np.repeat(outer if outer is not None else np.repeat(one, rows), columns)
+    second = np.tile(inner if inner is not None else np.repeat(one, columns), rows)
+    if outer is None or inner is None:
+        return second if outer is None else first
+    return book.labels.pair(first, second)
+
+
+def _contract(call: Call, a: Tensor, a_dim: int, b: Tensor, b_dim: int) -> None:
+    axis = call.book.tie(call.mirror(a)[a_dim], call.mirror(b)[b_dim])
+    if not call.weights & {id(a), id(b)}:
+        call.book.extent(a.shape[a_dim], axis, "head_dim")
+        if axis is not None:
+            call.book.scored.append((axis, call.picked.get(id(a), ())))
+    call.reads(b, b_dim)
+    call.reads(a, a_dim)
+
+
+@rule("mm", "bmm", "mv", "dot", "matmul")
+def product(call: Call) -> Mirror:
+    return _product(call, call[0], call[1])
+
+
+@rule("addmm", "baddbmm", "addmv", "addbmm")
+def add_product(call: Call) -> Mirror:
+    out = _product(call, call[1], call[2])
+    extra = call[0]
+    for d in range(-len(out), 0):
+        if extra.ndim >= -d and extra.shape[d] == call.out.shape[d]:
+            axis = call.mirror(extra)[d]
+            if axis is not None or out[d] is not None:
+                out[d] = call.add(out[d], axis)
+    return out
+
+
+def _product(call: Call, a: Tensor, b: Tensor) -> Mirror:
+    """(…, n, k) times (…, k, m): k is tied and gone, the others stay."""
+    am, bm = call.mirror(a), call.mirror(b)
+    _contract(call, a, -1, b, -2 if b.ndim > 1 else 0)
+    batch = [join(call, [x, y]) for x, y in zip(am[:-2], bm[:-2], strict=True)]
+    return batch + (am[-2:-1] if a.ndim > 1 else []) + (bm[-1:] if b.ndim > 1 else [])
+
+
+@rule("linear")
+def linear(call: Call) -> Mirror:
+    _contract(call, call[0], -1, call[1], 1)
+    out = call.mirror(call[1])[0]
+    if isinstance(call[2], Tensor):
+        out = call.add(out, call.mirror(call[2])[0])
+    return [*call.mirror(call[0])[:-1], out]
+
+
+@rule("embedding")
+def embedding(call: Call) -> Mirror:
+    weight = call.mirror(call[0])
+    call.book.freeze(weight[0], "rows that the input names")
+    return [*call.mirror(call[1]), weight[1]]
+
+
+@rule("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention")
+@rule("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention")
+@rule("_scaled_dot_product_fused_attention_overrideable", "_scaled_dot_product_attention_math")
+@rule("scaled_dot_product_attention")
+def attention(call: Call) -> Any:
+    """(…, heads, time, width): heads meet, the widths of query and key meet, the value's stays."""
+    q, k, v = (call.mirror(call[i]) for i in range(3))
+    if call[0].shape[-3] == call[1].shape[-3]:
+        heads = join(call, [q[-3], k[-3], v[-3]])
+    else:
+        heads = None
+        call.freeze_all([q[-3], k[-3], v[-3]], "heads that share keys")
+    _contract(call, call[0], -1, call[1], -1)
+    call.freeze_all([q[-2], k[-2], v[-2]], "time of an attention")
+    out = [*q[:-3], heads, None, v[-1]]
+    return out if isinstance(call.out, Tensor) else [out] + [None] * (len(call.out) - 1)

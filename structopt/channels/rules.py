@@ -1,0 +1,30 @@
+"""Which rule an operator has: by its name, by being a view, by its tag; or none.
+
+An operator without a rule freezes all labels that it touches: sound, visible, never wrong.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from structopt.channels import products, statistics  # noqa: F401 - they fill the table
+from structopt.channels.calls import Call, Rule, named
+from structopt.channels.moving import fresh, moves, pointwise
+
+__all__ = ["find", "fresh", "moves", "pointwise", "unknown"]
+
+
+def unknown(call: Call) -> None:
+    call.freeze_everything()
+
+
+def find(func: Any) -> Rule:
+    """The rule of an operator."""
+    known = named(func._schema.name.removeprefix("aten::"))
+    if known is not None:
+        return known
+    if func.is_view or torch.Tag.inplace_view in func.tags:
+        return moves
+    return pointwise if torch.Tag.pointwise in func.tags else unknown

@@ -1,0 +1,229 @@
+"""Run a model once and carry the labels of its channels beside every tensor."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from structopt.channels import rules
+from structopt.channels.calls import Call
+from structopt.channels.labels import Vector
+from structopt.channels.mirrors import Axis, Book, Mirror
+
+_MIRROR = "_structopt_mirror"  # the attribute of a tensor that holds its mirror
+
+_PICKED = "_structopt_picked"  # the labels of dimensions that a tensor was picked from by number
+_WEIGHT = "_structopt_weight"  # marks a tensor that is made of parameters only
+
+
+class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Runs each op, then asks the op's rule for the mirrors of what came out."""
+
+    def __init__(self, book: Book) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.book = book
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tensors = list(tensors_of((args, kwargs)))
+        call = Call(self.book, func, tuple(args), kwargs, {})
+        for tensor in tensors:
+            call.shapes[id(tensor)] = tensor.shape
+            mirror = getattr(tensor, _MIRROR, None)
+            if mirror is not None:
+                call.mirrors[id(tensor)] = mirror
+            if hasattr(tensor, _PICKED):
+                call.picked[id(tensor)] = getattr(tensor, _PICKED)
+            self.book.met.add(id(tensor))
+            if hasattr(tensor, _WEIGHT):
+                call.weights.add(id(tensor))
+        self.book.op = func._schema.name.removeprefix("aten::")
+        call.out = out = self.compute(func, tuple(args), kwargs)
+        rule = rules.find(func)
+        if not call.mirrors and rule is not rules.fresh:
+            return out
+        self.book.picked = []
+        self._attach(out, rule(call))
+        if rule in (rules.moves, rules.pointwise):
+            self._pick(call)
+        if len(call.weights) == len(call.shapes) and isinstance(out, Tensor):
+            setattr(out, _WEIGHT, True)
+        return out
+
+    def _pick(self, call: Call) -> None:
+        """What was picked by number stays known while data moves."""
+        before = tuple(label for labels in call.picked.values() for label in labels)
+        outputs = [call.out] if isinstance(call.out, Tensor) else list(call.out)
+        now = self.book.picked or [[] for _ in outputs]
+        for out, picked in zip(outputs, now, strict=False):
+            if before or picked:
+                setattr(out, _PICKED, (*before, *picked))
+
+    def compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the op; who verifies an edit runs some of them otherwise."""
+        return func(*args, **kwargs)
+
+    def _attach(self, out: Any, mirrors: Any) -> None:
+        outputs = [out] if isinstance(out, Tensor) else list(out or ())
+        if mirrors is None:
+            mirrors = [None] * len(outputs)
+        elif isinstance(out, Tensor):
+            mirrors = [mirrors]
+        for tensor, mirror in zip(outputs, mirrors, strict=False):
+            if isinstance(tensor, Tensor):
+                if mirror is None or all(axis is None for axis in mirror):
+                    mirror = None
+                else:
+                    assert len(mirror) == tensor.ndim, (self.book.op, len(mirror), tensor.shape)
+                setattr(tensor, _MIRROR, mirror)
+
+
+def mirror_of(tensor: Tensor) -> Mirror | None:
+    mirror: Mirror | None = getattr(tensor, _MIRROR, None)
+    return mirror
+
+
+def map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same nest of arguments with each tensor changed."""
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if isinstance(tree, Mapping):
+        return {key: map_tensors(value, change) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(map_tensors(value, change) for value in tree)
+    return tree
+
+
+def tensors_of(tree: Any) -> Iterator[Tensor]:
+    """Every tensor in nested arguments or outputs of a model."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from tensors_of(value)
+    elif isinstance(tree, list | tuple | set):
+        for value in tree:
+            yield from tensors_of(value)
+    elif hasattr(tree, "__dict__") and not isinstance(tree, type | nn.Module):
+        yield from tensors_of(vars(tree))
+
+
+def call(model: nn.Module, example: Any) -> Any:
+    """Call a model with a tensor, a tuple of positional or a mapping of keyword arguments."""
+    if isinstance(example, tuple):
+        return model(*example)
+    if isinstance(example, Mapping):
+        return model(**example)
+    return model(example)
+
+
+def substitute(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A copy of the model in which each parameter and buffer is what `change` makes of it."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for store in (module._parameters, module._buffers, vars(module)):
+            for value in store.values():
+                if isinstance(value, Tensor) and id(value) not in memo:
+                    with torch.no_grad():
+                        made = change(value).detach()
+                    if isinstance(value, nn.Parameter):
+                        made = nn.Parameter(made, requires_grad=value.requires_grad)
+                    memo[id(value)] = made
+    return copy.deepcopy(model, memo)
+
+
+def to_shadow(tensor: Tensor) -> Tensor:
+    """Integers stay, as they may be indices; values are not needed and go to `meta`."""
+    return tensor.to("meta") if tensor.is_floating_point() else tensor.cpu().clone()
+
+
+@contextlib.contextmanager
+def plain_kernels() -> Iterator[None]:
+    """No fused fast paths: each op is one that has a rule."""
+    fast, onednn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    torch._C._set_mkldnn_enabled(False)  # its LSTM is one op
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        torch._C._set_mkldnn_enabled(onednn)
+
+
+def label_parameters(book: Book, model: nn.Module) -> dict[tuple[str, int], Vector]:
+    """Give each index of each dimension of each parameter and buffer a label of its own."""
+    axes: dict[tuple[str, int], Vector] = {}
+    named = [*model.named_parameters(), *model.named_buffers()]
+    for name, tensor in named:
+        if not tensor.is_floating_point():
+            continue
+        mirror: Mirror = []
+        for dim, size in enumerate(tensor.shape):
+            axes[name, dim] = labels = book.labels.new(size)
+            mirror.append(labels if size > 1 else None)
+            if size == 1:
+                book.labels.freeze(labels, "a single index")
+        if tensor.ndim:
+            setattr(tensor, _MIRROR, mirror)
+            setattr(tensor, _WEIGHT, True)
+    return axes
+
+
+def trace(book: Book, shadow: nn.Module, example: Any) -> list[torch.Size]:
+    """Run the labelled model, freeze what comes out, and say what shapes that had.
+
+    In evaluation mode first. If some weights were not met, in training mode too: branches that
+    serve training only (auxiliary heads) read channels all the same.
+    """
+    follow_modules(book, shadow)
+    shapes = _run(book, shadow.eval(), example)
+    unmet = [p for p in shadow.parameters() if id(p) not in book.met]
+    if unmet:
+        with contextlib.suppress(Exception):
+            _run(book, shadow.train(), example)
+        for p in unmet:
+            if id(p) not in book.met:
+                for axis in mirror_of(p) or ():
+                    freeze(book, axis, "a weight that the example does not use")
+    return shapes
+
+
+def follow_modules(book: Book, model: nn.Module) -> None:
+    """Keep in `book.module` the name of the module at work."""
+    names = {id(module): name for name, module in model.named_modules()}
+    stack: list[str] = []
+
+    def enter(module: nn.Module, _: Any) -> None:
+        stack.append(book.module)
+        book.module = names[id(module)]
+
+    def leave(module: nn.Module, _: Any, __: Any) -> None:
+        book.module = stack.pop()
+
+    for module in model.modules():
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave)
+
+
+def _run(book: Book, shadow: nn.Module, example: Any) -> list[torch.Size]:
+    book.module = ""
+    with plain_kernels(), Tracer(book):
+        out = list(tensors_of(call(shadow, example)))
+    for tensor in out:
+        for axis in mirror_of(tensor) or ():
+            freeze(book, axis, "output of the model")
+    return [tensor.shape for tensor in out]
+
+
+def freeze(book: Book, axis: Axis, why: str) -> None:
+    if axis is not None:
+        book.labels.freeze(axis, why)
