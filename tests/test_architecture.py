@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"files"},
     "distributed": {"devices"},
     "training": {"devices", "distributed", "files", "losses", "plots"},
+    "distillation": {"files", "losses", "training"},
 }
 
 

@@ -1,0 +1,54 @@
+"""Learning from a teacher: each method is a loss, and a builder that makes an objective of it.
+
+``from_logits(teacher, soft_targets, temperature=4.0)`` gives an objective for
+:func:`structopt.training.train`. A teacher is a module, several, or outputs cached on disk; it is
+asked in evaluation mode without a gradient, and left as it was. Losses are means over the batch;
+where a temperature T divides logits they carry the factor T².
+"""
+
+from structopt.distillation.builders import from_features, from_logits, hints, together
+from structopt.distillation.cache import Cached, cache_outputs
+from structopt.distillation.features import attention_transfer, hint, similarity_preserving
+from structopt.distillation.itself import MovingTeacher, born_again
+from structopt.distillation.logits import (
+    correlations,
+    decoupled,
+    logit_mse,
+    soft_targets,
+    standardised_logits,
+)
+from structopt.distillation.mutual import mutual, mutual_loss
+from structopt.distillation.objective import Distillation, Term
+from structopt.distillation.relations import relational_angle, relational_distance
+from structopt.distillation.teachers import Lesson, Source, Teacher
+from structopt.distillation.watching import Watch, watch
+
+__all__ = [
+    "Cached",
+    "Distillation",
+    "Lesson",
+    "MovingTeacher",
+    "Source",
+    "Teacher",
+    "Term",
+    "Watch",
+    "attention_transfer",
+    "born_again",
+    "cache_outputs",
+    "correlations",
+    "decoupled",
+    "from_features",
+    "from_logits",
+    "hint",
+    "hints",
+    "logit_mse",
+    "mutual",
+    "mutual_loss",
+    "relational_angle",
+    "relational_distance",
+    "similarity_preserving",
+    "soft_targets",
+    "standardised_logits",
+    "together",
+    "watch",
+]

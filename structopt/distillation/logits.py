@@ -1,0 +1,185 @@
+"""Losses between the logits of a student and those of its teacher.
+
+Each is ``f(student, teacher, ...)`` of logits (B, C, ...): a mean over the batch (and over
+positions, where there are any), never over the classes unless it says so. Where a temperature
+divides the logits the loss carries the factor T², so that its gradient keeps its size. The
+teacher's logits get a gradient too if they want one; the objectives give them without.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from structopt import losses
+from structopt.losses.checks import wide
+
+
+def soft_targets(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -> Tensor:
+    """T²·KL(softmax(t / T) || softmax(s / T)), a mean over the batch, in nats.
+
+    The teacher's soft targets of Hinton, Vinyals and Dean, 2015, "Distilling the knowledge in a
+    neural network". With T → ∞ it becomes half of :func:`logit_mse` of centred logits.
+
+    Args:
+        student: logits, (B, C, ...).
+        teacher: logits of the same shape.
+        temperature: T > 0; above 1 it shows what the teacher thinks of the unlikely classes.
+
+    Raises:
+        ValueError: shapes that differ (say, other class counts), a temperature not above 0.
+
+    Example:
+        >>> soft_targets(torch.zeros(1, 2), torch.tensor([[9.0, 0.0]]), temperature=1.0)
+        tensor(0.6919)
+    """
+    student, teacher = _pair(student, teacher, temperature)
+    return losses.kl_divergence(student, teacher, temperature=temperature)
+
+
+def standardised_logits(student: Tensor, teacher: Tensor, *, temperature: float = 2.0) -> Tensor:
+    """:func:`soft_targets` of z-scores: (z - mean(z)) / std(z) over the classes, for both.
+
+    The student need not match the size of the teacher's logits, only their relations: the loss is
+    the same for any a·z + b with a > 0. Sun et al., 2024, "Logit standardization in knowledge
+    distillation"; std divides by C, as in their formula (their code divides by C - 1, which is
+    another temperature). They weigh it 9 to 0.1 for the labels, at T = 2.
+
+    Args, Raises: as :func:`soft_targets`.
+
+    Example:
+        >>> z = torch.tensor([[3.0, 1.0, 0.0]])
+        >>> standardised_logits(7 * z + 5, z).item() < 1e-6
+        True
+    """
+    student, teacher = _pair(student, teacher, temperature)
+    return losses.kl_divergence(_scores(student), _scores(teacher), temperature=temperature)
+
+
+def _scores(logits: Tensor) -> Tensor:
+    centred = logits - logits.mean(1, keepdim=True)
+    return centred / (centred.square().mean(1, keepdim=True) + 1e-14).sqrt()
+
+
+def logit_mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """(s - t)², a mean over batch and classes.
+
+    Ba and Caruana, 2014, "Do deep nets really need to be deep?" (there a sum over the classes and
+    ½); Kim et al., 2021, "Comparing Kullback-Leibler divergence and mean squared error loss in
+    knowledge distillation".
+
+    Args, Raises: as :func:`soft_targets`.
+
+    Example:
+        >>> logit_mse(torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0, 0.0]]))
+        tensor(2.)
+    """
+    return losses.mse(*_pair(student, teacher))
+
+
+def decoupled(
+    student: Tensor,
+    teacher: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 4.0,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+) -> Tensor:
+    """T²·(alpha·TCKD + beta·NCKD), a mean over the batch, in nats.
+
+    TCKD = KL of (q_y, 1 - q_y) from (p_y, 1 - p_y), how sure the teacher is of the target class y;
+    NCKD = KL of the distributions over the other classes alone. Since KL = TCKD + (1 - q_y)·NCKD,
+    a teacher that is sure says next to nothing about the others in the plain loss. Zhao et al.,
+    2022, "Decoupled knowledge distillation": alpha = 1, beta from 0.1 to 8 by network, T = 4.
+
+    Args:
+        student: logits, (B, C, ...).
+        teacher: logits of the same shape.
+        targets: class indices, (B, ...).
+        temperature: T > 0.
+        alpha: weight of the target class.
+        beta: weight of the others.
+
+    Raises:
+        ValueError: as :func:`soft_targets`, or targets that are no class indices of that shape.
+
+    Example:
+        >>> z = torch.tensor([[3.0, 1.0, 0.0]])
+        >>> decoupled(z, z, torch.tensor([0]))
+        tensor(0.)
+    """
+    student, teacher = _pair(student, teacher, temperature)
+    if targets.is_floating_point() or targets.shape != student[:, 0].shape:
+        raise ValueError(
+            f"decoupled needs class indices {tuple(student[:, 0].shape)}, not {targets.dtype} "
+            f"of shape {tuple(targets.shape)}"
+        )
+    target = targets.long().unsqueeze(1)
+    mask = torch.zeros_like(student, dtype=torch.bool).scatter_(1, target, True)
+    log_p, log_q = (F.log_softmax(z / temperature, 1) for z in (student, teacher))
+    rest_p, rest_q = (z.masked_fill(mask, -torch.inf).logsumexp(1) for z in (log_p, log_q))
+    sure_p, sure_q = (z.gather(1, target).squeeze(1) for z in (log_p, log_q))
+    tckd = sure_q.exp() * (sure_q - sure_p) + rest_q.exp() * (rest_q - rest_p)
+    others_p, others_q = log_p - rest_p.unsqueeze(1), log_q - rest_q.unsqueeze(1)
+    nckd = (others_q.exp() * (others_q - others_p)).masked_fill(mask, 0.0).sum(1)
+    return temperature**2 * (alpha * tckd + beta * nckd).mean()
+
+
+def correlations(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float = 4.0,
+    beta: float = 1.0,
+    gamma: float = 1.0,
+) -> Tensor:
+    """T²·(beta·inter + gamma·intra) with p = softmax(s / T), q = softmax(t / T).
+
+    inter = 1 - Pearson's correlation of p and q over the classes, a mean over the examples; intra
+    the same over the examples, a mean over the classes. Huang et al., 2022, "Knowledge
+    distillation from a stronger teacher" (DIST); beta = gamma = 2 there with the labels at 1.
+
+    Args:
+        student: logits, (B, C, ...).
+        teacher: logits of the same shape.
+        temperature: T > 0.
+        beta: weight of each example's order of the classes.
+        gamma: weight of each class's order of the examples; what a batch of one lacks.
+
+    Raises:
+        ValueError: as :func:`soft_targets`.
+
+    Example:
+        >>> z = torch.tensor([[3.0, 1.0, 0.0], [0.0, 1.0, 0.0]])
+        >>> correlations(z, z).abs().item() < 1e-5
+        True
+    """
+    student, teacher = _pair(student, teacher, temperature)
+    p, q = (_rows(z / temperature).softmax(1) for z in (student, teacher))
+    inter, intra = (1 - _pearson(p, q, dim).mean() for dim in (1, 0))
+    return temperature**2 * (beta * inter + gamma * intra)
+
+
+def _rows(logits: Tensor) -> Tensor:
+    """(B, C, ...) as (N, C)."""
+    return logits.movedim(1, -1).reshape(-1, logits.shape[1])
+
+
+def _pearson(a: Tensor, b: Tensor, dim: int) -> Tensor:
+    a, b = (F.normalize(x - x.mean(dim, keepdim=True), dim=dim) for x in (a, b))
+    return (a * b).sum(dim)
+
+
+def _pair(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    if not temperature > 0:
+        raise ValueError(f"temperature divides the logits: a number above 0, not {temperature}")
+    if student.shape != teacher.shape or student.ndim < 2:
+        raise ValueError(
+            f"the student gives logits {tuple(student.shape)}, the teacher {tuple(teacher.shape)}: "
+            "both need (batch, classes, ...) with the same classes; choose the teacher's columns "
+            "that the student has, or distil features"
+        )
+    student = wide(student)
+    return student, teacher.to(student.dtype)

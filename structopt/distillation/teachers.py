@@ -1,0 +1,132 @@
+"""What a student learns from: one network or several, wherever they lie, in any precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from structopt.distillation.watching import Watch
+
+
+class Lesson(NamedTuple):
+    """What a teacher says about one batch, and the labels that stand beside it."""
+
+    logits: Tensor
+    features: dict[str, Tensor]
+    labels: Any
+
+
+class Source(Protocol):
+    """Anything that teaches: :class:`Teacher`, :class:`MovingTeacher`, :class:`Cached`."""
+
+    def teach(self, inputs: Any, targets: Any, names: Sequence[str] = ()) -> Lesson:
+        """The lesson of a batch; ``names`` are the layers whose features are wanted."""
+
+
+class Teacher:
+    """One network, or several whose logits are averaged, to be asked without a trace.
+
+    Each forward pass runs in evaluation mode without a gradient, and leaves the modes of all
+    modules as they were. A network stays on the device where it lies, in its own number type; the
+    inputs go to it and what it says comes back. ``autocast`` names the type in which it computes
+    (``torch.bfloat16``); by default that of the loop around it. The mean of logits is the
+    normalised geometric mean of the predictions, one of the two in Hinton et al., 2015.
+
+    Raises ``ValueError`` for no network, or networks of different class counts.
+
+    >>> teacher = Teacher(nn.Linear(2, 3), nn.Linear(2, 3))
+    >>> teacher.teach(torch.ones(4, 2), None).logits.shape
+    torch.Size([4, 3])
+    """
+
+    def __init__(self, *models: nn.Module, autocast: torch.dtype | None = None) -> None:
+        if not models or not all(isinstance(model, nn.Module) for model in models):
+            raise ValueError("a teacher is one nn.Module or several")
+        self.models, self.autocast = models, autocast
+        self.watch: Watch | None = None
+
+    def teach(self, inputs: Any, targets: Any, names: Sequence[str] = ()) -> Lesson:
+        """The lesson of a batch of ``inputs``."""
+        if names and len(self.models) > 1:
+            raise ValueError("features of several teachers have no mean: name one teacher")
+        said: list[Tensor] = []
+        features: dict[str, Tensor] = {}
+        for model in self.models:
+            with self._watched(model, names) as found, unnoticed(model):
+                logits = self._ask(model, inputs)
+                features = {name: picked(found, name).to(inputs.device) for name in names}
+            if said and logits.shape != said[0].shape:
+                raise ValueError(
+                    f"one teacher gives {tuple(said[0].shape)}, another {tuple(logits.shape)}: "
+                    "their logits have no mean"
+                )
+            said.append(logits.to(inputs.device))
+        return Lesson(torch.stack(said).mean(0) if said[1:] else said[0], features, targets)
+
+    def _watched(self, model: nn.Module, names: Sequence[str]) -> AbstractContextManager[Any]:
+        if not names:
+            return nullcontext({})
+        if self.watch is None or list(self.watch.layers) != list(names):
+            self.watch = Watch(model, names)
+        return self.watch
+
+    def _ask(self, model: nn.Module, inputs: Any) -> Tensor:
+        own = next((p for p in model.parameters() if p.is_floating_point()), None)
+        if own is not None:
+            dtype = own.dtype if inputs.is_floating_point() else inputs.dtype
+            inputs = inputs.to(own.device, dtype)
+        kind = inputs.device.type
+        with torch.autocast(kind, self.autocast) if self.autocast else nullcontext():
+            return as_logits(model(inputs), "teacher")
+
+
+@contextmanager
+def unnoticed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards each module is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def as_logits(output: Any, whose: str) -> Tensor:
+    if not isinstance(output, Tensor) or output.ndim < 2:
+        kind = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(
+            f"the {whose} returned {kind}, not logits (batch, classes, ...): wrap it in a module "
+            "that returns its logits"
+        )
+    return output
+
+
+def picked(found: dict[str, Any], name: str) -> Tensor:
+    """The features of layer ``name``, which has to have run and to give a tensor."""
+    if name not in found:
+        raise ValueError(f"the layer {name!r} was not called in this forward pass")
+    if not isinstance(found[name], Tensor):
+        raise ValueError(
+            f"the layer {name!r} returns {type(found[name]).__name__}, not a tensor: "
+            "name a layer inside it"
+        )
+    return found[name]  # type: ignore[no-any-return]
+
+
+def as_source(teacher: nn.Module | Sequence[nn.Module] | Source) -> Source:
+    if isinstance(teacher, nn.Module):
+        return Teacher(teacher)
+    if isinstance(teacher, (list, tuple)):
+        return Teacher(*teacher)
+    if not hasattr(teacher, "teach"):
+        raise ValueError(
+            f"a teacher is a module, several, or cached outputs, not {type(teacher).__name__}"
+        )
+    return teacher  # type: ignore[return-value]

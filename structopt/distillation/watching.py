@@ -1,0 +1,106 @@
+"""Features of a model's layers, seen while it runs."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+class Watch:
+    """``with Watch(model, names) as found``: see :func:`watch`. May be entered again and again."""
+
+    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+        layers = {
+            name.replace("_orig_mod.", ""): layer
+            for name, layer in unwrapped(model).named_modules()
+        }
+        self.found: dict[str, Any] = {}
+        self.layers: dict[str, nn.Module] = {}
+        for name in names:
+            if name not in layers or not name:
+                raise ValueError(missing(name, layers))
+            self.layers[name] = layers[name]
+        # torch.compile notices a changed `forward`, and compiles once for each state; hooks that
+        # come after it has compiled it would pass over. So a forward, and the same each time:
+        self.own = {name: layer.forward for name, layer in self.layers.items()}
+        self.seen = {name: self._seeing(name) for name in self.layers}
+        self.before: dict[str, Any] = {}
+
+    def _seeing(self, name: str) -> Callable[..., Any]:
+        own, found = self.own[name], self.found
+
+        def forward(*inputs: Any, **options: Any) -> Any:
+            output = own(*inputs, **options)
+            found[name] = output
+            return output
+
+        return forward
+
+    def __enter__(self) -> dict[str, Any]:
+        if self.before:
+            raise RuntimeError("this watch is on already: make a second one")
+        self.found.clear()
+        for name, layer in self.layers.items():
+            if layer.forward != self.own[name]:  # changed since, or another watch has ended
+                self.own[name] = layer.forward
+                self.seen[name] = self._seeing(name)
+            self.before[name] = vars(layer).get("forward")
+            layer.forward = self.seen[name]
+        return self.found
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for name, layer in self.layers.items():
+            before = self.before.pop(name)
+            if before is None:
+                del layer.forward
+            else:
+                layer.forward = before
+        self.found.clear()  # the features hold the whole graph of the forward pass
+
+
+def watch(model: nn.Module, names: Iterable[str]) -> Watch:
+    """``with watch(model, names) as found:`` the outputs of these layers at the last forward pass.
+
+    Names are those of ``model.named_modules()``, with or without torch.compile and
+    ``DistributedDataParallel`` around the model. On leaving the context, by an error too, the
+    layers are as they were and the features are let go: take what you need inside. One watch may
+    be used again and again, which spares torch.compile from compiling anew. A layer called twice
+    in one pass shows its last output.
+
+    Raises ``ValueError`` for a layer that does not exist, listing near names.
+
+    >>> import torch
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+    >>> with watch(model, ["0"]) as found:
+    ...     output = model(torch.ones(1, 2))
+    ...     torch.equal(found["0"].relu(), output)
+    True
+    """
+    return Watch(model, names)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside ``torch.compile`` and ``DistributedDataParallel``."""
+    while True:
+        if isinstance(model, (DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def missing(name: str, layers: Iterable[str]) -> str:
+    known = [layer for layer in layers if layer]
+    near = difflib.get_close_matches(name, known, n=5, cutoff=0.4) or known[:8]
+    return f"there is no layer {name!r}; near names are {', '.join(near) or 'none at all'}"
