@@ -1,0 +1,397 @@
+"""Each loss is its paper's formula: written again in plain Python, kept as a table, and by laws."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from structopt import distillation as d
+
+Rows = Sequence[Sequence[float]]
+B, C = 4, 5
+LABELS = [0, 4, 2, 2]
+
+
+def waves(*shape: int, phase: float) -> Tensor:
+    """Numbers between -3 and 3 that are the same everywhere."""
+    return 3 * torch.sin(phase + 1.7 * torch.arange(math.prod(shape), dtype=torch.double)).view(
+        shape
+    )
+
+
+# The formulas once more, in plain Python
+
+
+def softmax(row: Sequence[float], t: float = 1.0) -> list[float]:
+    e = [math.exp(z / t) for z in row]
+    return [x / sum(e) for x in e]
+
+
+def kl(q: Sequence[float], p: Sequence[float]) -> float:
+    return sum(a * math.log(a / b) for a, b in zip(q, p, strict=True))
+
+
+def mean(values: Sequence[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def soft_targets(s: Rows, t: Rows, tau: float) -> float:
+    return tau**2 * mean(kl(softmax(b, tau), softmax(a, tau)) for a, b in zip(s, t, strict=True))
+
+
+def scores(rows: Rows) -> Rows:
+    def score(row: Sequence[float]) -> list[float]:
+        m = mean(row)
+        return [(z - m) / math.sqrt(mean([(x - m) ** 2 for x in row])) for z in row]
+
+    return [score(row) for row in rows]
+
+
+def logit_mse(s: Rows, t: Rows) -> float:
+    return mean(
+        [(a - b) ** 2 for x, y in zip(s, t, strict=True) for a, b in zip(x, y, strict=True)]
+    )
+
+
+def decoupled(s: Rows, t: Rows, tau: float, alpha: float, beta: float) -> float:
+    total = []
+    for a, b, y in zip(s, t, LABELS, strict=True):
+        p, q = softmax(a, tau), softmax(b, tau)
+        tckd = kl([q[y], 1 - q[y]], [p[y], 1 - p[y]])
+        others = [c for c in range(C) if c != y]
+        nckd = kl([q[c] / (1 - q[y]) for c in others], [p[c] / (1 - p[y]) for c in others])
+        total.append(alpha * tckd + beta * nckd)
+    return tau**2 * mean(total)
+
+
+def pearson(a: Sequence[float], b: Sequence[float]) -> float:
+    ma, mb = mean(a), mean(b)
+    both = sum((x - ma) * (y - mb) for x, y in zip(a, b, strict=True))
+    return both / math.sqrt(sum((x - ma) ** 2 for x in a) * sum((y - mb) ** 2 for y in b))
+
+
+def correlations(s: Rows, t: Rows, tau: float, beta: float, gamma: float) -> float:
+    p, q = ([softmax(row, tau) for row in rows] for rows in (s, t))
+    inter = mean([1 - pearson(a, b) for a, b in zip(p, q, strict=True)])
+    columns = zip(zip(*p, strict=True), zip(*q, strict=True), strict=True)
+    return tau**2 * (beta * inter + gamma * mean([1 - pearson(a, b) for a, b in columns]))
+
+
+def unit(row: Sequence[float]) -> list[float]:
+    size = math.sqrt(sum(x * x for x in row))
+    return [x / size for x in row]
+
+
+def attention_transfer(s: Tensor, t: Tensor, power: float) -> float:
+    total = []
+    for a, b in zip(s.tolist(), t.tolist(), strict=True):
+        maps = []
+        for channels in (a, b):
+            flat = [[x for line in channel for x in line] for channel in channels]
+            maps.append(unit([sum(abs(x) ** power for x in p) for p in zip(*flat, strict=True)]))
+        total.append(0.5 * sum((x - y) ** 2 for x, y in zip(*maps, strict=True)))
+    return mean(total)
+
+
+def similarity_preserving(s: Rows, t: Rows) -> float:
+    grams = [
+        [unit([sum(x * y for x, y in zip(a, b, strict=True)) for b in rows]) for a in rows]
+        for rows in (s, t)
+    ]
+    return mean([
+        (x - y) ** 2
+        for g, h in zip(*grams, strict=True)
+        for x, y in zip(g, h, strict=True)
+    ])  # fmt: skip
+
+
+def huber(e: float) -> float:
+    return 0.5 * e * e if abs(e) <= 1 else abs(e) - 0.5
+
+
+def relational_distance(s: Rows, t: Rows) -> float:
+    pairs = list(itertools.combinations(range(len(s)), 2))
+    psi = []
+    for rows in (s, t):
+        far = [math.dist(rows[i], rows[j]) for i, j in pairs]
+        psi.append([x / mean(far) for x in far])
+    return mean([huber(a - b) for a, b in zip(*psi, strict=True)])
+
+
+def relational_angle(s: Rows, t: Rows) -> float:
+    def cosine(rows: Rows, i: int, j: int, k: int) -> float:
+        e = [unit([a - b for a, b in zip(rows[x], rows[j], strict=True)]) for x in (i, k)]
+        return sum(a * b for a, b in zip(*e, strict=True))
+
+    triples = list(itertools.permutations(range(len(s)), 3))
+    return mean([huber(cosine(s, *ijk) - cosine(t, *ijk)) for ijk in triples])
+
+
+def mutual(all_logits: Sequence[Rows], tau: float) -> float:
+    others = len(all_logits) - 1
+    return sum(
+        soft_targets(a, b, tau) / others
+        for i, a in enumerate(all_logits)
+        for j, b in enumerate(all_logits)
+        if i != j
+    )
+
+
+# Ours, theirs, and the value kept
+
+
+S, T = waves(B, C, phase=0.3), waves(B, C, phase=2.0)
+MAPS = waves(B, 3, 4, 4, phase=1.0), waves(B, 6, 4, 4, phase=0.2)
+EMBEDDINGS = waves(B, 3, phase=0.1), waves(B, 6, phase=0.9)
+Y = torch.tensor(LABELS)
+Case = tuple[Callable[..., Tensor], tuple[Tensor, Tensor], Callable[[], float], float]
+CASES: dict[str, Case] = {
+    "soft targets": (
+        partial(d.soft_targets, temperature=3.0), (S, T),
+        lambda: soft_targets(S.tolist(), T.tolist(), 3.0), 4.356496,
+    ),
+    "standardised logits": (
+        partial(d.standardised_logits, temperature=2.0), (S, T),
+        lambda: soft_targets(scores(S.tolist()), scores(T.tolist()), 2.0), 1.0634,
+    ),
+    "MSE of logits": (d.logit_mse, (S, T), lambda: logit_mse(S.tolist(), T.tolist()), 9.888822),
+    "decoupled": (
+        lambda s, t: d.decoupled(s, t, Y.to(s.device), temperature=2.0, alpha=0.7, beta=3.0),
+        (S, T),
+        lambda: decoupled(S.tolist(), T.tolist(), 2.0, 0.7, 3.0), 11.1531,
+    ),
+    "correlations": (
+        partial(d.correlations, temperature=2.0, beta=0.5, gamma=2.0), (S, T),
+        lambda: correlations(S.tolist(), T.tolist(), 2.0, 0.5, 2.0), 11.94609,
+    ),
+    "hint": (d.hint, (S, T), lambda: logit_mse(S.tolist(), T.tolist()), 9.888822),
+    "attention transfer": (
+        partial(d.attention_transfer, power=3.0), MAPS,
+        lambda: attention_transfer(*MAPS, 3.0), 0.001177775,
+    ),
+    "similarity preserving": (
+        d.similarity_preserving, MAPS,
+        lambda: similarity_preserving(*(x.flatten(1).tolist() for x in MAPS)), 0.00019074,
+    ),
+    "relational distance": (
+        d.relational_distance, EMBEDDINGS,
+        lambda: relational_distance(*(x.tolist() for x in EMBEDDINGS)), 0.1026819,
+    ),
+    "relational angle": (
+        d.relational_angle, EMBEDDINGS,
+        lambda: relational_angle(*(x.tolist() for x in EMBEDDINGS)), 0.271022,
+    ),
+    "mutual": (
+        lambda s, t: d.mutual_loss([s, t, s.detach().flip(1)], temperature=2.0), (S, T),
+        lambda: mutual([S.tolist(), T.tolist(), S.flip(1).tolist()], 2.0), 10.07013,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_formula_of_the_paper(name: str, device: torch.device) -> None:
+    ours, pair, theirs, kept = CASES[name]
+    want = theirs()
+    assert want == pytest.approx(kept, rel=1e-6)
+    if device.type != "mps":
+        got = ours(*(x.to(device) for x in pair))
+        assert got.dtype == torch.double
+        assert got.item() == pytest.approx(want, rel=1e-10)
+    single = ours(*(x.float().to(device) for x in pair))
+    assert single.dtype == torch.float32
+    assert single.ndim == 0
+    assert single.item() == pytest.approx(want, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_finite_differences(name: str) -> None:
+    ours, (s, t), _, _ = CASES[name]
+    if name == "mutual":  # stops the gradients of the others on purpose
+        return
+    assert torch.autograd.gradcheck(ours, (s.clone().requires_grad_(), t.clone().requires_grad_()))
+
+
+def test_mutual_gradient_is_that_of_each_alone() -> None:
+    s, t = S.clone().requires_grad_(), T.clone().requires_grad_()
+    got = torch.autograd.grad(d.mutual_loss([s, t]), (s, t))
+    alone = d.soft_targets(s, T, temperature=1.0), d.soft_targets(t, S, temperature=1.0)
+    want = [torch.autograd.grad(loss, x)[0] for loss, x in zip(alone, (s, t), strict=True)]
+    torch.testing.assert_close(list(got), want)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(
+    name: str, device: torch.device
+) -> None:
+    ours, (_, x), _, _ = CASES[name]
+    if name == "mutual":
+        ours = lambda s, t: d.mutual_loss([s, t, t])  # noqa: E731
+    same = x.float().to(device)
+    student = same.clone().requires_grad_()
+    loss = ours(student, same)
+    assert abs(loss.item()) < 1e-5
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert gradient.abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", CASES)
+def test_half_precision_is_computed_in_single(
+    name: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    ours, pair, _, _ = CASES[name]
+    s, t = (x.to(device, dtype) for x in pair)
+    with torch.autocast(device.type, torch.bfloat16):
+        got = ours(s.requires_grad_(), t)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, ours(s.detach().float(), t.float()))
+    (gradient,) = torch.autograd.grad(got, s)
+    assert gradient.dtype == dtype
+    assert gradient.isfinite().all()
+
+
+# Laws
+
+
+@given(st.floats(0.5, 20), st.integers(0, 9))
+def test_kl_is_target_class_plus_the_rest(temperature: float, seed: int) -> None:
+    """Zhao et al.: KL = TCKD + (1 - q_y)·NCKD, example by example."""
+    torch.manual_seed(seed)
+    s, t = (torch.randn(1, C, dtype=torch.double) for _ in range(2))
+    sure = (t / temperature).softmax(1)[0, 1].item()
+    y = torch.tensor([1])
+    whole = d.soft_targets(s, t, temperature=temperature)
+    parts = d.decoupled(s, t, y, temperature=temperature, alpha=1.0, beta=1 - sure)
+    torch.testing.assert_close(whole, parts)
+
+
+def test_gradient_keeps_its_size_over_temperature(device: torch.device) -> None:
+    """Without T² it falls as 1/T²; with it, it settles at (s - t)/C of centred logits."""
+    s, t = S.float().to(device), T.float().to(device)
+    s, t = (x - x.mean(1, keepdim=True) for x in (s, t))
+    for temperature in (200.0, 400.0):
+        x = s.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(d.soft_targets(x, t, temperature=temperature), x)
+        torch.testing.assert_close(gradient * B, (s - t) / C, rtol=0.1, atol=0.02)
+
+
+def test_hot_soft_targets_are_half_the_squared_error() -> None:
+    s, t = (x - x.mean(1, keepdim=True) for x in (S, T))
+    hot = d.soft_targets(s, t, temperature=1e4)
+    torch.testing.assert_close(hot, 0.5 * d.logit_mse(s, t), rtol=1e-3, atol=0)
+
+
+@given(st.floats(0.1, 50), st.floats(-20, 20), st.booleans())
+def test_standardised_logits_know_no_size_and_no_shift(a: float, b: float, mine: bool) -> None:
+    moved = d.standardised_logits(a * S + b, T) if mine else d.standardised_logits(S, a * T + b)
+    torch.testing.assert_close(moved, d.standardised_logits(S, T))
+
+
+@given(st.floats(0.1, 50), st.floats(0.1, 50))
+def test_attention_and_similarity_know_no_size(a: float, b: float) -> None:
+    for loss in (d.attention_transfer, d.similarity_preserving):
+        torch.testing.assert_close(loss(a * MAPS[0], b * MAPS[1]), loss(*MAPS))
+
+
+@given(st.integers(0, 20), st.floats(0.1, 10))
+def test_relations_know_neither_isometry_nor_size(seed: int, scale: float) -> None:
+    torch.manual_seed(seed)
+    turn, _ = torch.linalg.qr(torch.randn(3, 3, dtype=torch.double))
+    moved = scale * EMBEDDINGS[0] @ turn + torch.randn(3, dtype=torch.double)
+    for loss in (d.relational_distance, d.relational_angle):
+        torch.testing.assert_close(loss(moved, EMBEDDINGS[1]), loss(*EMBEDDINGS))
+
+
+@given(st.permutations(range(B)))
+def test_the_order_of_the_batch_does_not_matter(order: list[int]) -> None:
+    for name, (ours, (s, t), _, _) in CASES.items():
+        if name != "decoupled":  # its labels would have to move too
+            torch.testing.assert_close(ours(s[order], t[order]), ours(s, t))
+
+
+def test_correlation_follows_linear_maps_of_the_predictions() -> None:
+    p, q = (x.softmax(1) for x in (S, T))
+    for a, b in ((0.5, 0.1), (1.0, 0.0)):  # a·p + b, again positive rows; logits are their logs
+        mapped = a * p + b
+        torch.testing.assert_close(
+            d.correlations((mapped / mapped.sum(1, keepdim=True)).log(), q.log(), temperature=1.0),
+            d.correlations(S, T, temperature=1.0),
+        )
+
+
+@pytest.mark.parametrize("name", ["soft targets", "standardised logits", "correlations"])
+def test_pixels_are_examples(name: str, device: torch.device) -> None:
+    """Logits (B, C, H, W) are B·H·W rows, as in segmentation."""
+    ours = CASES[name][0]
+    s, t = (waves(2, C, 3, 2, phase=p).float().to(device) for p in (0.1, 1.3))
+    rows = [x.movedim(1, -1).reshape(-1, C) for x in (s, t)]
+    torch.testing.assert_close(ours(s, t), ours(*rows))
+
+
+def test_maps_of_other_sizes_are_averaged_down(device: torch.device) -> None:
+    small = waves(B, 3, 2, 2, phase=0.4).float().to(device)
+    large = small.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    assert d.attention_transfer(small, large).abs() < 1e-6
+    assert d.attention_transfer(large, small).abs() < 1e-6
+
+
+def test_relations_of_maps_are_those_of_their_means(device: torch.device) -> None:
+    s, t = (x.float().to(device) for x in MAPS)
+    for loss in (d.relational_distance, d.relational_angle):
+        torch.testing.assert_close(loss(s, t), loss(s.mean((2, 3)), t.mean((2, 3))))
+
+
+def test_equal_examples_have_a_finite_gradient(device: torch.device) -> None:
+    same = torch.ones(4, 3, device=device).requires_grad_()
+    other = EMBEDDINGS[1].float().to(device)
+    for loss in (d.relational_distance, d.relational_angle, d.similarity_preserving):
+        (gradient,) = torch.autograd.grad(loss(same, other), same)
+        assert gradient.isfinite().all(), loss.__name__
+    flat = torch.ones(4, 5, device=device).requires_grad_()
+    for loss in (d.standardised_logits, d.correlations):
+        (gradient,) = torch.autograd.grad(loss(flat, T.float().to(device)), flat)
+        assert gradient.isfinite().all(), loss.__name__
+
+
+# Bad input
+
+
+X = torch.zeros(4, 5)
+BAD: list[tuple[str, Callable[[], object]]] = [
+    (r"logits \(4, 5\), the teacher \(4, 6\).*same classes",
+     lambda: d.soft_targets(X, torch.zeros(4, 6))),
+    (r"logits \(4, 5\), the teacher \(4, 6\)", lambda: d.logit_mse(X, torch.zeros(4, 6))),
+    (r"logits \(4, 5\), the teacher \(4, 6\)", lambda: d.correlations(X, torch.zeros(4, 6))),
+    (r"logits \(5,\)", lambda: d.standardised_logits(X[0], X[0])),
+    *((r"temperature .* above 0, not 0", partial(loss, X, X, temperature=0))
+      for loss in (d.soft_targets, d.standardised_logits, d.correlations)),
+    (r"above 0, not -1", lambda: d.decoupled(X, X, torch.zeros(4).long(), temperature=-1)),
+    (r"above 0, not nan", lambda: d.soft_targets(X, X, temperature=math.nan)),
+    (r"class indices \(4,\), not torch.float32", lambda: d.decoupled(X, X, torch.zeros(4))),
+    (r"of shape \(4, 2\)", lambda: d.decoupled(X, X, torch.zeros(4, 2).long())),
+    (r"differ", lambda: d.hint(X, X[:, :3])),
+    (r"maps .* not \(4, 5\) and \(4, 5\)", lambda: d.attention_transfer(X, X)),
+    (r"not \(4, 5, 1, 1\) and \(2, 5, 1, 1\)",
+     lambda: d.attention_transfer(X[..., None, None], X[:2, :, None, None])),
+    (r"5 tokens and 3", lambda: d.attention_transfer(X[..., None], X[:, :3, None])),
+    (r"4 examples and of 2", lambda: d.similarity_preserving(X, X[:2])),
+    (r"4 examples and of 2", lambda: d.relational_angle(X, X[:2])),
+    (r"at least 2 examples", lambda: d.relational_distance(X[:1], X[:1])),
+    (r"at least 3 examples", lambda: d.relational_angle(X[:2], X[:2])),
+    (r"at least 2 students, not 1", lambda: d.mutual_loss([X])),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("message", "call"), BAD)
+def test_bad_input_is_named(message: str, call: Callable[[], object]) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
