@@ -10,13 +10,8 @@ from torch import nn
 from structopt.channels.groups import Axes, Channels
 from structopt.channels.mirrors import Book
 from structopt.channels.probe import Probe, settle
-from structopt.channels.tracing import (
-    label_parameters,
-    map_tensors,
-    substitute,
-    to_shadow,
-    trace,
-)
+from structopt.channels.shadow import to_shadow
+from structopt.channels.tracing import label_parameters, map_tensors, substitute, trace
 
 
 def channel_groups(model: nn.Module, example: Any) -> Channels:

@@ -29,6 +29,8 @@ class Call:
     shapes: dict[int, torch.Size] = field(default_factory=dict)  # before an in-place view
     picked: dict[int, tuple[int, ...]] = field(default_factory=dict)  # labels chosen by number
     weights: set[int] = field(default_factory=set)  # arguments made of parameters only
+    squares: set[int] = field(default_factory=set)  # arguments that are squares
+    values: set[int] = field(default_factory=set)  # arguments that another example would change
 
     def __getitem__(self, position: int) -> Any:
         """The argument at this position, or its default."""

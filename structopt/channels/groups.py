@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from structopt.channels.attributes import keeper
 from structopt.channels.labels import Vector
 from structopt.channels.mirrors import Book, Extent
 
@@ -67,7 +68,7 @@ class Channels:
         self.axes = axes
         self.model = weakref.ref(model)
         modules = dict(model.named_modules())
-        self.extents = [e for e in book.extents.values() if _is_kept(modules, e)]
+        self.extents = _extents(modules, book)
         self.scored = book.scored
         self.biases: dict[int, set[int]] = {}
         for rows, bias in book.beside:
@@ -136,18 +137,14 @@ class Channels:
         return f"Channels({len(self.groups)} groups, {len(self.frozen)} frozen)"
 
 
-def keeper(module: nn.Module, size: int) -> list[str]:
-    """The whole numbers equal to `size` that a module of the model's own keeps, by name."""
-    if type(module).__module__.startswith("torch.nn.modules."):
-        return []
-    return [key for key, value in vars(module).items() if type(value) is int and value == size]
-
-
-def _is_kept(modules: Mapping[str, nn.Module], extent: Extent) -> bool:
-    """Whether some module remembers this size as an attribute."""
-    if extent.name:
-        return hasattr(modules[extent.module], extent.name)
-    return bool(keeper(modules[extent.module], extent.size))
+def _extents(modules: Mapping[str, nn.Module], book: Book) -> list[Extent]:
+    """The sizes that modules remember as attributes: those known by name, then those by value."""
+    found = [e for e in book.claims.values() if e.labels is not None]
+    for extent in book.extents.values():
+        module = modules[extent.module]
+        if hasattr(module, extent.name) if extent.name else keeper(module, extent, book):
+            found.append(extent)
+    return found
 
 
 def _collect(channels: Channels) -> list[ChannelGroup]:
@@ -200,22 +197,25 @@ def _build(
     for axis in channels.book.averaged:
         for leaf in labels.leaves(axis).values():
             averaged[channels.group_of[leaf[leaf >= 0]]] = True
-    made, names = [], dict[str, int]()
-    for number, (a, b) in enumerate(itertools.pairwise(bounds)):
-        why = labels.reasons[labels.reason[roots[order[a]]]]
-        name = _name(members[number], names)
-        made.append(
-            ChannelGroup(
-                name, int(b - a), tuple(members[number]), why, bool(averaged[number]), channels
-            )
-        )
-    return made
+    whys = [labels.reasons[labels.reason[roots[order[a]]]] for a in bounds[:-1]]
+    whys = [
+        why or ("a single channel" if b - a == 1 else "")
+        for why, (a, b) in zip(whys, itertools.pairwise(bounds), strict=True)
+    ]
+    names = _names(members, whys)
+    return [
+        ChannelGroup(names[n], int(b - a), tuple(members[n]), whys[n], bool(averaged[n]), channels)
+        for n, (a, b) in enumerate(itertools.pairwise(bounds))
+    ]
 
 
-def _name(members: list[Member], taken: dict[str, int]) -> str:
-    """After the layer that makes the channels."""
-    makers = [m for m in members if not m.reads] or members
-    makers = [m for m in makers if m.parameter.endswith("weight")] or makers
-    name = makers[0].parameter.rpartition(".")[0] or makers[0].parameter if makers else "inner"
-    taken[name] = taken.get(name, 0) + 1
-    return name if taken[name] == 1 else f"{name}#{taken[name]}"
+def _names(members: list[list[Member]], whys: list[str]) -> dict[int, str]:
+    """Each after the layer that makes its channels; those that may change get the plain names."""
+    names, taken = dict[int, str](), dict[str, int]()
+    for number in sorted(range(len(members)), key=lambda n: bool(whys[n])):
+        makers = [m for m in members[number] if not m.reads] or members[number]
+        makers = [m for m in makers if m.parameter.endswith("weight")] or makers
+        name = makers[0].parameter.rpartition(".")[0] or makers[0].parameter if makers else "inner"
+        taken[name] = taken.get(name, 0) + 1
+        names[number] = name if taken[name] == 1 else f"{name}#{taken[name]}"
+    return names

@@ -20,6 +20,14 @@ from structopt.channels.labels import Labels, Vector
 
 Axis = Vector | None
 Mirror = list[Axis]
+Key = tuple[str, str, int]  # path of a module, name of an attribute, place in it if it is a list
+
+MIRROR = "_structopt_mirror"  # the attribute of a tensor that holds its mirror
+
+
+def mirror_of(tensor: Tensor) -> Mirror | None:
+    mirror: Mirror | None = getattr(tensor, MIRROR, None)
+    return mirror
 
 
 @dataclass
@@ -28,8 +36,9 @@ class Extent:
 
     module: str
     size: int
-    labels: Vector
-    name: str = ""  # of the attribute, where the op says it
+    labels: Axis
+    name: str = ""  # of the attribute, where it is known
+    place: int = -1  # in the attribute, where that is a list
 
 
 @dataclass
@@ -38,6 +47,7 @@ class Book:
 
     labels: Labels = field(default_factory=Labels)
     extents: dict[tuple[str, int, bytes], Extent] = field(default_factory=dict)
+    claims: dict[Key, Extent] = field(default_factory=dict)
     pieces: list[Vector] = field(default_factory=list)
     readers: list[Vector] = field(default_factory=list)
     averaged: list[Vector] = field(default_factory=list)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from structopt.channels.calls import Call, flat, join, rule
@@ -49,17 +50,64 @@ def float_moves(call: Call) -> Any:
     return follow(call.book, move, call[0].shape, call.mirror(call[0]))
 
 
-@rule("index", "gather")
+@rule("index", "gather", "_unsafe_index")
 def gather(call: Call) -> Any:
     """As `moves`, where the indices are known; dimensions of the index itself stay unlabelled."""
     source, *rest = call.args
     known = [i for i in flat(rest) if isinstance(i, Tensor)]
-    if any(i.is_meta for i in known):
-        return call.freeze_everything()
+    mirror = list(call.mirror(source))
     for index in known:
         call.freeze_all(call.mirror(index), "used as an index")
+    dims = _indexed(call)
+    if any(i.is_meta or id(i) in call.values for i in known):
+        for dim in dims:  # another example would pick others
+            call.book.freeze(mirror[dim], "picked by values that the example decides")
+            mirror[dim] = None
+    if any(i.is_meta for i in known):
+        return _unknown_places(call, mirror, dims)
     move = lambda grid: call.func(grid, *_cpu(rest), **call.kwargs)  # noqa: E731
-    return follow(call.book, move, source.shape, call.mirror(source))
+    return follow(call.book, move, source.shape, mirror)
+
+
+def _unknown_places(call: Call, mirror: Mirror, dims: list[int]) -> Mirror:
+    """The dimensions that are not picked from keep their labels; where they are is torch's rule."""
+    if call.book.op == "gather":
+        return mirror
+    rest = [axis for d, axis in enumerate(mirror) if d not in dims]
+    new: Mirror = [None] * (call.out.ndim - len(rest))
+    together = dims == list(range(dims[0], dims[-1] + 1))
+    return rest[: dims[0]] + new + rest[dims[0] :] if together else new + rest
+
+
+def _indexed(call: Call) -> list[int]:
+    """The dimensions that an index picks from."""
+    if call.book.op == "gather":
+        shared = [a == b for a, b in zip(call[0].shape, call[2].shape, strict=True)]
+        return [d for d in range(call[0].ndim) if d == call[1] % call[0].ndim or not shared[d]]
+    dims, place = list[int](), 0
+    for index in call[1]:
+        width = index.ndim if index is not None and index.dtype == torch.bool else 1
+        dims += range(place, place + width) if index is not None else ()
+        place += width
+    return dims
+
+
+@rule("index_put", "_unsafe_index_put")
+def put(call: Call) -> Mirror:
+    """Values go to places: along the dimensions that no index picks from, they meet the target."""
+    mirror, value, dims = list(call.mirror(call[0])), call[2], _indexed(call)
+    if dims != list(range(len(dims))):
+        call.freeze_everything()
+        return [None] * len(mirror)
+    for d in dims:
+        call.book.freeze(mirror[d], "written by index")
+        mirror[d] = None
+    below = call.mirror(value)
+    for d in range(-(len(mirror) - len(dims)), 0):
+        if value.ndim >= -d and value.shape[d] == call[0].shape[d]:
+            mirror[d] = join(call, [mirror[d], below[d]])
+    call.freeze_all(below[: max(value.ndim - len(mirror) + len(dims), 0)], "written by index")
+    return mirror
 
 
 def _cpu(tree: Any) -> Any:
@@ -102,9 +150,7 @@ def stack(call: Call) -> Mirror:
 
 
 @rule("copy", "clone", "contiguous", "_to_copy", "lerp", "native_dropout", "fill", "zero")
-@rule(
-    "bernoulli", "cumsum", "zeros_like", "ones_like", "empty_like", "full_like", "rrelu_with_noise"
-)
+@rule("bernoulli", "zeros_like", "ones_like", "empty_like", "full_like", "rrelu_with_noise")
 @rule("_fused_moving_avg_obs_fq_helper", "fake_quantize_per_tensor_affine", "normal", "uniform")
 @rule("detach", "alias", "masked_fill", "glu_jvp", "lift_fresh", "prelu")
 @rule("hardswish", "hardtanh", "hardsigmoid", "leaky_relu", "log_sigmoid_forward", "mish", "elu")

@@ -14,7 +14,8 @@ from structopt.channels.groups import ChannelGroup, Channels
 from structopt.channels.labels import Vector
 from structopt.channels.mirrors import Book
 from structopt.channels.rows import Choice, Edit
-from structopt.channels.tracing import call, follow_modules, plain_kernels, tensors_of
+from structopt.channels.shadow import Shadow, plain_kernels
+from structopt.channels.tracing import call, follow_modules, tensors_of
 
 Shapes = list[torch.Size]
 
@@ -24,6 +25,7 @@ class Probe:
 
     def __init__(self, channels: Channels, bare: nn.Module, example: Any, expected: Shapes) -> None:
         self.channels, self.bare, self.example, self.expected = channels, bare, example, expected
+        self.shapes_only = bare is not channels.model()
         self.problem = self.where = ""
 
     def works(self, groups: Iterable[ChannelGroup]) -> bool:
@@ -42,12 +44,14 @@ class Probe:
         try:
             made = build(self.channels, self.bare, Edit(choice, attributes=attributes))
             follow_modules(watch, made)
-            with plain_kernels():
+            with plain_kernels(), Shadow():  # type: ignore[no-untyped-call]
                 found = [t.shape for t in tensors_of(call(made.eval(), self.example))]
         except Exception as problem:
             self.problem, self.where = str(problem), watch.module
             return False
         self.problem, self.where = "the shape of the output changes", ""
+        if not self.shapes_only:  # how many objects are found may change with the values
+            return [len(s) for s in found] == [len(s) for s in self.expected]
         return found == self.expected
 
 
@@ -67,7 +71,7 @@ def settle(probe: Probe) -> None:
     while channels.groups and not probe.works(channels.groups):
         kind = _kind(probe)
         if kind in seen or not _tie_squares(probe, kind):
-            _freeze_some(probe)
+            _freeze(channels, _culprit(probe), probe.problem)
         seen.add(kind)
         channels.regroup()
 
@@ -113,22 +117,20 @@ def _tie_squares(probe: Probe, kind: type) -> bool:
     return tied
 
 
-def _freeze_some(probe: Probe) -> None:
-    """Freeze the groups that break the model alone; if none does, those that do so with others."""
-    channels = probe.channels
-    stuck = False
-    for group in channels.groups:
-        if not probe.works([group]):
-            stuck = True
-            _freeze(channels, group, f"the model fails without some: {probe.problem}")
-    working: list[ChannelGroup] = []
-    for group in () if stuck else channels.groups:
-        if probe.works([*working, group]):
-            working.append(group)
+def _culprit(probe: Probe) -> ChannelGroup:
+    """The last of the shortest row of groups that fails together, found by halving."""
+    groups, works, fails = probe.channels.groups, 0, len(probe.channels.groups)
+    while fails - works > 1:
+        middle = (works + fails) // 2
+        if probe.works(groups[:middle]):
+            works = middle
         else:
-            _freeze(channels, group, f"does not go with others: {probe.problem}")
+            fails = middle
+    probe.works(groups[:fails])  # so that the problem told is this one's
+    return groups[fails - 1]
 
 
 def _freeze(channels: Channels, group: ChannelGroup, why: str) -> None:
     roots = np.flatnonzero(channels.group_of == channels.number[id(group)])
-    channels.book.labels.freeze(roots, why.splitlines()[0] if why else "")
+    reason = f"the model fails without some: {why}"
+    channels.book.labels.freeze(roots, reason.splitlines()[0])

@@ -8,12 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from structopt.channels import products, statistics  # noqa: F401 - they fill the table
 from structopt.channels.calls import Call, Rule, named
 from structopt.channels.moving import fresh, moves, pointwise
 
-__all__ = ["find", "fresh", "moves", "pointwise", "unknown"]
+__all__ = ["find", "fresh", "is_square", "moves", "pointwise", "unknown"]
 
 
 def unknown(call: Call) -> None:
@@ -28,3 +29,12 @@ def find(func: Any) -> Rule:
     if func.is_view or torch.Tag.inplace_view in func.tags:
         return moves
     return pointwise if torch.Tag.pointwise in func.tags else unknown
+
+
+def is_square(call: Call) -> bool:
+    """Whether an op squares a tensor; a copy in another type is still a square."""
+    if call.book.op in ("_to_copy", "clone", "detach", "alias"):
+        return id(call[0]) in call.squares
+    if call.book.op == "pow":
+        return isinstance(call[0], Tensor) and call[1] == 2
+    return call.book.op == "mul" and call[0] is call[1]

@@ -4,28 +4,25 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from structopt.channels.groups import Channels, keeper
+from structopt.channels.attributes import assign, keeper
+from structopt.channels.groups import Channels
 from structopt.channels.rows import Edit, rows_of
 
 
 def refresh(channels: Channels, model: nn.Module, edit: Edit) -> None:
     """Set the sizes that the modules of an edited model remember."""
     modules = dict(model.named_modules())
-    sizes: dict[tuple[str, int, str], set[int]] = {}
-    for extent in channels.extents:
-        taken = rows_of(channels, extent.labels, edit.choice, f"a size in {extent.module}")
-        if taken is not None:
-            key = (extent.module, extent.size, extent.name)
-            sizes.setdefault(key, set()).add(len(taken))
-    for (path, old, known), new in sizes.items():
-        if len(new) != 1:
+    sizes: dict[tuple[str, int, str, int], set[int]] = {}
+    for e in channels.extents:
+        if e.labels is None or not (e.name or edit.attributes):
             continue
-        if known:
-            setattr(modules[path], known, new.pop())
-        elif edit.attributes:
-            size = new.pop()
-            for attribute in keeper(modules[path], old):
-                setattr(modules[path], attribute, size)
+        taken = rows_of(channels, e.labels, edit.choice, f"a size in {e.module}")
+        if taken is not None:
+            for name in [e.name] if e.name else keeper(modules[e.module], e, channels.book):
+                sizes.setdefault((e.module, e.size, name, e.place), set()).add(len(taken))
+    for (path, _, name, place), new in sizes.items():
+        if len(new) == 1:
+            assign(modules[path], name, place, new.pop())
     for module in modules.values():
         _refresh_torch(module)
 

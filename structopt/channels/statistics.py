@@ -91,6 +91,14 @@ def regions(call: Call) -> Any:
     return out if isinstance(call.out, Tensor) else [out, list(out)]
 
 
+@rule("_weight_norm_interface")
+def weight_norm(call: Call) -> Any:
+    """Rows of a weight, each divided by its norm: entries that are zero do not count."""
+    direction, length = list(call.mirror(call[0])), call.mirror(call[1])
+    direction[call[2]] = call.book.tie(direction[call[2]], length[call[2]])
+    return [direction, None]
+
+
 # ------------------------------------------------------------------ along one dimension
 
 
@@ -115,14 +123,17 @@ def reduction(call: Call) -> Any:
     over = _dims(call, call[position] if "dim" in names else None, x.ndim)
     keep = bool(call[names.index("keepdim")]) if "keepdim" in names else False
     mirror = call.mirror(x)
-    if op not in ("sum", "nansum", "linalg_vector_norm", "norm"):
+    if op == "mean" and id(x) in call.squares:
+        for d in over:
+            call.book.averages(mirror[d])
+    elif op not in ("sum", "nansum", "linalg_vector_norm", "norm"):
         call.freeze_all([mirror[d] for d in over], "an average or a choice among channels")
     out = [None if d in over else axis for d, axis in enumerate(mirror) if keep or d not in over]
     return out if isinstance(call.out, Tensor) else [list(out) for _ in call.out]
 
 
-@rule("_softmax", "_log_softmax", "_safe_softmax", "softmax", "log_softmax", "cumsum", "cumprod")
-@rule("glu", "sort", "topk", "logcumsumexp", "cummax")
+@rule("_softmax", "_log_softmax", "_safe_softmax", "softmax", "log_softmax", "cumprod")
+@rule("sort", "topk", "logcumsumexp", "cummax")
 def along(call: Call) -> Any:
     """Indices along one dimension depend on one another: that one is frozen."""
     names = [a.name for a in call.func._schema.arguments]
@@ -131,3 +142,15 @@ def along(call: Call) -> Any:
     call.book.freeze(out[dim], "channels that compete along one dimension")
     out[dim] = None
     return out if isinstance(call.out, Tensor) else [list(out) for _ in call.out]
+
+
+@rule("glu")
+def gated(call: Call) -> Mirror:
+    """The second half of the channels opens and shuts the first."""
+    out, dim = list(call.mirror(call[0])), call[1] % call[0].ndim
+    axis = out[dim]
+    if axis is not None:
+        half = len(axis) // 2
+        out[dim] = call.book.tie(axis[:half], axis[half:])
+        call.book.extent(half, out[dim])
+    return out

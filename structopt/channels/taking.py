@@ -14,7 +14,8 @@ from structopt.channels.edit import build
 from structopt.channels.groups import ChannelGroup, Channels
 from structopt.channels.labels import Vector
 from structopt.channels.rows import Edit, Refused
-from structopt.channels.tracing import call, plain_kernels, substitute, tensors_of
+from structopt.channels.shadow import Shadow, plain_kernels
+from structopt.channels.tracing import call, substitute, tensors_of
 
 Numbers = Sequence[int] | Sequence[float] | Tensor | range
 
@@ -101,12 +102,12 @@ def _exact(channels: Channels, model: nn.Module, first: Edit) -> tuple[Edit | No
 
 def _fitting(channels: Channels, model: nn.Module, first: Edit) -> tuple[Edit | None, str]:
     """As `_exact` for a model without values: the shapes have to fit."""
-    with plain_kernels():
+    with plain_kernels(), Shadow():  # type: ignore[no-untyped-call]
         expected = verify.shapes(call(substitute(model, torch.clone).eval(), channels.example))
     problem = ""
     for edit in first.variants(channels):
         try:
-            with plain_kernels():
+            with plain_kernels(), Shadow():  # type: ignore[no-untyped-call]
                 made = call(build(channels, model, edit).eval(), channels.example)
         except Exception as failure:
             problem = problem or f"the forward pass fails with {type(failure).__name__}: {failure}"

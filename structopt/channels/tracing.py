@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from structopt.channels import rules
+from structopt.channels.attributes import Attributes, mark
 from structopt.channels.calls import Call
 from structopt.channels.labels import Vector
-from structopt.channels.mirrors import Axis, Book, Mirror
-
-_MIRROR = "_structopt_mirror"  # the attribute of a tensor that holds its mirror
+from structopt.channels.mirrors import MIRROR, Axis, Book, Mirror, mirror_of
+from structopt.channels.shadow import Shadow, plain_kernels
 
 _PICKED = "_structopt_picked"  # the labels of dimensions that a tensor was picked from by number
 _WEIGHT = "_structopt_weight"  # marks a tensor that is made of parameters only
+_SQUARE = "_structopt_square"  # marks the square of a tensor: its mean belongs to a norm
+_VALUE = "_structopt_value"  # marks a tensor whose values the example or the weights decide
 
 
 class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -37,7 +39,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         call = Call(self.book, func, tuple(args), kwargs, {})
         for tensor in tensors:
             call.shapes[id(tensor)] = tensor.shape
-            mirror = getattr(tensor, _MIRROR, None)
+            mirror = getattr(tensor, MIRROR, None)
             if mirror is not None:
                 call.mirrors[id(tensor)] = mirror
             if hasattr(tensor, _PICKED):
@@ -45,8 +47,14 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.book.met.add(id(tensor))
             if hasattr(tensor, _WEIGHT):
                 call.weights.add(id(tensor))
+            if hasattr(tensor, _VALUE):
+                call.values.add(id(tensor))
+            if hasattr(tensor, _SQUARE):
+                call.squares.add(id(tensor))
         self.book.op = func._schema.name.removeprefix("aten::")
         call.out = out = self.compute(func, tuple(args), kwargs)
+        for tensor in tensors_of(out) if call.values else ():
+            setattr(tensor, _VALUE, True)
         rule = rules.find(func)
         if not call.mirrors and rule is not rules.fresh:
             return out
@@ -54,6 +62,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._attach(out, rule(call))
         if rule in (rules.moves, rules.pointwise):
             self._pick(call)
+        if rules.is_square(call):
+            setattr(out, _SQUARE, True)
         if len(call.weights) == len(call.shapes) and isinstance(out, Tensor):
             setattr(out, _WEIGHT, True)
         return out
@@ -83,12 +93,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     mirror = None
                 else:
                     assert len(mirror) == tensor.ndim, (self.book.op, len(mirror), tensor.shape)
-                setattr(tensor, _MIRROR, mirror)
-
-
-def mirror_of(tensor: Tensor) -> Mirror | None:
-    mirror: Mirror | None = getattr(tensor, _MIRROR, None)
-    return mirror
+                setattr(tensor, MIRROR, mirror)
 
 
 def map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -140,25 +145,6 @@ def substitute(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Modul
     return copy.deepcopy(model, memo)
 
 
-def to_shadow(tensor: Tensor) -> Tensor:
-    """Integers stay, as they may be indices; values are not needed and go to `meta`."""
-    return tensor.to("meta") if tensor.is_floating_point() else tensor.cpu().clone()
-
-
-@contextlib.contextmanager
-def plain_kernels() -> Iterator[None]:
-    """No fused fast paths: each op is one that has a rule."""
-    fast, onednn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    torch._C._set_mkldnn_enabled(False)  # its LSTM is one op
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        torch._C._set_mkldnn_enabled(onednn)
-
-
 def label_parameters(book: Book, model: nn.Module) -> dict[tuple[str, int], Vector]:
     """Give each index of each dimension of each parameter and buffer a label of its own."""
     axes: dict[tuple[str, int], Vector] = {}
@@ -173,8 +159,9 @@ def label_parameters(book: Book, model: nn.Module) -> dict[tuple[str, int], Vect
             if size == 1:
                 book.labels.freeze(labels, "a single index")
         if tensor.ndim:
-            setattr(tensor, _MIRROR, mirror)
+            setattr(tensor, MIRROR, mirror)
             setattr(tensor, _WEIGHT, True)
+            setattr(tensor, _VALUE, True)
     return axes
 
 
@@ -185,6 +172,7 @@ def trace(book: Book, shadow: nn.Module, example: Any) -> list[torch.Size]:
     serve training only (auxiliary heads) read channels all the same.
     """
     follow_modules(book, shadow)
+    mark(shadow)
     shapes = _run(book, shadow.eval(), example)
     unmet = [p for p in shadow.parameters() if id(p) not in book.met]
     if unmet:
@@ -216,7 +204,10 @@ def follow_modules(book: Book, model: nn.Module) -> None:
 
 def _run(book: Book, shadow: nn.Module, example: Any) -> list[torch.Size]:
     book.module = ""
-    with plain_kernels(), Tracer(book):
+    example = map_tensors(example, torch.clone)
+    for tensor in tensors_of(example):
+        setattr(tensor, _VALUE, True)
+    with plain_kernels(), Attributes(book), Shadow(), Tracer(book):  # type: ignore[no-untyped-call]
         out = list(tensors_of(call(shadow, example)))
     for tensor in out:
         for axis in mirror_of(tensor) or ():

@@ -13,19 +13,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from structopt.channels.groups import Channels
 from structopt.channels.labels import Vector
-from structopt.channels.mirrors import Axis, Book
+from structopt.channels.mirrors import Axis, Book, Mirror, mirror_of
 from structopt.channels.rows import Choice
+from structopt.channels.shadow import plain_kernels
 from structopt.channels.tracing import (
     Tracer,
     call,
     label_parameters,
     map_tensors,
-    mirror_of,
-    plain_kernels,
     substitute,
     tensors_of,
 )
 
+_NORMS = ("native_layer_norm", "native_group_norm", "_fused_rms_norm", "mean")
 _SMALL = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -57,17 +57,23 @@ class Masked(Tracer):  # type: ignore[no-untyped-call]
     def compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         op = self.book.op
         mirror = mirror_of(args[0]) if args and isinstance(args[0], Tensor) else None
-        if mirror is None or op not in (
-            "native_layer_norm",
-            "native_group_norm",
-            "_fused_rms_norm",
-        ):
+        if mirror is None or op not in _NORMS:
             return func(*args, **kwargs)
+        if op == "mean":
+            return self._mean(func, args, kwargs, mirror)
         if op == "native_group_norm":
             keep = self._kept(mirror[1])
             return func(*args, **kwargs) if keep is None else _group_norm(func, args, keep)
         keep = self._kept(mirror[-1])
         return func(*args, **kwargs) if keep is None else _last_norm(func, args, keep)
+
+    def _mean(self, func: Any, args: Any, kwargs: Any, mirror: Mirror) -> Any:
+        x, *rest = args
+        for d in range(x.ndim) if not rest or rest[0] is None else rest[0]:
+            keep = self._kept(mirror[d])
+            if keep is not None:
+                x = x.index_select(d, torch.from_numpy(keep).to(x.device))
+        return func(x, *rest, **kwargs)
 
     def _kept(self, axis: Axis) -> Vector | None:
         """The indices along an axis that stay, or `None` where all do."""

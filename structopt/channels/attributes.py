@@ -1,0 +1,115 @@
+"""Which attribute of a module is the size of which dimension.
+
+A model's own Python keeps widths as whole numbers (`self.head_dim`) and hands them to `view` and
+`split`. While the labelled model runs, these numbers know where they came from: an attribute that
+arrives as the size of a labelled dimension is set when that dimension changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from structopt.channels.mirrors import Book, Extent, Key, mirror_of
+
+
+class Known(int):
+    """A whole number that remembers which attribute it was read from."""
+
+    key: Key
+
+    @classmethod
+    def of(cls, value: int, *key: Any) -> Known:
+        made = cls(value)
+        made.key = key
+        return made
+
+
+def own(module: nn.Module) -> bool:
+    """Whether the module is of the model's own making, not one of torch's layers."""
+    return not type(module).__module__.startswith("torch.nn.modules.")
+
+
+def mark(model: nn.Module) -> None:
+    """Replace the whole numbers that a model's own modules keep by ones that can be followed."""
+    for path, module in model.named_modules():
+        for name, value in list(vars(module).items()) if own(module) else ():
+            if type(value) is int:
+                vars(module)[name] = Known.of(value, path, name, -1)
+            elif type(value) in (list, tuple) and value and all(type(v) is int for v in value):
+                known = (Known.of(v, path, name, n) for n, v in enumerate(value))
+                vars(module)[name] = type(value)(known)
+
+
+class Attributes(TorchFunctionMode):
+    """Notes which marked numbers arrive as sizes of dimensions."""
+
+    def __init__(self, book: Book) -> None:
+        super().__init__()
+        self.book = book
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for number, tensor, dim in _sizes(getattr(func, "__name__", ""), args, kwargs or {}, out):
+            if isinstance(number, Known) and number > 1 and tensor.shape[dim] == number:
+                self._claim(number.key, tensor, dim)
+        return out
+
+    def _claim(self, key: Key, tensor: Tensor, dim: int) -> None:
+        """One number serves all dimensions that it is the size of: they change alike."""
+        book, axis = self.book, (mirror_of(tensor) or [None] * tensor.ndim)[dim]
+        before = book.claims.get(key)
+        if before is not None or axis is not None:
+            book.op = f"{key[1]} = {tensor.shape[dim]}"
+            axis = book.tie(before.labels, axis) if before is not None else axis
+        book.claims[key] = Extent(key[0], tensor.shape[dim], axis, key[1], key[2])
+
+
+def _sizes(
+    name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any
+) -> Iterator[tuple[Any, Tensor, int]]:
+    """The numbers given to an op that are sizes of dimensions of what comes out."""
+    rest = list(args[1:])
+    if name in ("view", "reshape", "expand", "unflatten", "_unsafe_view"):
+        first = 0
+        if name == "unflatten":
+            first = rest.pop(0) % args[0].ndim if rest else 0
+        given = rest[0] if rest and isinstance(rest[0], list | tuple) else rest
+        if isinstance(out, Tensor) and first + len(given) <= out.ndim:
+            yield from ((number, out, first + d) for d, number in enumerate(given))
+    elif name in ("split", "split_with_sizes", "tensor_split"):
+        given, dim = rest[0], rest[1] if len(rest) > 1 else kwargs.get("dim", 0)
+        numbers = given if isinstance(given, list | tuple) else [given] * len(out)
+        yield from ((n, piece, dim) for n, piece in zip(numbers, out, strict=False))
+    elif name == "narrow" and len(rest) == 3:
+        yield rest[2], out, rest[0]
+
+
+def keeper(module: nn.Module, extent: Extent, book: Book) -> list[str]:
+    """The whole numbers of a size that a module of the model's own keeps, by name.
+
+    Those of which it is known what they are the size of are left out.
+    """
+    if not own(module):
+        return []
+    return [
+        key
+        for key, value in vars(module).items()
+        if type(value) is int and value == extent.size
+        if (extent.module, key, -1) not in book.claims
+    ]
+
+
+def assign(module: nn.Module, name: str, place: int, size: int) -> None:
+    """Set an attribute, or one entry of a list."""
+    if place >= 0:
+        values = list(getattr(module, name))
+        values[place] = size
+        setattr(module, name, type(getattr(module, name))(values))
+    else:
+        setattr(module, name, size)
