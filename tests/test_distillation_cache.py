@@ -1,0 +1,141 @@
+"""A teacher's outputs on disk: the same lessons, found by number, and only for the same data."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from structopt import data, descent, networks, training
+from structopt import distillation as d
+from structopt.data import Examples
+
+
+@pytest.fixture
+def teacher() -> nn.Module:
+    return networks.TeacherNet()
+
+
+def examples(device: torch.device | str = "cpu") -> Examples:
+    return Examples(torch.randn(22, 1, 28, 28), torch.arange(22) % 10, tuple("abcdefghij")).to(
+        device
+    )
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_the_cache_says_what_the_teacher_says(
+    on_disk: bool, teacher: nn.Module, tmp_path: Path, device: torch.device
+) -> None:
+    given, layers = examples(device), {"conv3": "residual3"}
+    teacher.to(device)
+    path = tmp_path / "cache.safetensors" if on_disk else None
+    cached = d.cache_outputs(teacher, given, path, names=["residual3"], size=8)
+    if on_disk:
+        cached = d.cache_outputs(teacher, given, path, names=["residual3"])
+    numbered = cached.number(given)
+    assert numbered.targets.shape == (22, 2)
+    student = networks.StudentNet().to(device).eval()
+    pairs = zip(data.batches(given, 8, seed=3), data.batches(numbered, 8, seed=3), strict=True)
+    for live, kept in pairs:
+        for build in (d.from_logits, lambda t: d.from_features(t, layers)):
+            torch.testing.assert_close(build(cached)(student, kept), build(teacher)(student, live))
+
+
+def test_the_file_is_read_and_the_teacher_not_asked(
+    teacher: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, path = examples(), tmp_path / "cache.safetensors"
+    want = d.cache_outputs(teacher, given, path).logits
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("asked again")
+
+    monkeypatch.setattr(networks.TeacherNet, "forward", refuse)
+    assert torch.equal(d.cache_outputs(teacher, given, path).logits, want)
+    assert [file.name for file in tmp_path.iterdir()] == ["cache.safetensors"]
+
+
+def test_training_from_a_cache_is_training_from_the_teacher(
+    teacher: nn.Module, device: torch.device
+) -> None:
+    given = examples(device)
+    teacher.to(device)
+    cached = d.cache_outputs(teacher, given)
+    found = []
+    for source, batches in ((teacher, given), (cached, cached.number(given))):
+        torch.manual_seed(0)
+        student = networks.StudentNet()
+        training.train(
+            student, data.batches(batches, 8), d.from_logits(source, d.decoupled),
+            torch.optim.SGD(student.parameters(), lr=0.05), epochs=2, device=device, autocast=None,
+        )  # fmt: skip
+        found.append(student.state_dict())
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_outputs_follow_the_batch_to_its_device(teacher: nn.Module, device: torch.device) -> None:
+    given = examples()
+    cached = d.cache_outputs(teacher, given)
+    for x, y in data.batches(cached.number(given), 8, device=device):
+        assert cached.teach(x, y).logits.device.type == device.type
+
+
+def test_a_cache_of_another_order_is_refused(teacher: nn.Module, tmp_path: Path) -> None:
+    given, path = examples(), tmp_path / "cache.safetensors"
+    cached = d.cache_outputs(teacher, given, path)
+    order = torch.randperm(22)
+    for other in (given[order], given[:20], Examples(given.inputs * 2, given.targets)):
+        with pytest.raises(ValueError, match="other data, or from another order"):
+            cached.number(other)
+        with pytest.raises(ValueError, match=r"cache.safetensors was made from other data"):
+            d.cache_outputs(teacher, other, path)
+
+
+def test_a_cache_of_another_teacher_is_refused(teacher: nn.Module, tmp_path: Path) -> None:
+    given, path = examples(), tmp_path / "cache.safetensors"
+    d.cache_outputs(teacher, given, path)
+    later = copy.deepcopy(teacher)
+    with torch.no_grad():
+        later.fc.bias[3] += 1e-3
+    with pytest.raises(ValueError, match="another teacher, or before it was trained"):
+        d.cache_outputs(later, given, path)
+    with pytest.raises(ValueError, match="lacks the features of conv3"):
+        d.cache_outputs(teacher, given, path, names=["conv3"])
+
+
+def test_what_is_no_cache_is_refused(teacher: nn.Module, tmp_path: Path) -> None:
+    from structopt import files
+
+    given, path = examples(), tmp_path / "other.safetensors"
+    files.save_tensors(path, {"logits": torch.ones(22, 10)}, {})
+    with pytest.raises(ValueError, match="holds no outputs of a teacher"):
+        d.cache_outputs(teacher, given, path)
+    path.write_bytes(b"half")
+    with pytest.raises(ValueError, match="truncated, corrupt"):
+        d.cache_outputs(teacher, given, path)
+    cached = d.cache_outputs(teacher, given)
+    student = networks.StudentNet()
+    with pytest.raises(ValueError, match=r"batches of cached.number\(examples\)"):
+        d.from_logits(cached)(student, (given.inputs, given.targets))
+    numbered = cached.number(given)
+    with pytest.raises(ValueError, match=r"no features of 'fc' \(it has: none\)"):
+        d.from_features(cached, {"fc": "fc"})(student, (numbered.inputs, numbered.targets))
+    with pytest.raises(ValueError, match="not one whole number for each example"):
+        cached.number(numbered)
+
+
+def test_hints_from_cached_features(teacher: nn.Module, device: torch.device) -> None:
+    given = examples(device)
+    cached = d.cache_outputs(teacher.to(device), given, names=["residual3"])
+    student = networks.StudentNet().to(device)
+    objective = d.hints(cached, student, {"conv3": "residual3"}, given.inputs[:4])
+    optimizer = descent.fused_adamw(nn.ModuleList([student, objective]), 0.01)
+    history = training.train(
+        student, data.batches(cached.number(given), 8), objective, optimizer, epochs=3,
+        device=device,
+    )  # fmt: skip
+    assert history.losses[-1] < history.losses[0]

@@ -1,0 +1,407 @@
+"""From teachers and losses to objectives: what they compute, what they leave alone, who teaches."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from structopt import channels, data, descent, networks, training
+from structopt import distillation as d
+from structopt.data import Examples
+
+CLASSES = 10
+
+
+def examples(count: int = 24, device: torch.device | str = "cpu") -> Examples:
+    return Examples(torch.randn(count, 1, 28, 28), torch.arange(count) % CLASSES).to(device)
+
+
+def batch(device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    given = examples(8, device)
+    return given.inputs, given.targets
+
+
+def nets(device: torch.device | str = "cpu") -> tuple[nn.Module, nn.Module]:
+    return networks.TeacherNet().to(device), networks.StudentNet().to(device)
+
+
+class Dropping(nn.Module):
+    """A teacher whose answer shows its mode: dropout, and statistics that a forward pass moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.drop = nn.BatchNorm2d(1), nn.Dropout(0.5)
+        self.fc = nn.Linear(28 * 28, CLASSES)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.fc(self.drop(self.norm(inputs)).flatten(1))
+
+
+# What is computed
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.9])
+@pytest.mark.parametrize("label_weight", [0.0, 0.1])
+def test_labels_and_teacher_are_weighed(
+    weight: float, label_weight: float, device: torch.device
+) -> None:
+    teacher, student = nets(device)
+    x, y = batch(device)
+    objective = d.from_logits(teacher, temperature=3.0, weight=weight, label_weight=label_weight)
+    got = objective(student.eval(), (x, y))
+    with torch.no_grad():
+        theirs = teacher.eval()(x)
+    ours = student(x)
+    soft = F.kl_div((ours / 3).log_softmax(1), (theirs / 3).softmax(1), reduction="batchmean")
+    torch.testing.assert_close(got, label_weight * F.cross_entropy(ours, y) + weight * 9 * soft)
+    assert set(objective.parts) == {
+        "soft_targets(temperature=3.0)",
+        *["labels"][: label_weight > 0],
+    }
+
+
+def test_labels_without_weight_are_not_looked_at(device: torch.device) -> None:
+    teacher, student = nets(device)
+    objective = d.from_logits(teacher, label_weight=0)
+    assert objective(student, (batch(device)[0], "no labels at all")).isfinite()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [d.attention_transfer, d.similarity_preserving, d.relational_distance, d.relational_angle],
+)
+def test_features_of_named_layers(loss: Callable[..., Tensor], device: torch.device) -> None:
+    teacher, student = nets(device)
+    x, y = batch(device)
+    layers = {"conv3": "residual3", "conv2": "residual2"}
+    objective = d.from_features(teacher, layers, loss, weight=7.0)
+    got = objective(student.eval(), (x, y))
+    with d.watch(student, layers) as ours, d.watch(teacher.eval(), layers.values()) as theirs:
+        logits = student(x)
+        teacher(x)
+        terms = [loss(ours[a], theirs[b].detach()) for a, b in layers.items()]
+        torch.testing.assert_close(got, F.cross_entropy(logits, y) + 7 * sum(terms))
+    got.backward()
+    assert student.conv3[0].weight.grad.abs().sum() > 0
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_a_loss_of_ones_own_gets_the_labels_it_asks_for(device: torch.device) -> None:
+    teacher, student = nets(device)
+    x, y = batch(device)
+    told: list[Tensor] = []
+
+    def own(student: Tensor, teacher: Tensor, targets: Tensor, *, power: float) -> Tensor:
+        told.append(targets)
+        return (student - teacher).abs().pow(power).mean()
+
+    objective = d.from_logits(teacher, own, power=1.5)
+    assert objective(student, (x, y)).isfinite()
+    assert torch.equal(told[0], y)
+
+
+def test_together_runs_the_student_once(device: torch.device) -> None:
+    teacher, student = nets(device)
+    student.eval()
+    x, y = batch(device)
+    calls: list[int] = []
+    student.register_forward_hook(lambda *_: calls.append(1))
+    parts = [
+        d.from_logits(teacher, weight=2.0),
+        d.from_features(teacher, {"conv3": "residual3"}, weight=5.0),
+        d.hints(teacher, student, {"conv2": "residual2"}, x, weight=0.5),
+    ]
+    calls.clear()
+    both = d.together(*parts, label_weight=0.3)
+    got = both(student, (x, y))
+    assert len(calls) == 1
+    labels = F.cross_entropy(student(x), y)
+    torch.testing.assert_close(got, sum(p(student, (x, y)) - labels for p in parts) + 0.3 * labels)
+    assert len(list(both.parameters())) == len(list(parts[2].parameters())) == 2
+    assert len(both.parts) == 4
+
+
+def test_hints_learn_with_the_student(device: torch.device) -> None:
+    """FitNets' first stage: the adapter is in the optimiser, both move, the loss falls."""
+    teacher, student = nets(device)
+    given = examples(device=device)
+    layers = {"conv2": "residual2", "fc": "fc"}
+    objective = d.hints(teacher, student, layers, given.inputs[:2], weight=10.0, label_weight=0)
+    assert [tuple(p.shape) for p in objective.parameters()] == [
+        (32, 16, 1, 1),
+        (32,),
+        (10, 10),
+        (10,),
+    ]
+    before = copy.deepcopy(objective.state_dict())
+    optimizer = descent.fused_adamw(nn.ModuleList([student, objective]), 0.01)
+    history = training.train(
+        student, data.batches(given, 8), objective, optimizer, epochs=5, device=device
+    )
+    assert history.losses[-1] < 0.8 * history.losses[0]
+    after = objective.state_dict()
+    assert not any(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [((2, 4, 8, 8), (2, 6, 4, 4)), ((2, 4, 4, 4), (2, 6, 8, 8)),
+                         ((2, 5), (2, 7)), ((2, 9, 5), (2, 9, 7))],
+)  # fmt: skip
+def test_adapters_map_what_can_be_mapped(
+    ours: tuple[int, ...], theirs: tuple[int, ...], device: torch.device
+) -> None:
+    from structopt.distillation.adapters import regressor
+
+    adapter = regressor(ours, theirs, "a to b").to(device)
+    mapped, teacher = adapter(torch.rand(ours, device=device), torch.rand(theirs, device=device))
+    assert mapped.shape == teacher.shape
+    assert d.hint(mapped, teacher).isfinite()
+
+
+# Who teaches, and how it is left
+
+
+def test_the_teacher_is_asked_in_evaluation_mode_and_left_as_it_was(device: torch.device) -> None:
+    teacher = Dropping().to(device).train()
+    teacher.norm.eval()  # a mixture of modes, as a frozen norm has it
+    state, modes = copy.deepcopy(teacher.state_dict()), [m.training for m in teacher.modules()]
+    x, _ = batch(device)
+    asked = d.Teacher(teacher)
+    first, second = (asked.teach(x, None, ["fc"]) for _ in range(2))
+    assert torch.equal(first.logits, second.logits)
+    assert torch.equal(first.features["fc"], first.logits)
+    assert not first.logits.requires_grad
+    assert [m.training for m in teacher.modules()] == modes
+    assert all(torch.equal(state[k], v) for k, v in teacher.state_dict().items())
+    with pytest.raises(RuntimeError):
+        asked.teach(x[:, :, :5], None)
+    assert [m.training for m in teacher.modules()] == modes
+    assert torch.is_grad_enabled()
+    assert torch.equal(first.logits, teacher.eval()(x))
+
+
+def test_several_teachers_give_their_mean(device: torch.device) -> None:
+    models = [networks.StudentNet().to(device).eval() for _ in range(3)]
+    x, y = batch(device)
+    with torch.no_grad():
+        want = torch.stack([model(x) for model in models]).mean(0)
+    torch.testing.assert_close(d.Teacher(*models).teach(x, y).logits, want)
+    student = networks.StudentNet().to(device)
+    assert d.from_logits(models)(student, (x, y)).isfinite()
+
+
+@pytest.mark.parametrize("how", ["converted", "autocast"])
+def test_a_teacher_in_lower_precision(how: str, device: torch.device) -> None:
+    model, student = nets(device)
+    x, y = batch(device)
+    full = d.Teacher(model).teach(x, y).logits
+    low = d.Teacher(model.bfloat16()) if how == "converted" else d.Teacher(
+        model, autocast=torch.bfloat16)  # fmt: skip
+    logits = low.teach(x, y).logits
+    assert logits.dtype == torch.bfloat16
+    torch.testing.assert_close(logits.float(), full, rtol=0.1, atol=0.1)
+    assert d.from_logits(low)(student, (x, y)).dtype == torch.float32
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_teacher_on_another_device() -> None:
+    teacher, student = networks.TeacherNet(), networks.StudentNet().cuda()
+    x, y = batch("cuda")
+    objective = d.from_features(teacher, {"conv3": "residual3"})
+    assert objective(student, (x, y)).device.type == "cuda"
+    assert next(teacher.parameters()).device.type == "cpu"
+
+
+def test_training_moves_no_teacher_and_saves_none(tmp_path: Path, device: torch.device) -> None:
+    teacher, student = nets(device)
+    state = copy.deepcopy(teacher.state_dict())
+    objective = d.hints(teacher, student, {"conv2": "residual2"}, batch(device)[0])
+    assert all(name.startswith("adapters.") for name in objective.state_dict())
+    optimizer = descent.fused_adamw(nn.ModuleList([student, objective]), 0.01)
+    training.train(
+        student, data.batches(examples(device=device), 8), objective, optimizer, epochs=1,
+        device=device, checkpoint=tmp_path / "run.safetensors",
+    )  # fmt: skip
+    assert all(torch.equal(state[name], value) for name, value in teacher.state_dict().items())
+    assert (tmp_path / "run.safetensors").stat().st_size < 100_000  # the teacher takes 470,000
+
+
+def test_a_pruned_student_learns(device: torch.device) -> None:
+    """What `channels.take` hands over has the same layer names and other widths."""
+    teacher, student = nets()
+    groups = channels.channel_groups(student, torch.zeros(1, 1, 28, 28))
+    student = channels.take(student, {groups["conv2.0"]: range(0, 16, 2)}).to(device)
+    teacher.to(device)
+    given = examples(device=device)
+    layers = {"conv2": "residual2"}
+    objective = d.together(
+        d.from_logits(teacher, d.standardised_logits, weight=9.0),
+        d.hints(teacher, student, layers, given.inputs[:2]),
+        d.from_features(teacher, layers, weight=100.0),
+    )
+    assert objective.adapters[0].map.in_channels == 8
+    optimizer = descent.fused_adamw(nn.ModuleList([student, objective]), 0.01)
+    history = training.train(
+        student, data.batches(given, 8), objective, optimizer, epochs=4, device=device
+    )
+    assert history.losses[-1] < history.losses[0]
+
+
+# Students that teach each other and themselves
+
+
+def test_mutual_students_all_learn(device: torch.device) -> None:
+    students = nn.ModuleList([networks.StudentNet(), networks.LeNet300()]).to(device)
+    given = examples(device=device)
+    x, y = given.inputs[:8], given.targets[:8]
+    students.eval()
+    logits = [student(x) for student in students]
+    want = sum(F.cross_entropy(z, y) for z in logits) + 0.5 * d.mutual_loss(logits, temperature=2.0)
+    objective = d.mutual(weight=0.5, temperature=2.0)
+    torch.testing.assert_close(objective(students, (x, y)), want)
+    history = training.train(
+        students, data.batches(given, 8), d.mutual(), descent.fused_adamw(students, 0.01),
+        epochs=4, device=device,
+    )  # fmt: skip
+    assert history.losses[-1] < history.losses[0]
+
+
+def test_born_again_each_is_taught_by_the_one_before(device: torch.device) -> None:
+    given = examples(device=device)
+    taught = []
+
+    def fit(network: nn.Module, objective: training.Objective) -> None:
+        taught.append(objective)
+        optimizer = descent.fused_adamw(network, 0.01)
+        training.train(
+            network, data.batches(given, 8), objective, optimizer, epochs=1, device=device
+        )
+
+    build = partial(d.from_logits, loss=d.logit_mse, label_weight=0.0)
+    found = d.born_again(networks.StudentNet, fit, generations=3, objective=build)
+    assert len({id(network) for network in found}) == 3
+    assert [o.teacher.models[0] for o in taught[1:]] == found[:2]
+    x, y = batch(device)
+    want = F.mse_loss(found[1].eval()(x), found[0].eval()(x))
+    torch.testing.assert_close(taught[1](found[1], (x, y)), want)
+
+
+def test_a_moving_teacher_is_the_running_mean(device: torch.device) -> None:
+    student = networks.StudentNet().to(device)
+    teacher = d.MovingTeacher(student, decay=0.5)
+    mean = [t.clone() for t in (*student.parameters(), *student.buffers())]
+    for step in range(12):
+        with torch.no_grad():
+            for p in (*student.parameters(), *student.buffers()):
+                p.add_(torch.ones_like(p) * (step + 1))
+        teacher(student, step + 1)
+        decay = min(0.5, (1 + step) / (10 + step))
+        now = [t.detach() for t in (*student.parameters(), *student.buffers())]
+        mean = [
+            decay * m + (1 - decay) * t if t.is_floating_point() else t.clone()
+            for m, t in zip(mean, now, strict=True)
+        ]
+    ours = [t.detach() for t in (*teacher.model.parameters(), *teacher.model.buffers())]
+    torch.testing.assert_close(ours, mean)
+
+
+def test_a_moving_teacher_goes_on_after_a_break(tmp_path: Path, device: torch.device) -> None:
+    """To the same bits: the checkpoint keeps the average and its steps."""
+    found = []
+    for path, runs in (("a", [2]), ("b", [1, 2])):
+        for epochs in runs:
+            torch.manual_seed(1)
+            student = networks.StudentNet()
+            teacher = d.MovingTeacher(student, decay=0.9)
+            torch.manual_seed(2)
+            training.train(
+                student, data.batches(examples(), 8), d.from_logits(teacher),
+                descent.fused_adamw(student, 0.01), epochs=epochs, device=device,
+                after_step=teacher, checkpoint=tmp_path / f"{path}.safetensors", autocast=None,
+            )  # fmt: skip
+        assert teacher.steps == 6
+        found.append([*student.state_dict().values(), *teacher.model.state_dict().values()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0 if device.type == "cpu" else 1e-5)
+
+
+# Nothing is kept
+
+
+def test_an_objective_keeps_no_graph(device: torch.device) -> None:
+    teacher, student = nets(device)
+    objective = d.from_features(teacher, {"conv3": "residual3"})
+    loss = objective(student, batch(device))
+    graph = weakref.ref(loss)
+    assert not student.conv3._forward_hooks
+    assert "forward" not in vars(student.conv3) | vars(teacher.residual3)
+    del loss
+    gc.collect()
+    assert graph() is None
+    assert not any(value.requires_grad for value in objective.parts.values())
+
+
+# Bad input
+
+
+def bad() -> list[tuple[str, Callable[[], object]]]:
+    teacher, student = nets()
+    x, y = batch()
+    run = partial(nn.Module.__call__)
+    eleven = networks.TeacherNet(classes=11)
+
+    class Pair(nn.Module):
+        def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+            return inputs, inputs
+
+    def asks(objective: nn.Module, model: nn.Module = student) -> Callable[[], object]:
+        return lambda: run(objective, model, (x, y))
+
+    return [
+        (r"the student gives logits \(8, 10\), the teacher \(8, 11\)", asks(d.from_logits(eleven))),
+        (r"no layer 'conv33'; near names are .*conv3",
+         asks(d.from_features(teacher, {"conv33": "conv3"}))),
+        (r"no layer 'residual4'; near names are .*residual3",
+         asks(d.from_features(teacher, {"conv3": "residual4"}))),
+        (r"no adapter maps 'conv3' to 'fc', \(8, 16, 7, 7\) to \(8, 10\)",
+         lambda: d.hints(teacher, student, {"conv3": "fc"}, x)),
+        (r"no layer 'conv9'", lambda: d.hints(teacher, student, {"conv9": "fc"}, x)),
+        (r"name a pair of layers", lambda: d.hints(teacher, student, {}, x)),
+        (r"name a pair of layers", lambda: d.from_features(teacher, {})),
+        (r"temperature is a number above 0, not 0", lambda: d.from_logits(teacher, temperature=0)),
+        (r"soft_targets has no setting 'heat'; it has temperature",
+         lambda: d.from_logits(teacher, heat=1)),
+        (r"weight counts the teacher's part.*-1", lambda: d.from_logits(teacher, weight=-1)),
+        (r"label_weight counts the labels.*-1", lambda: d.from_logits(teacher, label_weight=-1)),
+        (r"not int", lambda: d.from_logits(3)),
+        (r"one nn.Module or several", lambda: d.from_logits([])),
+        (r"one teacher gives \(8, 10\), another \(8, 11\)", asks(d.from_logits([teacher, eleven]))),
+        (r"features of several teachers have no mean",
+         asks(d.from_features([teacher, teacher], {"conv3": "conv3"}))),
+        (r"the teacher returned tuple, not logits", asks(d.from_logits(Pair()))),
+        (r"the student returned tuple, not logits", asks(d.from_logits(teacher), Pair())),
+        (r"pair \(inputs, targets\)", lambda: d.from_logits(teacher)(student, x)),
+        (r"of one teacher", lambda: d.together(d.from_logits(teacher), d.from_logits(eleven))),
+        (r"at least one objective", lambda: d.together()),
+        (r"ModuleList\(\[student, ...\]\), not StudentNet", lambda: d.mutual()(student, (x, y))),
+        (r"weight counts what the others say.*-1", lambda: d.mutual(weight=-1)),
+        (r"at least 1: 0", lambda: d.born_again(networks.StudentNet, print, generations=0)),
+        (r"0 <= d < 1, not 1", lambda: d.MovingTeacher(student, decay=1.0)),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(bad())))
+def test_bad_input_is_named(number: int) -> None:
+    message, call = bad()[number]
+    with pytest.raises(ValueError, match=message):
+        call()
