@@ -43,8 +43,8 @@ CANDIDATES = {
 DEFAULT = {
     ("SimpleNet", "sample"): Recipe(0.02, 20),
     ("TeacherNet", "sample"): Recipe(0.01, 20),
-    ("SimpleNet", "full"): Recipe(0.02, 10),
-    ("TeacherNet", "full"): Recipe(0.01, 10),
+    ("SimpleNet", "full"): Recipe(0.01, 40, size=128),
+    ("TeacherNet", "full"): Recipe(0.01, 40, size=128),
 }
 
 

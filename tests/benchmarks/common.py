@@ -90,16 +90,19 @@ def keep(name: str, result: dict[str, Any], quick: bool) -> None:
     text = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
     sys.stdout.write(text)
     if not quick:
-        path = _path(name, result["machine"]["device"])
+        path = _path(name, torch.device(result["machine"]["kind"]))
         files.write_atomically(path, lambda file: file.write(text.encode()))
         sys.stdout.write(f"written to {path}\n")
 
 
 def kept(name: str, device: torch.device) -> dict[str, Any]:
     """What :func:`keep` wrote on this device before, to add to; empty where there is none."""
-    path = _path(name, devices.device_name(device))
+    path = _path(name, device)
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def _path(name: str, device: str) -> Path:
-    return RESULTS / f"{name}-{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
+def _path(name: str, device: torch.device) -> Path:
+    """Named after the device; processors of one name may differ in what they compute in."""
+    dtype = devices.autocast_dtype(device) if device.type == "cpu" else None
+    full = devices.device_name(device) + str(dtype or "").removeprefix("torch")
+    return RESULTS / f"{name}-{re.sub(r'[^a-z0-9]+', '-', full.lower()).strip('-')}.json"

@@ -95,6 +95,7 @@ def run(seed=0, *, batches="batches", optimizer="adam", parts="", stop=None, dev
     if "hint" in parts:
         objective = hinted
     elif "outside" in parts:  # weights that only the optimiser knows
+        hinted.to(device)
         objective = lambda model, batch: hinted(model, batch)  # noqa: E731
     elif "half" in parts:  # so large that the first steps overflow, and the scale is lowered
         objective = lambda model, batch: 64 * supervised()(model, batch)  # noqa: E731
