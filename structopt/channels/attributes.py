@@ -95,7 +95,7 @@ def keeper(module: nn.Module, extent: Extent, book: Book) -> list[str]:
 
     Those of which it is known what they are the size of are left out.
     """
-    if not own(module):
+    if not own(module) or type(module) in book.silent:
         return []
     return [
         key

@@ -48,6 +48,7 @@ class Book:
     labels: Labels = field(default_factory=Labels)
     extents: dict[tuple[str, int, bytes], Extent] = field(default_factory=dict)
     claims: dict[Key, Extent] = field(default_factory=dict)
+    silent: set[type] = field(default_factory=set)  # whose other attributes are no sizes
     pieces: list[Vector] = field(default_factory=list)
     readers: list[Vector] = field(default_factory=list)
     averaged: list[Vector] = field(default_factory=list)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,11 +10,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from structopt.channels.attributes import own
 from structopt.channels.edit import build
 from structopt.channels.groups import ChannelGroup, Channels
 from structopt.channels.labels import Vector
 from structopt.channels.mirrors import Book
-from structopt.channels.rows import Choice, Edit
+from structopt.channels.rows import Edit
 from structopt.channels.shadow import Shadow, plain_kernels
 from structopt.channels.tracing import call, follow_modules, tensors_of
 
@@ -25,21 +27,16 @@ class Probe:
 
     def __init__(self, channels: Channels, bare: nn.Module, example: Any, expected: Shapes) -> None:
         self.channels, self.bare, self.example, self.expected = channels, bare, example, expected
-        self.shapes_only = bare is not channels.model()
+        self.exact_shapes = bare is not channels.model()
         self.problem = self.where = ""
 
     def works(self, groups: Iterable[ChannelGroup]) -> bool:
         """Does the model run, with outputs of the same shape, when these groups shrink?"""
-        choice = {self.channels.number[id(g)]: _some(g, n) for n, g in enumerate(groups)}
-        if self._runs(choice, True):
-            return True
-        first = self.problem, self.where
-        if self._runs(choice, False):
-            return True
-        self.problem, self.where = first
-        return False
+        return self.runs(groups, True)
 
-    def _runs(self, choice: Choice, attributes: bool) -> bool:
+    def runs(self, groups: Iterable[ChannelGroup], attributes: bool) -> bool:
+        """The same, with or without setting attributes that only happen to equal an old size."""
+        choice = {self.channels.number[id(g)]: _some(g, n) for n, g in enumerate(groups)}
         watch = Book()
         try:
             made = build(self.channels, self.bare, Edit(choice, attributes=attributes))
@@ -50,7 +47,7 @@ class Probe:
             self.problem, self.where = str(problem), watch.module
             return False
         self.problem, self.where = "the shape of the output changes", ""
-        if not self.shapes_only:  # how many objects are found may change with the values
+        if not self.exact_shapes:  # how many objects are found may change with the values
             return [len(s) for s in found] == [len(s) for s in self.expected]
         return found == self.expected
 
@@ -67,24 +64,39 @@ def settle(probe: Probe) -> None:
     Python that computes one width from another (`head_dim = width // heads`) leaves no trace in
     labels: it shows when a group that shrinks alone breaks the model.
     """
-    channels, seen = probe.channels, set[type]()
+    channels = probe.channels
     while channels.groups and not probe.works(channels.groups):
-        kind = _kind(probe)
-        if kind in seen or not _tie_squares(probe, kind):
-            _freeze(channels, _culprit(probe), probe.problem)
-        seen.add(kind)
+        kind = type(probe.bare.get_submodule(_owner(probe)))
+        if not _silence(probe, kind) and not _tie_squares(probe, kind):
+            _freeze(probe, _culprit(probe))
         channels.regroup()
 
 
-def _kind(probe: Probe) -> type:
-    """The class of module that failed: the nearest that is not one of torch's plain layers."""
+def _owner(probe: Probe) -> str:
+    """The module that failed: the nearest that is not one of torch's plain layers."""
     path = probe.where
     while True:
         module = probe.bare.get_submodule(path)
-        plain = type(module).__module__.startswith("torch.nn.")
-        if not path or not plain or isinstance(module, nn.MultiheadAttention):
-            return type(module)
+        if not path or own(module) or isinstance(module, nn.MultiheadAttention):
+            return path
         path = path.rpartition(".")[0]
+
+
+def _silence(probe: Probe, kind: type) -> bool:
+    """Leave alone the attributes of a class that equal a size by chance, if that is the fault."""
+    channels = probe.channels
+    if kind in channels.book.silent:
+        return False
+    paths = {n for n, m in probe.bare.named_modules() if type(m) is kind}
+    sizes = [e for e in channels.extents if not e.name and e.module in paths]
+    touched = {n for e in sizes if e.labels is not None for n in channels.along(e.labels)}
+    for group in channels.groups:
+        if channels.number[id(group)] in touched and not probe.runs([group], True):
+            if probe.runs([group], False):
+                channels.book.silent.add(kind)
+                return True
+            return False
+    return False
 
 
 def _tie_squares(probe: Probe, kind: type) -> bool:
@@ -130,7 +142,21 @@ def _culprit(probe: Probe) -> ChannelGroup:
     return groups[fails - 1]
 
 
-def _freeze(channels: Channels, group: ChannelGroup, why: str) -> None:
-    roots = np.flatnonzero(channels.group_of == channels.number[id(group)])
-    reason = f"the model fails without some: {why}"
-    channels.book.labels.freeze(roots, reason.splitlines()[0])
+def _freeze(probe: Probe, culprit: ChannelGroup) -> None:
+    """Freeze a group, and those that stand in its place in other modules of the same class."""
+    channels = probe.channels
+    kind = type(probe.bare.get_submodule(_owner(probe)))
+    paths = tuple(f"{p}." for p, m in probe.bare.named_modules() if p and type(m) is kind)
+    why = f"the model fails without some: {probe.problem}".splitlines()[0]
+    for group in channels.groups:
+        alike = any(m.parameter.startswith(paths) for m in group.members) and _place(
+            group
+        ) == _place(culprit)
+        if group is culprit or alike:
+            roots = np.flatnonzero(channels.group_of == channels.number[id(group)])
+            channels.book.labels.freeze(roots, why)
+
+
+def _place(group: ChannelGroup) -> list[tuple[str, int]]:
+    """The axes of a group, whatever the number of the block that they lie in."""
+    return sorted((re.sub(r"\d+", "*", m.parameter), m.dim) for m in group.members)
