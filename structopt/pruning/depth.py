@@ -1,0 +1,130 @@
+"""Depth: leave out whole residual blocks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structopt.pruning.evidence import as_in_use, inputs_of, placed
+
+
+def residual_blocks(model: nn.Module, example: Any) -> list[str]:
+    """The names of the blocks that could be left out: x or relu(x) is what stays without weights.
+
+    A block is a module with layers inside that turned one tensor into another of the same shape
+    when the model ran on `example`, and that gives its input (or the positive part of it) when all
+    its parameters are zero. Of nested ones the innermost counts.
+
+    >>> from structopt.networks import ResNet20
+    >>> residual_blocks(ResNet20(width=4), torch.zeros(1, 1, 28, 28))[:3]
+    ['stage1.0', 'stage1.1', 'stage1.2']
+    """
+    names = {module: name for name, module in model.named_modules()}
+    seen: dict[nn.Module, Tensor | None] = {}
+
+    def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        alone = len(args) == 1 and isinstance(args[0], Tensor) and not kwargs
+        alike = alone and isinstance(output, Tensor) and output.shape == args[0].shape
+        again = module in seen and seen[module] is None
+        seen[module] = args[0].detach() if alike and not again else None
+
+    handles = [m.register_forward_hook(note, with_kwargs=True) for m in names if any(m.children())]
+    try:
+        with as_in_use(model), torch.no_grad():
+            _call(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = [names[m] for m, x in seen.items() if x is not None and _passes(m, x)]
+    inner = [n for n in found if n and not any(o.startswith(f"{n}.") for o in found)]
+    order = list(names.values())
+    return sorted(inner, key=order.index)
+
+
+def _call(model: nn.Module, example: Any) -> Any:
+    if isinstance(example, dict):
+        return model(**example)
+    return model(*example) if isinstance(example, tuple) else model(example)
+
+
+@torch.no_grad()
+def _passes(block: nn.Module, x: Tensor) -> bool:
+    """Whether the block without its weights hands on a random input, or the positive part of it."""
+    bare = copy.deepcopy(block).eval()
+    if not any(True for _ in bare.parameters()):
+        return False
+    for p in bare.parameters():
+        p.zero_()
+    x = torch.randn_like(x)
+    y = bare(x)
+    return bool(torch.equal(y, x) or torch.equal(y, x.relu()))
+
+
+def block_influence(
+    model: nn.Module, batches: Iterable[Any], names: Sequence[str] | None = None
+) -> dict[str, float]:
+    """1 - the mean cosine of what goes into a block and what comes out: {name: influence}.
+
+    The block influence of Men et al., 2024 ("ShortGPT"): the lower, the less the block does. The
+    cosine is taken over the features of each position (the channels of images, the last dimension
+    of sequences). Blocks are those of :func:`residual_blocks`, if not named.
+
+    Raises ValueError for no batches.
+
+    >>> from structopt.networks import ResNet20
+    >>> influence = block_influence(ResNet20(width=4), [torch.rand(2, 1, 28, 28)])
+    >>> min(influence.values()) >= 0
+    True
+    """
+    batches = list(batches)
+    if not batches:
+        raise ValueError("the batches are empty: there is nothing to run the blocks on")
+    if names is None:
+        names = residual_blocks(model, placed(inputs_of(batches[0]), model))
+    sums: dict[str, list[Tensor]] = {name: [] for name in names}
+    handles = []
+    for name in names:
+
+        def note(_m: nn.Module, args: Any, output: Tensor, name: str = name) -> None:
+            dim = 1 if output.ndim == 4 else -1
+            sums[name].append(torch.cosine_similarity(args[0], output, dim=dim).mean())
+
+        handles.append(model.get_submodule(name).register_forward_hook(note))
+    try:
+        with as_in_use(model), torch.no_grad():
+            for batch in batches:
+                _call(model, placed(inputs_of(batch), model))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: max(0.0, 1 - float(torch.stack(found).mean())) for name, found in sums.items()}
+
+
+def remove_blocks(model: nn.Module, example: Any, names: Sequence[str]) -> nn.Module:
+    """A shallower copy of the model: each block named becomes ``nn.Identity``.
+
+    Exact in this sense: the copy computes what the model computes when all parameters of those
+    blocks are zero, provided that what enters a block that ends in a ReLU is not negative.
+
+    Raises ValueError for a name that :func:`residual_blocks` does not list.
+
+    >>> from structopt.networks import ResNet20
+    >>> example = torch.zeros(1, 1, 28, 28)
+    >>> remove_blocks(ResNet20(width=4), example, ["stage1.1"]).stage1[1]
+    Identity()
+    """
+    possible = residual_blocks(model, example)
+    wrong = [name for name in names if name not in possible]
+    if wrong:
+        raise ValueError(
+            f"{wrong[0]!r} is no residual block that could become an identity; "
+            f"there are {', '.join(possible) or 'none'}"
+        )
+    made = copy.deepcopy(model)
+    for name in names:
+        made.set_submodule(name, nn.Identity())
+    return made

@@ -1,0 +1,161 @@
+"""Why accuracy was lost, and what to try: in words."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from typing import Any
+
+from torch import Tensor, nn
+
+from structopt import measure
+from structopt.pruning.recovery import recalibrate_
+from structopt.training import evaluate
+
+_CALIBRATION = 20  # batches
+
+
+def diagnose(
+    before: nn.Module,
+    after: nn.Module,
+    example: Any,
+    data: Any = None,
+    *,
+    batches: Iterable[Any] | None = None,
+    masks: Mapping[str, Tensor] | None = None,
+) -> list[str]:
+    """What pruning did to a network, and what to try next, as sentences.
+
+    Looks for layers that were emptied or are the narrowest for what they were, statistics of batch
+    norms that no longer fit (tried on a copy), a mask that came undone, zeros that save nothing,
+    odd widths, and blocks that are gone. `data` are labelled examples for the accuracies; `batches`
+    are some of the training batches, for the statistics. Neither model is changed. Empty where
+    nothing stands out.
+
+    >>> import torch
+    >>> from structopt.networks import LeNet300
+    >>> narrow = LeNet300(widths=(300, 2))
+    >>> print(*diagnose(LeNet300(), narrow, torch.zeros(1, 1, 28, 28)), sep="\\n")
+    fc2 keeps 2 of 100 channels, far fewer than the other layers: give it more, Limits(ratios={'fc2': 0.5}), or a floor, Limits(floor=0.2).
+    """  # noqa: E501
+    words = [
+        *_emptied(after),
+        *_undone(after, masks),
+        *_narrow(before, after),
+        *_gone(before, after),
+    ]
+    if data is not None:
+        words += _accuracies(before, after, data, batches)
+    return [*words, *_savings(before, after, example)]
+
+
+def _layers(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of layers that make channels."""
+    kinds = (nn.Linear, nn.modules.conv._ConvNd)
+    return {n: m.weight for n, m in model.named_modules() if isinstance(m, kinds)}
+
+
+def _emptied(after: nn.Module) -> list[str]:
+    dead = [name for name, weight in _layers(after).items() if not weight.any()]
+    return [
+        f"{name} holds zeros only, so that nothing passes it: rank per layer, or with "
+        "Global(floor=0.01)."
+        for name in dead
+    ]
+
+
+def _undone(after: nn.Module, masks: Mapping[str, Tensor] | None) -> list[str]:
+    parameters = dict(after.named_parameters())
+    words = []
+    for name, mask in (masks or {}).items():
+        weight = parameters.get(name)
+        if weight is not None and weight.shape == mask.shape:
+            back = int(weight.detach()[~mask.to(weight.device)].count_nonzero())
+            if back:
+                words.append(
+                    f"{back} removed weights of {name} are no longer zero: train with "
+                    "after_step=hold(masks)."
+                )
+    return words
+
+
+def _narrow(before: nn.Module, after: nn.Module) -> list[str]:
+    old, new = _layers(before), _layers(after)
+    kept = {n: len(new[n]) / len(old[n]) for n in old if n in new and len(new[n]) <= len(old[n])}
+    if not kept:
+        return []
+    usual = sorted(kept.values())[len(kept) // 2]
+    words = []
+    for name, share in kept.items():
+        if share < 0.25 and share < usual / 3:
+            half = max(0.0, 1 - usual / 2)
+            words.append(
+                f"{name} keeps {len(new[name])} of {len(old[name])} channels, far fewer than the "
+                f"other layers: give it more, Limits(ratios={{{name!r}: {half:.2g}}}), or a floor, "
+                "Limits(floor=0.2)."
+            )
+    return words
+
+
+def _gone(before: nn.Module, after: nn.Module) -> list[str]:
+    was = {name for name, _ in before.named_modules()}
+    blocks = [n for n, m in after.named_modules() if isinstance(m, nn.Identity) and n in was]
+    real = [n for n in blocks if not isinstance(before.get_submodule(n), nn.Identity)]
+    return [f"{', '.join(real)} became an identity."] if real else []
+
+
+def _accuracies(
+    before: nn.Module, after: nn.Module, data: Any, batches: Iterable[Any] | None
+) -> list[str]:
+    dense, pruned = evaluate(before, data), evaluate(after, data)
+    words = [f"Accuracy was {100 * dense:.1f} %, and is {100 * pruned:.1f} %."]
+    lost = dense - pruned
+    if lost < 0.005:
+        return words
+    norms = [m for m in after.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if norms and batches is None:
+        words.append("Give batches=..., to see whether the statistics of batch norms still fit.")
+    elif norms:
+        assert batches is not None
+        some = islice(iter(batches), _CALIBRATION)
+        fresh = evaluate(recalibrate_(copy.deepcopy(after), some), data)
+        gain = fresh - pruned
+        if gain > lost / 4:
+            words.append(
+                f"{100 * gain:.1f} points of that come back with new statistics of batch norms "
+                "alone: recalibrate_(model, batches)."
+            )
+    if lost > 0.3:
+        words.append(
+            "That is more than one step should take: remove less at once, and train in between."
+        )
+    else:
+        words.append(
+            "Train on, recover(model, batches, epochs=...), with a learning rate as high as at "
+            "first; with the dense network as teacher where labels are few, "
+            "objective=with_teacher(before)."
+        )
+    return words
+
+
+def _savings(before: nn.Module, after: nn.Module, example: Any) -> list[str]:
+    old, new = measure.cost(before, example), measure.cost(after, example)
+    words = []
+    zero = 1 - (new.nonzeros or 0) / max(1, new.parameters) if new.nonzeros is not None else 0.0
+    if zero > 0.05 and new.macs > 0.95 * old.macs:
+        words.append(
+            f"{100 * zero:.0f} % of the weights are zero but none is gone: no speed-up expected. "
+            "Remove channels, prune_channels, or code the zeros in the file."
+        )
+    widths = {name: len(weight) for name, weight in _layers(after).items()}
+    was = {name: len(weight) for name, weight in _layers(before).items()}
+    odd = [
+        n for n, width in widths.items() if width != was.get(n, width) and width % 8 and width > 8
+    ]
+    if odd:
+        words.append(
+            f"{len(odd)} layers have a width that is no multiple of 8 ({odd[0]}: "
+            f"{widths[odd[0]]}): Limits(multiple_of=8) may be faster."
+        )
+    return words

@@ -1,0 +1,188 @@
+"""What criteria need to know: gradients, curvature, and the inputs of each layer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves, tree_map
+
+from structopt.training import Objective
+
+Named = dict[str, Tensor]
+Fetch = Callable[[nn.Module, Named, Iterable[Any], Objective], Named]
+
+READERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@contextlib.contextmanager
+def as_in_use(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside: running statistics stay, dropout rests. Undone afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def placed(batch: Any, model: nn.Module) -> Any:
+    """The batch on the device of the model."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
+
+
+def rows_of(batch: Any) -> int:
+    """How many examples a batch holds: the length of its first tensor."""
+    sizes = [len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim]
+    if not sizes or not sizes[0]:
+        raise ValueError("a batch holds no example: leave out empty batches")
+    return sizes[0]
+
+
+def inputs_of(batch: Any) -> Any:
+    """The inputs of a batch that is a pair (inputs, targets), or is the inputs."""
+    return batch[0] if isinstance(batch, tuple | list) else batch
+
+
+def _singles(batch: Any) -> Iterator[Any]:
+    """Its examples, each a batch of one."""
+    size = rows_of(batch)
+
+    def one(leaf: Any, i: int) -> Any:
+        whole = isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == size
+        return leaf[i : i + 1] if whole else leaf
+
+    for i in range(size):
+        yield tree_map(lambda leaf, i=i: one(leaf, i), batch)
+
+
+@contextlib.contextmanager
+def _differentiable(parameters: Named) -> Iterator[None]:
+    before = {name: p.requires_grad for name, p in parameters.items()}
+    try:
+        for p in parameters.values():
+            p.requires_grad_(True)
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the one with second derivatives
+            yield
+    finally:
+        for name, p in parameters.items():
+            p.requires_grad_(before[name])
+
+
+def _derivatives(
+    model: nn.Module,
+    parameters: Named,
+    pieces: Iterable[Any],
+    objective: Objective,
+    of: Callable[[Tensor, list[Tensor]], list[Tensor]],
+) -> Named:
+    """The mean over examples of `of(loss, parameters)`, each piece counted by its examples."""
+    wanted = list(parameters.values())
+    total, count = [torch.zeros_like(p) for p in wanted], 0
+    with as_in_use(model), _differentiable(parameters):
+        for piece in pieces:
+            batch = placed(piece, model)
+            size = rows_of(batch)
+            found = of(objective(model, batch), wanted)
+            torch._foreach_add_(total, found, alpha=size)
+            count += size
+    if not count:
+        raise ValueError("the batches are empty: there is nothing to score with")
+    return {name: t / count for name, t in zip(parameters, total, strict=True)}
+
+
+def _slopes(loss: Tensor, wanted: list[Tensor], *, graph: bool = False) -> list[Tensor]:
+    return list(
+        torch.autograd.grad(
+            loss, wanted, create_graph=graph, allow_unused=True, materialize_grads=True
+        )
+    )
+
+
+def _gradient(model: nn.Module, parameters: Named, batches: Any, objective: Objective) -> Named:
+    return _derivatives(model, parameters, batches, objective, _slopes)
+
+
+def _squared(model: nn.Module, parameters: Named, batches: Any, objective: Objective) -> Named:
+    singles = (one for batch in batches for one in _singles(batch))
+
+    def squares(loss: Tensor, wanted: list[Tensor]) -> list[Tensor]:
+        return [g.square() for g in _slopes(loss, wanted)]
+
+    return _derivatives(model, parameters, singles, objective, squares)
+
+
+def _curvature(model: nn.Module, parameters: Named, batches: Any, objective: Objective) -> Named:
+    def draw(loss: Tensor, wanted: list[Tensor]) -> list[Tensor]:
+        slopes = _slopes(loss, wanted, graph=True)
+        signs = [torch.randint_like(p, 2) * 2 - 1 for p in wanted]
+        along = torch.stack([(g * z).sum() for g, z in zip(slopes, signs, strict=True)]).sum()
+        products = _slopes(along, wanted) if along.requires_grad else [0 * p for p in wanted]
+        return [(z * h).detach() for z, h in zip(signs, products, strict=True)]
+
+    return _derivatives(model, parameters, batches, objective, draw)
+
+
+def _inputs(reduce: Callable[[Tensor], Tensor], finish: Callable[[Tensor, int], Tensor]) -> Fetch:
+    """A statistic of each feature that a layer reads, over examples and positions."""
+
+    def fetch(model: nn.Module, parameters: Named, batches: Any, objective: Objective) -> Named:
+        sums: dict[nn.Module, Tensor] = {}
+        counts: dict[nn.Module, int] = {}
+
+        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0].detach()
+            if not isinstance(module, nn.Linear):
+                x = x.movedim(-module.weight.ndim + 1, -1)  # type: ignore[operator]
+            x = x.reshape(-1, x.shape[-1])  # (tokens, features)
+            x = x.float() if x.dtype.itemsize < 4 else x
+            sums[module] = sums.get(module, 0) + reduce(x)
+            counts[module] = counts.get(module, 0) + len(x)
+
+        layers = {f"{n}.weight".lstrip("."): m for n, m in model.named_modules()}
+        layers = {n: m for n, m in layers.items() if n in parameters and isinstance(m, READERS)}
+        handles = [m.register_forward_pre_hook(note) for m in layers.values()]
+        try:
+            with as_in_use(model), torch.no_grad():
+                for batch in batches:
+                    objective(model, placed(batch, model))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {
+            name: _beside(finish(sums[module], counts[module]), module, parameters[name])
+            for name, module in layers.items()
+            if module in sums
+        }
+
+    return fetch
+
+
+def _beside(features: Tensor, layer: nn.Module, weight: Tensor) -> Tensor:
+    """A number for each input feature, in a shape that broadcasts against the weight."""
+    groups = int(getattr(layer, "groups", 1))
+    ones = [1] * (weight.ndim - 2)
+    if groups == 1:
+        return features.view(1, -1, *ones)
+    rows = features.view(groups, -1).repeat_interleave(len(weight) // groups, 0)
+    return rows.view(len(weight), -1, *ones)
+
+
+def _zeros(x: Tensor) -> Tensor:
+    return (x == 0).sum(0).to(x.dtype)
+
+
+KINDS: Mapping[str, Fetch] = {
+    "gradient": _gradient,
+    "squared_gradient": _squared,
+    "curvature": _curvature,
+    "input_mean": _inputs(lambda x: x.abs().sum(0), lambda total, n: total / n),
+    "input_zeros": _inputs(_zeros, lambda total, n: total / n),
+    "input_norm": _inputs(lambda x: x.square().sum(0), lambda total, n: total.sqrt()),
+}

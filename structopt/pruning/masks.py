@@ -1,0 +1,203 @@
+"""Masks beside the model: zero stays zero, and the model stays an ordinary one."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from structopt.pruning.finding import Masks, find_masks
+from structopt.pruning.patterns import Pattern, Unstructured
+from structopt.pruning.ranking import PerLayer, Scope
+from structopt.pruning.schedules import Schedule
+from structopt.pruning.scoring import Scores, score
+
+
+def _paired(model: nn.Module, masks: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Each masked weight and its mask, on its device; after every complaint that can be made."""
+    parameters = dict(model.named_parameters())
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for name, mask in masks.items():
+        weight = parameters.get(name)
+        if weight is None:
+            near = ", ".join(n for n in parameters if n.endswith("weight"))
+            raise ValueError(f"the masks name {name!r}, but the weights of this model are {near}")
+        if weight.shape != mask.shape or mask.dtype != torch.bool:
+            raise ValueError(
+                f"the mask of {name} is {mask.dtype} of shape {tuple(mask.shape)}: it has to be "
+                f"bool, of the weight's shape {tuple(weight.shape)}"
+            )
+        pairs.append((weight, mask))
+    return pairs
+
+
+@torch.no_grad()
+def apply_masks_(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
+    """Set what the masks remove to zero, in place, and return the model.
+
+    Raises ValueError for a mask of no weight of the model, or of another type or shape.
+
+    >>> model = nn.Linear(2, 1)
+    >>> mask = torch.tensor([[True, False]])
+    >>> bool(apply_masks_(model, {"weight": mask}).weight[0, 1] == 0)
+    True
+    """
+    for weight, mask in _paired(model, masks):
+        weight.masked_fill_(~mask.to(weight.device), 0)
+    return model
+
+
+class Hold:
+    """Masks, and the `after_step` that keeps what they remove at zero. Made by :func:`hold`."""
+
+    def __init__(self, masks: Mapping[str, Tensor]) -> None:
+        self.masks: Masks = dict(masks)
+        self._seen: Callable[[], nn.Module | None] = lambda: None
+        self._places: list[tuple[dict[str, Any], str]] = []
+        self._factors: list[Tensor] = []
+
+    def __call__(self, model: nn.Module, step: int = 0) -> None:
+        moved = bool(self._factors) and self._factors[0].device != self._device()
+        if self._seen() is not model or moved:
+            self._look_at(model)
+        if self._places:
+            with torch.no_grad():
+                weights = [parameters[key] for parameters, key in self._places]
+                torch._foreach_mul_(weights, self._factors)
+
+    def _device(self) -> torch.device:
+        parameters, key = self._places[0]
+        device: torch.device = parameters[key].device
+        return device
+
+    def _look_at(self, model: nn.Module) -> None:
+        """Find the weights once: looking up their names costs more than the product."""
+        apply_masks_(model, self.masks)
+        split = [name.rpartition(".") for name in self.masks]
+        self._seen = weakref.ref(model)
+        self._places = [(model.get_submodule(path)._parameters, key) for path, _, key in split]
+        # Of the weight's type and strides, so that one fused kernel can walk all of them.
+        self._factors = [
+            torch.empty_like(weight, requires_grad=False).copy_(mask)
+            for weight, mask in _paired(model, self.masks)
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"masks": dict(self.masks)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.masks, self._seen = dict(state["masks"]), lambda: None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hold:
+        return type(self)(self.masks)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self.masks)} masks)"
+
+
+def hold(masks: Mapping[str, Tensor]) -> Hold:
+    """An `after_step` for :func:`structopt.training.train` that keeps removed weights at zero.
+
+    The model stays an ordinary one, which copies, saves, traces and runs under
+    DistributedDataParallel. Whatever momentum or weight decay did to a removed weight is undone
+    after each step, so that every forward pass sees exact zeros. Call it once yourself,
+    ``hold(masks)(model)``, to apply the masks before the first step.
+
+    >>> model, masks = nn.Linear(2, 1), {"weight": torch.tensor([[True, False]])}
+    >>> after_step = hold(masks)
+    >>> after_step(model)
+    >>> int(model.weight.count_nonzero())
+    1
+    """
+    return Hold(masks)
+
+
+class PruneWhileTraining(Hold):
+    """An `after_step` that finds masks on a schedule, and holds them in between.
+
+    Masks nest: what is gone stays gone. `score` is called with the model, and by default gives
+    magnitudes. `masks` are those in force; a checkpoint of the training holds them.
+
+    >>> from structopt.pruning import Gradual
+    >>> model, after_step = nn.Linear(8, 4), PruneWhileTraining(Gradual(0.5, 1, 3, every=1))
+    >>> for step in 1, 2, 3:
+    ...     after_step(model, step)
+    ...     print(int((model.weight == 0).sum()))
+    0
+    14
+    16
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        *,
+        score: Callable[[nn.Module], Scores] = score,
+        pattern: Pattern = Unstructured(),  # noqa: B008 (a frozen value)
+        scope: Scope = PerLayer(),  # noqa: B008
+    ) -> None:
+        super().__init__({})
+        self.schedule, self.score, self.pattern, self.scope = schedule, score, pattern, scope
+
+    def __call__(self, model: nn.Module, step: int = 0) -> None:
+        if self.schedule.changes(step):
+            self.masks = find_masks(
+                self.score(model),
+                self.schedule.sparsity(step),
+                pattern=self.pattern,
+                scope=self.scope,
+                within=self.masks or None,
+            )
+            self._seen = lambda: None
+        super().__call__(model, step)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PruneWhileTraining:
+        made = type(self)(self.schedule, score=self.score, pattern=self.pattern, scope=self.scope)
+        made.masks = dict(self.masks)
+        return made
+
+
+def from_torch_(model: nn.Module) -> Masks:
+    """The masks of ``torch.nn.utils.prune``; the model, in place, becomes an ordinary one.
+
+    Masked weights are written back as parameters of their own name, with zeros where they were
+    masked, so that copies, optimisers and files work again. Biases are taken over too. Make the
+    optimiser after this: it would step the old parameters.
+
+    Raises ValueError for a model without such masks.
+
+    >>> model = nn.Sequential(nn.Linear(4, 2))
+    >>> _ = prune.l1_unstructured(model[0], "weight", amount=0.5)
+    >>> int(from_torch_(model)["0.weight"].sum()), list(model.state_dict())
+    (4, ['0.bias', '0.weight'])
+    """
+    masks: Masks = {}
+    for path, module in model.named_modules():
+        for key in [k for k in module._buffers if k.endswith("_mask")]:
+            name, mask = key.removesuffix("_mask"), module._buffers[key]
+            if f"{name}_orig" in module._parameters and mask is not None:
+                masks[f"{path}.{name}".lstrip(".")] = mask.bool()
+                prune.remove(module, name)  # type: ignore[no-untyped-call]
+    if not masks:
+        raise ValueError("the model holds no mask of torch.nn.utils.prune")
+    return masks
+
+
+def to_torch_(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
+    """Hand the masks to ``torch.nn.utils.prune``, in place: `weight_orig` and `weight_mask`.
+
+    Raises ValueError as :func:`apply_masks_`.
+
+    >>> model = to_torch_(nn.Linear(2, 1), {"weight": torch.tensor([[True, False]])})
+    >>> prune.is_pruned(model)
+    True
+    """
+    _paired(model, masks)
+    for name, mask in masks.items():
+        path, _, key = name.rpartition(".")
+        prune.custom_from_mask(model.get_submodule(path), key, mask)  # type: ignore[no-untyped-call]
+    return model

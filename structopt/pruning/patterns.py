@@ -1,0 +1,120 @@
+"""Patterns: which weights go together. Frozen values that print themselves.
+
+A pattern pools the scores of a weight into those of its units, (rows, units a row), and spreads
+what is kept of the units over the weight. Blocks and N:M read a weight as the matrix that a
+channels-last product multiplies: a row for each output, and in it, for each place of the kernel,
+all input channels in their order.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Pattern(Protocol):
+    """What every pattern can do."""
+
+    def pool(self, name: str, scores: Tensor) -> Tensor:
+        """The scores of the units, (rows, units a row)."""
+
+    def spread(self, kept: Tensor, shape: torch.Size) -> Tensor:
+        """The mask of the weight, from a bool for each unit."""
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Every weight by itself."""
+
+    def pool(self, name: str, scores: Tensor) -> Tensor:
+        return scores.flatten(1) if scores.ndim > 1 else scores[:, None]
+
+    def spread(self, kept: Tensor, shape: torch.Size) -> Tensor:
+        return kept.view(shape)
+
+
+@dataclass(frozen=True)
+class Filters:
+    """All weights of an output: the rows of a matrix, the filters of a convolution.
+
+    A mask of filters makes nothing faster: :func:`structopt.pruning.prune_channels` removes them.
+    """
+
+    def pool(self, name: str, scores: Tensor) -> Tensor:
+        return scores.flatten(1).sum(1)[None]
+
+    def spread(self, kept: Tensor, shape: torch.Size) -> Tensor:
+        return kept.view(-1, *[1] * (len(shape) - 1)).expand(shape).contiguous()
+
+
+@dataclass(frozen=True)
+class Block:
+    """Blocks of r outputs × c input channels, at one place of the kernel (Gray et al., 2017)."""
+
+    r: int
+    c: int
+
+    def __post_init__(self) -> None:
+        if min(self.r, self.c) < 1:
+            raise ValueError(f"{self}: a block has at least one row and one column")
+
+    def pool(self, name: str, scores: Tensor) -> Tensor:
+        matrix, (r, c) = _matrix(scores), (self.r, self.c)
+        if len(matrix) % r or scores.shape[1] % c:
+            raise ValueError(
+                f"{self} does not divide {name}: {len(matrix)} outputs × {scores.shape[1]} input "
+                f"channels. Leave it out, score(..., leave=[{name!r}]), or take another block"
+            )
+        return matrix.view(len(matrix) // r, r, -1, c).sum((1, 3))
+
+    def spread(self, kept: Tensor, shape: torch.Size) -> Tensor:
+        matrix = kept.repeat_interleave(self.r, 0).repeat_interleave(self.c, 1)
+        return _weight(matrix, shape)
+
+
+@dataclass(frozen=True)
+class NOfM:
+    """n weights stay of every m neighbours along the input channels: ``NOfM(2, 4)``, "2:4".
+
+    The sparsity is 1 - n/m in each group, so that none is asked for. GPUs multiply 2:4 matrices up
+    to twice as fast (Mishra et al., 2021).
+    """
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n < self.m:
+            raise ValueError(f"{self}: n of m stay, with 1 <= n < m")
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.n / self.m
+
+    def pool(self, name: str, scores: Tensor) -> Tensor:
+        if scores.ndim < 2 or scores.shape[1] % self.m:
+            raise ValueError(
+                f"{self} does not divide {name}: groups of {self.m} along its input channels, of "
+                f"which there are {scores.shape[1] if scores.ndim > 1 else 1}. Leave it out, "
+                f"score(..., leave=[{name!r}])"
+            )
+        return _matrix(scores).reshape(-1, self.m)
+
+    def spread(self, kept: Tensor, shape: torch.Size) -> Tensor:
+        return _weight(kept.view(shape[0], -1), shape)
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """(out, in, *kernel) as (out, kernel places · in)."""
+    return weight.movedim(1, -1).reshape(len(weight), -1)
+
+
+def _weight(matrix: Tensor, shape: torch.Size) -> Tensor:
+    """`_matrix` undone."""
+    kernel = shape[2:]
+    whole = matrix.view(shape[0], *kernel, shape[1]) if math.prod(kernel) else matrix.view(shape)
+    return whole.movedim(-1, 1).contiguous()

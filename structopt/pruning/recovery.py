@@ -1,0 +1,145 @@
+"""Recovery: what brings the accuracy back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structopt import descent, losses
+from structopt.pruning.evidence import as_in_use, inputs_of, placed
+from structopt.pruning.masks import hold
+from structopt.training import History, Objective, supervised, train
+
+_BatchNorm = nn.modules.batchnorm._BatchNorm
+
+
+@torch.no_grad()
+def recalibrate_(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
+    """Take the running statistics of batch norms anew from these batches, in place; no training.
+
+    A pruned layer hands on other means and variances than those that the norm behind it remembers.
+    The new ones are the plain average over the batches (a hundred batches are plenty). Only norms
+    run in training mode, so that dropout rests; the modes are restored. A model without batch
+    norms stays as it is.
+
+    Raises ValueError for no batches, and for batches of one value a channel.
+
+    >>> model = nn.BatchNorm1d(1)
+    >>> recalibrate_(model, [torch.tensor([[1.0], [3.0]])]).running_mean
+    tensor([2.])
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    if not norms:
+        return model
+    momenta, count = [norm.momentum for norm in norms], 0
+    before = [{k: b.clone() for k, b in norm._buffers.items() if b is not None} for norm in norms]
+    try:
+        with as_in_use(model):
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # torch's way to say: the plain average
+                norm.train()
+            for batch in batches:
+                inputs = placed(inputs_of(batch), model)
+                model(**inputs) if isinstance(inputs, dict) else model(inputs)
+                count += 1
+        if not count:
+            raise ValueError("the batches are empty: there is nothing to take statistics from")
+    except Exception:
+        for norm, buffers in zip(norms, before, strict=True):
+            norm.load_state_dict({**norm.state_dict(), **buffers})
+        raise
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+    return model
+
+
+def with_teacher(
+    teacher: nn.Module,
+    *,
+    temperature: float = 2.0,
+    weight: float = 0.5,
+    loss: Callable[[Tensor, Tensor], Tensor] = losses.cross_entropy,
+) -> Objective:
+    """An objective with the dense network as the teacher of the pruned one.
+
+    (1 - weight) · loss(logits, targets) + weight · T² KL(teacher ‖ student at temperature T), after
+    Hinton et al., 2015. The teacher runs in evaluation mode, without gradients, and follows the
+    batch to its device.
+
+    Raises ValueError for a weight outside [0, 1].
+
+    >>> objective = with_teacher(nn.Linear(4, 3))
+    >>> objective(nn.Linear(4, 3), (torch.ones(2, 4), torch.tensor([0, 2]))).ndim
+    0
+    """
+    if not 0 <= weight <= 1:
+        raise ValueError(f"weight is the teacher's share of the loss, in [0, 1], not {weight}")
+    hard = supervised(lambda prediction, target: loss(prediction, target))
+
+    def objective(model: nn.Module, batch: Any) -> Tensor:
+        logits: list[Tensor] = []
+
+        def keep(_module: nn.Module, _args: Any, output: Tensor) -> None:
+            logits.append(output)
+
+        handle = model.register_forward_hook(keep)
+        try:
+            known = hard(model, batch)
+        finally:
+            handle.remove()
+        inputs = inputs_of(batch)
+        with torch.no_grad():
+            soft = teacher.to(inputs.device).eval()(inputs)
+        told = losses.kl_divergence(logits[0], soft, temperature=temperature)
+        return (1 - weight) * known + weight * told
+
+    return objective
+
+
+def recover(
+    model: nn.Module,
+    batches: Any,
+    *,
+    epochs: int,
+    objective: Objective | None = None,
+    lr: float = 0.01,
+    masks: Mapping[str, Tensor] | None = None,
+    **options: Any,
+) -> History:
+    """Fine-tune a pruned model in place: the recipe to begin with.
+
+    Statistics of batch norms first (:func:`recalibrate_`), then AdamW on one cycle of the learning
+    rate, up to `lr` and down to nearly nothing: a rate as high as in the first training, not the
+    last one, is what brings accuracy back (Renda et al., 2020). `masks` are held all along. With
+    ``objective=with_teacher(dense)`` the dense model teaches. `options` go to
+    :func:`structopt.training.train`.
+
+    >>> from structopt.networks import LeNet300
+    >>> batches = [(torch.randn(8, 1, 28, 28), torch.randint(0, 10, (8,)))] * 4
+    >>> len(recover(LeNet300(), batches, epochs=2).losses)
+    8
+    """
+    if epochs < 1:
+        raise ValueError(f"epochs counts the passes over the batches, at least 1: {epochs}")
+    after_step = options.pop("after_step", None)
+    if masks is not None:
+        if after_step is not None:
+            raise ValueError("give masks or after_step, not both")
+        after_step = hold(masks)
+        after_step(model)
+    recalibrate_(model, batches)
+    return train(
+        model,
+        batches,
+        supervised() if objective is None else objective,
+        descent.fused_adamw(model, lr),
+        epochs=epochs,
+        schedule=options.pop("schedule", descent.one_cycle()),
+        after_step=after_step,
+        **options,
+    )

@@ -1,0 +1,193 @@
+"""From a model and a criterion to a score for each weight, and for each coupled channel."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structopt.channels import ChannelGroup, Channels
+from structopt.pruning.criteria import magnitude
+from structopt.pruning.evidence import KINDS
+from structopt.training import Objective, supervised
+
+Scores = dict[str, Tensor]
+"""A score for each entry of each weight, by the weight's name."""
+
+Criterion = Callable[..., Tensor]
+"""A function of evidence, such as ``magnitude(weight)``."""
+
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+
+
+def score(
+    model: nn.Module,
+    criterion: Criterion = magnitude,
+    batches: Iterable[Any] | None = None,
+    *,
+    objective: Objective | None = None,
+    leave: Sequence[str] = (),
+) -> Scores:
+    """The score of every weight of a model: {"conv1.weight": tensor of the weight's shape}.
+
+    Weights are parameters of two or more dimensions with "weight" in their name, embeddings left
+    out; for a criterion of `scale`, those of norms. `leave` lists names to leave alone, where
+    ``"layer1.*"`` stands for many. What the criterion asks for is fetched from `batches` in
+    evaluation mode, without autocast, on the model's device: derivatives of `objective` (by
+    default cross-entropy) and statistics of inputs.
+
+    Raises ValueError for a criterion that needs batches where there are none, that asks for
+    something unknown, for NaN scores, and for a layer whose input was not seen.
+
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+    >>> {name: tuple(s.shape) for name, s in score(model).items()}
+    {'0.weight': (3, 2), '2.weight': (1, 3)}
+    """
+    needs = _needs(criterion)
+    found = {n: p for n, p in _weights(model, "scale" in needs) if not matches(n, leave)}
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no weight to score besides those left alone")
+    evidence: dict[str, Scores] = {}
+    for kind in needs:
+        if kind not in KINDS:
+            evidence[kind] = {name: p.detach() for name, p in found.items()}
+            continue
+        if batches is None:
+            raise ValueError(
+                f"{_name(criterion)} needs {kind}: give batches, "
+                f"score(model, {_name(criterion)}, batches)"
+            )
+        evidence[kind] = KINDS[kind](model, dict(found), batches, objective or supervised())
+    made: Scores = {}
+    for name, parameter in found.items():
+        unseen = [kind for kind in needs if name not in evidence[kind]]
+        if unseen:
+            raise ValueError(
+                f"no {unseen[0]} of {name} was seen: it is not called as a layer, or not at all. "
+                f"Leave it alone, leave=[{name!r}]"
+            )
+        with torch.no_grad():
+            one = criterion(**{kind: evidence[kind][name] for kind in needs})
+        made[name] = _broadcast(name, one, parameter)
+    return made
+
+
+def _broadcast(name: str, one: Tensor, parameter: Tensor) -> Tensor:
+    try:
+        whole = one.expand_as(parameter)  # a view: where it repeats, its stride is 0
+    except RuntimeError:
+        raise ValueError(
+            f"the criterion gave {name}, of shape {tuple(parameter.shape)}, scores of shape "
+            f"{tuple(one.shape)}"
+        ) from None
+    need_numbers(name, one)
+    return whole
+
+
+def need_numbers(name: str, scores: Tensor) -> None:
+    """Raise ValueError for scores that cannot be ranked."""
+    if scores.isnan().any():
+        raise ValueError(
+            f"{int(scores.isnan().sum())} of {scores.numel()} scores of {name} are NaN: "
+            "are its weights, or the loss on these batches, NaN or infinite?"
+        )
+
+
+def _needs(criterion: Criterion) -> list[str]:
+    """The criterion's arguments without a default."""
+    arguments = inspect.signature(criterion).parameters.values()
+    needs = [a.name for a in arguments if a.default is a.empty]
+    unknown = [name for name in needs if name not in {"weight", "scale", *KINDS}]
+    if unknown or not needs:
+        known = ", ".join(["weight", "scale", *KINDS])
+        raise ValueError(
+            f"{_name(criterion)} asks for {unknown or 'nothing'}: the arguments of a criterion are "
+            f"some of {known}, and options with a default"
+        )
+    return needs
+
+
+def _name(criterion: Criterion) -> str:
+    inner = getattr(criterion, "func", criterion)
+    return str(getattr(inner, "__name__", type(criterion).__name__))
+
+
+def _weights(model: nn.Module, norms: bool) -> list[tuple[str, nn.Parameter]]:
+    owners = {
+        f"{n}.{key}".lstrip("."): m for n, m in model.named_modules() for key in m._parameters
+    }
+    found = []
+    for name, parameter in model.named_parameters():
+        owner = owners[name]
+        if norms:
+            wanted = isinstance(owner, _NORMS) and name.endswith("weight")
+        else:
+            embeds = isinstance(owner, nn.Embedding | nn.EmbeddingBag)
+            wanted = "weight" in name.rpartition(".")[2] and parameter.ndim > 1 and not embeds
+        if wanted:
+            found.append((name, parameter))
+    return found
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether one of the patterns is the name, or stands for it."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def total(parts: Tensor) -> Tensor:
+    """The sum over the weights that hold a channel: (weights, channels) -> (channels,)."""
+    return parts.sum(0)
+
+
+def channel_scores(
+    channels: Channels, scores: Scores, combine: Callable[[Tensor], Tensor] = total
+) -> dict[ChannelGroup, Tensor]:
+    """A score for each channel of each coupled group: {group: tensor (channels,)}.
+
+    Each weight with an axis in the group gives a row: for every channel the sum of the scores that
+    lie on it, whether the weight makes or reads the channel. `combine` makes one number a channel
+    of the rows (by default their sum), and its absolute value is the score. A weight whose scores
+    do not change along the axis says nothing, and is left out; so is a group of which no weight
+    has scores.
+
+    Raises ValueError where a score's shape is not that of the weight that was analysed.
+
+    >>> from structopt.channels import channel_groups
+    >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False))
+    >>> model[0].weight.data = torch.tensor([[1.0, 2.0], [0.0, 5.0]])
+    >>> model[1].weight.data = torch.tensor([[4.0, 0.0]])
+    >>> channels = channel_groups(model, torch.zeros(1, 2))
+    >>> channel_scores(channels, score(model))[channels["0"]]  # 1 + 2 + 4, 0 + 5 + 0
+    tensor([7., 5.])
+    """
+    found = {}
+    for group in channels:
+        parts = []
+        for member in group.members:
+            mine = scores.get(member.parameter)
+            if mine is None:
+                continue
+            if member.dim >= mine.ndim or mine.shape[member.dim] != len(member.channel):
+                raise ValueError(
+                    f"scores of {member.parameter} have shape {tuple(mine.shape)}, but its "
+                    f"dimension {member.dim} holds {len(member.channel)}: score the model analysed"
+                )
+            if mine.stride(member.dim) == 0 and mine.shape[member.dim] > 1:
+                continue
+            parts.append(_along(mine, member.dim, torch.from_numpy(member.channel), group.size))
+        if parts:
+            found[group] = combine(torch.stack(parts)).abs()
+            need_numbers(f"group {group.name!r}", found[group])
+    return found
+
+
+def _along(scores: Tensor, dim: int, channel: Tensor, size: int) -> Tensor:
+    """The sum of the scores that lie on each channel of one axis."""
+    wide = scores.float() if scores.dtype.itemsize < 4 else scores
+    sums = wide.movedim(dim, 0).flatten(1).sum(1) if wide.ndim > 1 else wide
+    place = torch.where(channel < 0, size, channel).to(sums.device)  # the last place is thrown away
+    return sums.new_zeros(size + 1).index_add_(0, place, sums)[:size]

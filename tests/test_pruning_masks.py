@@ -1,0 +1,397 @@
+"""Masks: exact counts, patterns, nesting, and zeros that stay zero."""
+
+import copy
+from functools import partial
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils import prune
+
+from structopt import checkpoint, pruning, training
+from structopt.pruning import (
+    Block,
+    Constant,
+    Filters,
+    Global,
+    Gradual,
+    Iterative,
+    NOfM,
+    OneShot,
+    PerRow,
+)
+
+SPARSITIES = st.floats(0, 0.85)
+
+
+def scores_of(*shapes, ties=False, device="cpu", dtype=torch.float32):
+    made = [torch.randn(shape, device=device, dtype=dtype) for shape in shapes]
+    return {f"{i}.weight": s.round() if ties else s for i, s in enumerate(made)}
+
+
+@given(sparsity=SPARSITIES, ties=st.booleans(), dtype=st.sampled_from([16, 32, 64]))
+def test_counts_are_exact_per_layer_and_over_all(sparsity, ties, dtype):
+    dtype = getattr(torch, f"float{dtype}")
+    scores = scores_of((7, 9), (4, 3, 2, 2), ties=ties, dtype=dtype)
+    for name, mask in pruning.find_masks(scores, sparsity).items():
+        assert int((~mask).sum()) == round(sparsity * scores[name].numel())
+    masks = pruning.find_masks(scores, sparsity, scope=Global(floor=0.05))
+    assert sum(int((~m).sum()) for m in masks.values()) == round(sparsity * 111)
+    kept = torch.cat([s.abs()[masks[n]] for n, s in scores.items()])
+    gone = torch.cat([s.abs()[~masks[n]] for n, s in scores.items()])
+    if sparsity < 0.5 and len(gone):  # no layer is near its floor
+        assert gone.max() <= kept.min()
+
+
+@given(sparsity=SPARSITIES, dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
+def test_the_border_is_that_of_a_full_sort(sparsity, dtype):
+    score = torch.randn(40, 30).exp().to(dtype)
+    mask = pruning.find_masks({"w": score}, sparsity)["w"]
+    order = score.flatten().argsort(stable=True)
+    expected = torch.ones(1200, dtype=torch.bool)
+    expected[order[: round(sparsity * 1200)]] = False
+    assert torch.equal(mask.flatten(), expected)
+
+
+@given(n=st.integers(1, 3), kernel=st.sampled_from([(), (3,), (2, 2)]), ties=st.booleans())
+def test_n_of_m_holds_in_each_group_of_input_channels(n, kernel, ties):
+    scores = scores_of((6, 8, *kernel), ties=ties)
+    mask = pruning.find_masks(scores, pattern=NOfM(n, 4))["0.weight"]
+    groups = mask.movedim(1, -1).reshape(-1, 4)
+    assert (groups.sum(1) == n).all()
+    best = scores["0.weight"].abs().movedim(1, -1).reshape(-1, 4).topk(n, dim=1).values.sum(1)
+    kept = (scores["0.weight"].abs() * mask).movedim(1, -1).reshape(-1, 4).sum(1)
+    torch.testing.assert_close(kept, best)
+
+
+@given(r=st.sampled_from([1, 2, 3]), c=st.sampled_from([1, 2, 4]), sparsity=SPARSITIES)
+def test_blocks_go_whole_and_those_of_the_smallest_sum(r, c, sparsity):
+    score = torch.rand(6, 8, 3)
+    mask = pruning.find_masks({"w": score}, sparsity, pattern=Block(r, c))["w"]
+    sums, whole = [], []
+    for i in range(0, 6, r):
+        for j in range(0, 8, c):
+            for k in range(3):
+                part = mask[i : i + r, j : j + c, k]
+                assert part.all() or not part.any()
+                sums.append(score[i : i + r, j : j + c, k].sum())
+                whole.append(bool(part.all()))
+    sums, whole = torch.stack(sums), torch.tensor(whole)
+    assert int((~whole).sum()) == round(sparsity * len(whole))
+    if not whole.all():
+        assert sums[~whole].max() <= sums[whole].min()
+
+
+def test_filters_add_up_signed_scores_before_their_absolute_value(device):
+    score = torch.tensor([[5.0, -5.0], [1.0, 1.0]], device=device)
+    mask = pruning.find_masks({"w": score}, 0.5, pattern=Filters())["w"]
+    assert mask.tolist() == [[False, False], [True, True]]
+
+
+@given(sparsity=SPARSITIES)
+def test_rows_lose_the_same_number_each(sparsity):
+    score = torch.randn(5, 2, 3, 3)
+    mask = pruning.find_masks({"w": score}, sparsity, scope=PerRow())["w"]
+    assert ((~mask).flatten(1).sum(1) == round(sparsity * 18)).all()
+
+
+def test_normalising_makes_layers_of_different_size_of_weights_equals(device):
+    scores = {
+        "small": torch.rand(40, 10, device=device) / 1000,
+        "large": torch.rand(40, 10, device=device),
+    }
+    with pytest.raises(ValueError, match=r"would empty small.*Global\(floor=0.01\)"):
+        pruning.find_masks(scores, 0.5, scope=Global())
+    floored = pruning.find_masks(scores, 0.5, scope=Global(floor=0.01))
+    assert int(floored["small"].sum()) == 4
+    assert torch.equal(
+        floored["small"].flatten().nonzero()[:, 0],
+        scores["small"].flatten().topk(4).indices.sort().values,
+    )
+    equal = pruning.find_masks(scores, 0.5, scope=Global(normalise=True))
+    assert abs(pruning.sparsity_of({"small": equal["small"]}) - 0.5) < 0.05
+
+
+@given(sparsities=st.lists(SPARSITIES, min_size=2, max_size=4).map(sorted), ties=st.booleans())
+@pytest.mark.parametrize("scope", [pruning.PerLayer(), Global(), PerRow()])
+def test_masks_nest_even_if_the_scores_change(scope, sparsities, ties):
+    masks = None
+    for sparsity in sparsities:
+        scores = scores_of((6, 10), (10, 7), ties=ties)
+        found = pruning.find_masks(scores, sparsity, scope=scope, within=masks)
+        if masks is not None:
+            assert all(not (found[name] & ~masks[name]).any() for name in found)
+        masks = found
+
+
+@pytest.mark.parametrize("pattern", [Filters(), Block(2, 2)])
+def test_masks_of_patterns_nest(device, pattern):
+    first = pruning.find_masks(scores_of((8, 8), device=device), 0.25, pattern=pattern)
+    then = pruning.find_masks(scores_of((8, 8), device=device), 0.5, pattern=pattern, within=first)
+    assert not (then["0.weight"] & ~first["0.weight"]).any()
+
+
+@pytest.mark.parametrize("scope", [pruning.PerLayer(), Global(), Global(True, 0.1), PerRow()])
+@pytest.mark.parametrize("pattern", [pruning.Unstructured(), Block(2, 4), NOfM(2, 4), Filters()])
+def test_masks_are_the_same_on_every_device(device, scope, pattern):
+    if pattern == Filters() and scope == PerRow():
+        pytest.skip("a row of filters is the whole layer")
+    scores = scores_of((8, 8), (4, 8, 2, 2))
+    there = {name: s.to(device) for name, s in scores.items()}
+    sparsity = None if isinstance(pattern, NOfM) else 0.6
+    expected = pruning.find_masks(scores, sparsity, pattern=pattern, scope=scope)
+    for name, mask in pruning.find_masks(there, sparsity, pattern=pattern, scope=scope).items():
+        assert mask.device.type == device.type
+        assert torch.equal(mask.cpu(), expected[name])
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda s: pruning.find_masks(s, 1.0), r"fraction removed, in \[0, 1\), not 1"),
+        (lambda s: pruning.find_masks(s, -0.1), "fraction removed"),
+        (lambda s: pruning.find_masks(s, float("nan")), "fraction removed"),
+        (lambda s: pruning.find_masks(s), "say which sparsity"),
+        (lambda s: pruning.find_masks(s, 0.9, pattern=NOfM(2, 4)), "has sparsity 0.5, not 0.9"),
+        (lambda s: pruning.find_masks(s, pattern=NOfM(2, 4)), r"divide 0\.weight: .*there are 6"),
+        (lambda s: pruning.find_masks(s, 0.5, pattern=Block(3, 2)), r"divide 0\.weight: 4 outputs"),
+        (lambda s: pruning.find_masks(s, 0.99), r"would empty 0\.weight"),
+        (lambda s: pruning.find_masks({}, 0.5), "no scores"),
+        (lambda s: pruning.find_masks({"w": s["0.weight"] * torch.nan}, 0.5), "24 of 24 scores"),
+        (lambda s: pruning.find_masks(s, 0.5, within={}), r"0\.weight is missing"),
+        (lambda s: pruning.find_masks(s, 0.95, scope=Global(floor=0.5)), "floor=0.5 leaves"),
+        (lambda s: Global(floor=1.0), "floor"),
+        (lambda s: NOfM(4, 4), "1 <= n < m"),
+        (lambda s: Block(0, 2), "at least one row"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_a_clear_error(call, words):
+    with pytest.raises(ValueError, match=words):
+        call(scores_of((4, 6)))
+
+
+@given(
+    final=st.floats(0.1, 0.95),
+    begin=st.integers(0, 20),
+    length=st.integers(1, 90),
+    every=st.integers(1, 30),
+)
+def test_gradual_is_the_formula_of_the_paper(final, begin, length, every):
+    schedule = Gradual(final, begin, begin + length, every)
+    values = [schedule.sparsity(step) for step in range(begin + length + 5)]
+    assert values == sorted(values)
+    assert values[-1] == final
+    for step in range(begin, begin + length, every):
+        assert values[step] == pytest.approx(final - final * (1 - (step - begin) / length) ** 3)
+    steps = range(1, len(values))
+    assert all(schedule.changes(s) for s in steps if values[s] != values[s - 1])
+
+
+@given(final=st.floats(0.1, 0.95), rounds=st.integers(1, 6), every=st.integers(1, 9))
+def test_iterative_keeps_the_same_share_each_round(final, rounds, every):
+    schedule = Iterative(final, rounds, every)
+    ends = [schedule.sparsity(step) for step in range(200) if schedule.changes(step)]
+    kept = [1.0, *(1 - s for s in ends)]
+    shares = [b / a for a, b in pairwise(kept)]
+    assert len(ends) == rounds
+    assert shares == pytest.approx([shares[0]] * rounds)
+    assert ends[-1] == pytest.approx(final)
+    assert schedule.sparsity(10_000) == ends[-1]
+
+
+def test_one_shot_and_constant():
+    assert [OneShot(0.5, at=3).sparsity(s) for s in (0, 2, 3, 9)] == [0, 0, 0.5, 0.5]
+    assert [s for s in range(9) if OneShot(0.5, at=3).changes(s)] == [3]
+    assert [s for s in range(9) if Constant(0.5).changes(s)] == [1]
+    for make in (lambda: Constant(1.0), lambda: OneShot(0.5, at=0), lambda: Gradual(0.5, 9, 9)):
+        with pytest.raises(ValueError, match=r"Constant|OneShot|Gradual"):
+            make()
+    with pytest.raises(ValueError, match="initial <= final"):
+        Gradual(0.5, 0, 9, initial=0.6)
+
+
+def network(device):
+    layers = nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4)
+    return nn.Sequential(*layers).to(device)
+
+
+def batches(device, count=4):
+    def one():
+        return torch.randn(16, 1, 8, 8, device=device), torch.randint(0, 4, (16,), device=device)
+
+    return [one() for _ in range(count)]
+
+
+OPTIMIZERS = {
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=0.1, amsgrad=True),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("warm", [False, True])
+def test_zero_stays_zero_whatever_the_optimiser_does(device, optimizer, warm):
+    model = network(device)
+    optimizer = OPTIMIZERS[optimizer](model.parameters())
+    fit = partial(training.train, model, batches(device), training.supervised(), optimizer)
+    if warm:  # momentum of the dense network is left over
+        fit(epochs=1, device=device)
+    masks = pruning.find_masks(pruning.score(model), 0.7)
+    after = pruning.hold(masks)
+    seen = []
+
+    def check(model, step):
+        after(model, step)
+        seen.append(all(not model.get_parameter(n)[~m].any() for n, m in masks.items()))
+
+    fit(epochs=2, device=device, after_step=check)
+    assert len(seen) == 8
+    assert all(seen)
+    assert all(model.get_parameter(n)[m].all() for n, m in masks.items())  # the rest is trained
+
+
+def test_the_model_stays_an_ordinary_one(device, tmp_path):
+    model = network(device)
+    names = list(model.state_dict())
+    masks = pruning.find_masks(pruning.score(model), 0.7)
+    after = pruning.hold(masks)
+    after(model)
+    assert list(model.state_dict()) == names
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    example = torch.randn(2, 1, 8, 8, device=device)
+    twin = copy.deepcopy(model)
+    after(twin)  # another model, the same masks
+    assert torch.equal(twin.eval()(example), model.eval()(example))
+    checkpoint.save(model, tmp_path / "sparse.safetensors")
+    loaded = checkpoint.load(tmp_path / "sparse.safetensors", network(device)).eval()
+    assert torch.equal(loaded(example), model(example))
+    exported = torch.export.export(model, (example,)).module()
+    torch.testing.assert_close(exported(example), model(example))
+
+
+def test_holding_follows_a_model_that_moves_or_changes_its_layout(device):
+    model = network("cpu")
+    masks = pruning.find_masks(pruning.score(model), 0.5)
+    after = copy.deepcopy(pruning.hold(masks))
+    after(model)
+    model.to(device, torch.float64, memory_format=torch.channels_last)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+    after(model)
+    for name, mask in masks.items():
+        weight = model.get_parameter(name).cpu()
+        assert not weight[~mask].any()
+        assert weight[mask].all()
+
+
+def test_gradual_pruning_while_training_nests_and_ends_exactly(device):
+    model, seen = network(device), []
+    after = pruning.PruneWhileTraining(Gradual(0.8, 2, 10, every=2), scope=Global(floor=0.02))
+
+    def note(model, step):
+        after(model, step)
+        seen.append({name: mask.clone() for name, mask in after.masks.items()})
+
+    data, optimizer = batches(device), OPTIMIZERS["momentum"](model.parameters())
+    training.train(
+        model, data, training.supervised(), optimizer, epochs=3, device=device, after_step=note
+    )
+    seen = [masks for masks in seen if masks]
+    for earlier, later in pairwise(seen):
+        assert all(not (later[name] & ~earlier[name]).any() for name in later)
+    size = sum(m.numel() for m in after.masks.values())
+    zeros = sum(int((model.get_parameter(n) == 0).sum()) for n in after.masks)
+    assert zeros == round(0.8 * size)
+    assert pruning.sparsity_of(after.masks) == pytest.approx(0.8, abs=1 / size)
+
+
+def test_a_resumed_run_holds_the_same_masks(device, tmp_path):
+    def run(epochs, path=None):
+        torch.manual_seed(1)
+        model = network(device)
+        optimizer = OPTIMIZERS["adamw"](model.parameters())
+        after = pruning.PruneWhileTraining(Gradual(0.8, 1, 6, every=1))
+        torch.manual_seed(2)
+        data = batches(device)
+        training.train(
+            model, data, training.supervised(), optimizer, epochs=epochs, device=device,
+            after_step=after, checkpoint=path,
+        )  # fmt: skip
+        return model
+
+    whole = run(3)
+    run(1, tmp_path / "run")
+    resumed = run(3, tmp_path / "run")
+    for name, p in whole.named_parameters():
+        assert torch.equal(p, resumed.get_parameter(name)), name
+
+
+def test_masks_of_torch_are_taken_and_handed_back(device):
+    model = network(device)
+    plain = copy.deepcopy(model)
+    prune.l1_unstructured(model[0], "weight", amount=0.5)
+    prune.random_unstructured(model[4], "bias", amount=0.5)
+    expected = model[0].weight_mask.clone()
+    masks = pruning.from_torch_(model)
+    assert set(masks) == {"0.weight", "4.bias"}
+    assert torch.equal(masks["0.weight"], expected.bool())
+    assert set(model.state_dict()) == set(plain.state_dict())
+    copy.deepcopy(model)
+    assert torch.equal(model[0].weight, plain[0].weight * expected)
+    pruning.to_torch_(plain, masks)
+    assert torch.equal(plain[0].weight_mask.bool(), masks["0.weight"])
+    example = torch.randn(2, 1, 8, 8, device=device)
+    torch.testing.assert_close(plain.eval()(example), model.eval()(example))
+    with pytest.raises(ValueError, match=r"no mask of torch\.nn\.utils\.prune"):
+        pruning.from_torch_(model)
+
+
+@pytest.mark.parametrize(
+    "use", [pruning.apply_masks_, pruning.to_torch_, lambda m, k: pruning.hold(k)(m)]
+)
+def test_masks_that_do_not_fit_are_named_and_change_nothing(use):
+    model = network("cpu")
+    before = copy.deepcopy(model.state_dict())
+    good = {"0.weight": torch.zeros(8, 1, 3, 3, dtype=torch.bool)}
+    for bad, words in (
+        ({"9.weight": torch.ones(1, dtype=torch.bool)}, r"name '9\.weight'"),
+        (
+            {"4.weight": torch.ones(2, 2, dtype=torch.bool)},
+            r"mask of 4\.weight is torch\.bool of shape \(2, 2\)",
+        ),
+        ({"4.weight": torch.ones(4, 288)}, r"4\.weight is torch\.float32"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            use(model, good | bad)
+        assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def test_pruning_takes_its_scores_from_where_you_say(device):
+    """Gradients of held-out batches, say; the masks are those of the scores."""
+    model, data = network(device), batches(device, 1)
+    after = pruning.PruneWhileTraining(
+        Constant(0.5), score=lambda m: pruning.score(m, pruning.saliency, data)
+    )
+    expected = pruning.find_masks(pruning.score(model, pruning.saliency, data), 0.5)
+    after(model, 1)
+    assert all(torch.equal(mask, expected[name]) for name, mask in after.masks.items())
+
+
+def test_masks_hold_under_distributed_data_parallel(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = network("cpu")
+        masks = pruning.find_masks(pruning.score(model), 0.7)
+        optimizer = OPTIMIZERS["momentum"](model.parameters())
+        whole = nn.parallel.DistributedDataParallel(model)
+        fit = partial(training.train, epochs=2, device="cpu", after_step=pruning.hold(masks))
+        fit(whole, batches("cpu"), training.supervised(), optimizer)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all(not model.get_parameter(name)[~mask].any() for name, mask in masks.items())
