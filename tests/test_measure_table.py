@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import prune
 
 from structopt import measure
 from structopt.measure import Measured, Table, Timing, compare, widths
@@ -112,6 +113,16 @@ def test_zeros_are_not_speed():
     assert "non-zeros" not in compare({"dense": net()}, EXAMPLE, rounds=0).columns
 
 
+@pytest.mark.parametrize(("zeros", "masked"), [(10, False), (11, True)])
+def test_a_few_zeros_are_no_mask(zeros, masked):
+    """Of 200 weights: up to 5 % are an accident, and no column says so."""
+    model = nn.Linear(20, 10, bias=False)
+    model.weight.data.fill_(1).view(-1)[:zeros] = 0
+    table = compare({"dense": model}, torch.zeros(1, 20), rounds=0)
+    assert ("non-zeros" in table.columns) == masked
+    assert len(table.notes) == masked
+
+
 def test_fewer_macs_but_not_faster_is_said(times):
     times.update(dense=1.0, slow=1.0, quick=0.5)
     table = compare({"dense": net(16), "slow": net(4), "quick": net(4)}, EXAMPLE, batch=1)
@@ -148,8 +159,19 @@ def test_a_rounder_width_is_named_only_if_it_was_as_fast(monkeypatch):
     monkeypatch.setattr(widths, "latency", latency)
     model = nn.Sequential(nn.Linear(4, 13), nn.Linear(13, 8), nn.Linear(8, 37), nn.Linear(37, 3))
     said = measure.free_widths(model, torch.zeros(2, 4))
-    assert said == ["0 is 13 wide: 16 would be as fast"]
+    assert said == ["layer 0 is 13 wide: 16 would be as fast"]
     assert seen == {(2, 13): (2, 16), (2, 37): (2, 40)}  # 8 is round, the last 3 are classes
+
+
+def test_a_width_tied_to_groups_is_left_alone(device):
+    model = nn.Sequential(nn.Conv2d(6, 6, 1, groups=3), nn.Conv2d(6, 3, 1)).to(device)
+    assert measure.free_widths(model, torch.ones(1, 6, 2, 2, device=device), rounds=1) == []
+
+
+def test_a_layer_whose_weight_a_mask_owns_is_left_alone(device):
+    model = nn.Sequential(nn.Linear(4, 13), nn.Linear(13, 3)).to(device)
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    assert measure.free_widths(model, torch.zeros(2, 4, device=device), rounds=1) == []
 
 
 def test_the_layer_timed_now_is_the_layer(device):

@@ -168,6 +168,13 @@ def test_the_front_holds_exactly_what_nothing_beats(drawn, higher):
     assert front == best
 
 
+def test_the_front_bounds_what_was_reached():
+    """Between two points, what you get is the quality of the cheaper one."""
+    rows = [{"model": str(c), "cost": c, "good": g} for c, g in ((1.0, 1.0), (3.0, 2.0))]
+    front = plots.tradeoff(rows, "cost", "good").lines[0]
+    assert front.get_drawstyle() == "steps-post"
+
+
 def test_tradeoff_names_the_row_without_a_value():
     with pytest.raises(ValueError, match=r"dense.*right"):
         plots.tradeoff([{"model": "dense", "KB": 1.0}], "KB", "right")
@@ -219,6 +226,16 @@ def test_roofline_bends_where_memory_and_arithmetic_meet():
     assert list(ys[1:]) == [100, 100]
     with pytest.raises(ValueError, match="above zero"):
         plots.roofline(1.0, 0.0, {})
+
+
+def test_a_pattern_is_dark_where_the_weight_stays(device):
+    mask = torch.tensor([[[True, False]], [[False, False]]], device=device)
+    axes = plots.pattern(mask)
+    (image,) = axes.images
+    assert image.get_array().tolist() == [[True, False], [False, False]]
+    kept, removed = (matplotlib.colors.to_hex(image.cmap(image.norm(v))) for v in (1, 0))
+    assert contrast(kept, plots.CARD) >= 3 > contrast(removed, plots.CARD)
+    assert axes.get_title(loc="left") == "75 % removed"
 
 
 def test_zeros_are_counted_apart(device):

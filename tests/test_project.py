@@ -90,6 +90,7 @@ def test_the_workflow_tests_and_publishes() -> None:
 
 STUB = """\
 #!/bin/sh
+[ "$OMP_NUM_THREADS" = 1 ] || exit 9
 echo "python $*" >> log
 case "$*" in
   *"build book"*) mkdir -p _build/html; : > _build/html/index.html;;
@@ -121,7 +122,7 @@ def make(
     done = subprocess.run(
         ["make", *words, "PYTHON=./python"],
         cwd=clone,
-        env={k: v for k, v in os.environ.items() if not k.startswith("MAKE")} | more,
+        env={k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "OMP"))} | more,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -170,6 +171,16 @@ def test_a_python_that_does_not_fit_is_refused_with_the_remedy(clone: Path) -> N
     assert not (clone / ".venv").exists()
 
 
+@pytest.mark.parametrize("name", ["Makefile", ".ci/run"])
+def test_the_pythons_that_are_let_in_are_those_that_the_package_supports(name: str) -> None:
+    bounds = re.search(r"\(3, (\d+)\) <= sys.version_info\[:2\] <= \(3, (\d+)\)", read(name))
+    assert bounds
+    low, high = map(int, bounds.groups())
+    supported = SpecifierSet(PROJECT["requires-python"])
+    fits = [minor for minor in range(6, 30) if supported.contains(f"3.{minor}")]
+    assert fits == list(range(low, high + 1))
+
+
 def test_make_test_runs_everything_and_the_built_pages_last(clone: Path) -> None:
     log, done = make(clone, "test")
     assert done.returncode == 0, done.stderr
@@ -208,7 +219,7 @@ def test_continuous_integration_ends_with_make_test(clone: Path, tmp_path: Path)
         "python3": "exit 1",  # too old
         "python3.13": "exit 127",  # a shim with no interpreter behind it
         "python3.12": "",
-        "make": 'cat; echo "make $*"',  # cat ends only because there is no input
+        "make": 'cat; echo "$PWD: make $*"',
     }
     for name, text in scripts.items():
         (tools / name).write_text(f"#!/bin/sh\n{text}\n")
@@ -217,9 +228,9 @@ def test_continuous_integration_ends_with_make_test(clone: Path, tmp_path: Path)
         ["bash", str(clone / ".ci/run")],
         cwd=tmp_path,
         env={"PATH": f"{tools}:/usr/bin:/bin", "CI": "true", "HOME": str(tmp_path)},
-        stdin=subprocess.DEVNULL,
+        input="an answer to a question of make",
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "make test PYTHON=python3.12"
+    assert done.stdout.splitlines() == [f"{clone.resolve()}: make test PYTHON=python3.12"]

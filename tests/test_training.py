@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from structopt import data, descent
 from structopt.training import Average, History, accuracy, evaluate, supervised, train
+from structopt.training.layout import wants_channels_last
 
 cross_entropy = supervised(F.cross_entropy)
 
@@ -360,6 +361,27 @@ def test_settings_out_of_range_are_refused(settings, words):
 def test_an_optimiser_of_another_model_is_refused():
     with pytest.raises(ValueError, match="no parameter of this model"):
         train(network(), data.batches(examples(), 20), cross_entropy, sgd(network()), epochs=1)
+
+
+def test_an_optimiser_of_the_objective_alone_is_welcome():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, model, batch):
+            return (self.scale * model(batch[0])).square().mean()
+
+    objective = Scaled()
+    train(network(), data.batches(examples(), 20), objective, sgd(objective), epochs=1)
+    assert objective.scale != 1
+
+
+def test_only_convolutions_on_devices_that_gain_by_it_want_channels_last():
+    cpu = torch.device("cpu")
+    assert wants_channels_last(nn.Conv2d(1, 1, 1), cpu)
+    assert not wants_channels_last(nn.Linear(1, 1), cpu)
+    assert not wants_channels_last(nn.Conv2d(1, 1, 1), torch.device("mps"))
 
 
 @pytest.mark.parametrize("value", [None, "half", torch.zeros(2), {"a": None}])

@@ -145,11 +145,11 @@ def _mean(values: Sequence[float]) -> float | Measured | None:
 def _words(costs: Mapping[str, Cost], timings: Mapping[int, Mapping[str, Timing]]) -> list[str]:
     words = []
     for name, its in costs.items():
-        zeros = 1 - its.nonzeros / its.parameters if its.nonzeros and its.parameters else 0.0
-        if zeros > 0.05:
+        if its.nonzeros is not None and _is_masked(its.nonzeros, its.parameters):
+            zeros = 100 * (1 - its.nonzeros / its.parameters)
             words.append(
                 f"{name}: mask only: no speed-up expected "
-                f"({100 * zeros:.0f} % of its weights are zero, but none is gone)"
+                f"({zeros:.0f} % of its weights are zero, but none is gone)"
             )
         if its.uncounted:
             words.append(f"{name}: MACs are incomplete, no formula for {', '.join(its.uncounted)}")
@@ -172,9 +172,14 @@ def _about_seeds(counts: set[int], column: str) -> list[str]:
     return [f"{column}: mean ± standard deviation over {runs} models"]
 
 
+def _is_masked(nonzeros: float, parameters: float) -> bool:
+    """A few zeros are no mask: fresh biases, say, or a dead unit."""
+    return nonzeros < 0.95 * parameters
+
+
 def _without_dull_columns(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Non-zeros are shown only where they say something: not if they equal the parameters."""
+    """Non-zeros are shown only where they say something: where a model is masked."""
     values = [(row["non-zeros"], row["parameters"]) for row in rows]
-    if any(n is not None and float(n) < 0.995 * float(p) for n, p in values):
+    if any(n is not None and _is_masked(float(n), float(p)) for n, p in values):
         return rows
     return [{k: v for k, v in row.items() if k != "non-zeros"} for row in rows]

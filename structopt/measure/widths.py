@@ -50,7 +50,7 @@ def free_widths(model: nn.Module, example: Example, *, rounds: int = 20) -> list
             runs = {"now": _at_width(module, width), "wider": _at_width(module, wide)}
             times = latency(runs, inputs[module], rounds=rounds)
             if times["wider"].median <= times["now"].median:
-                words.append(f"{layers[module]} is {width} wide: {wide} would be as fast")
+                words.append(f"layer {layers[module]} is {width} wide: {wide} would be as fast")
     return words
 
 
