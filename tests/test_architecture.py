@@ -20,7 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "losses": set(),
     "networks": set(),
     "data": set(),
-    "channels": set(),
+    "channels": {"plots"},
     "descent": {"plots"},
     "measure": {"devices", "files"},
     "checkpoint": {"files"},

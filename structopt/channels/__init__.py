@@ -1,7 +1,8 @@
 """Coupled channels: which weight axes belong together, and the one verb that edits them."""
 
 from structopt.channels.analysis import channel_groups
+from structopt.channels.explain import Explanation, explain
 from structopt.channels.groups import ChannelGroup, Channels, Member
 from structopt.channels.taking import take
 
-__all__ = ["ChannelGroup", "Channels", "Member", "channel_groups", "take"]
+__all__ = ["ChannelGroup", "Channels", "Explanation", "Member", "channel_groups", "explain", "take"]

@@ -1,0 +1,395 @@
+"""What `take` promises, in double precision, against networks that are masked by hand."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import re
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from channel_networks import CASES, Composed, Fn, conv, filled, still_open  # noqa: F401
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils import parametrize
+
+from structopt.channels import channel_groups, take
+from structopt.channels.rows import Refused
+
+
+def parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def assert_same(a, b):
+    left, right = a.state_dict(), b.state_dict()
+    assert left.keys() == right.keys()
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], rtol=1e-12, atol=1e-14)
+
+
+def assert_equal(found, expected, tolerance=1e-10):
+    """Relative to the largest value."""
+    assert found.shape == expected.shape
+    error = (found - expected).abs().max() / expected.abs().max()
+    assert error <= tolerance, f"relative error {error:.1e}"
+
+
+def found(channels, hand):
+    """The group that was worked out by hand, and the hand's number of each of its channels."""
+    name, dim, place = hand.cuts[0]
+    numbers = {tuple(sorted(place(c))): c for c in range(hand.size)}
+    for group in channels:
+        for member in group.members:
+            if (member.parameter, member.dim, group.size) == (name, dim, hand.size):
+                rows = [tuple((member.channel == c).nonzero()[0]) for c in range(group.size)]
+                if numbers.keys() == set(rows):
+                    return group, [numbers[row] for row in rows]
+    raise AssertionError(f"no group of {hand.size} channels lies on {name}, dimension {dim}")
+
+
+class Kept(nn.Module):
+    """A norm over some of the channels; the others give zero."""
+
+    def __init__(self, norm, keep):
+        super().__init__()
+        self.norm, self.keep, self.eps = norm, keep, norm.eps
+        self.weight, self.bias = norm.weight, getattr(norm, "bias", None)
+
+    def forward(self, x):
+        keep, eps = self.keep, self.eps
+        weight, bias = (None if t is None else t[keep] for t in (self.weight, self.bias))
+        y = torch.zeros_like(x)
+        if isinstance(self.norm, nn.GroupNorm):
+            y[:, keep] = F.group_norm(x[:, keep], self.norm.num_groups, weight, bias, eps)
+        elif isinstance(self.norm, nn.RMSNorm):
+            y[..., keep] = F.rms_norm(x[..., keep], (len(keep),), weight, eps)
+        else:
+            y[..., keep] = F.layer_norm(x[..., keep], (len(keep),), weight, bias, eps)
+        return y
+
+
+def masked_by_hand(name, device, *chosen):
+    """The full network in which nothing reads the channels that are gone: (group, gone), …"""
+    full = CASES[name].model(device)
+    for module in full.modules():
+        if parametrize.is_parametrized(module):
+            parametrize.remove_parametrizations(module, "weight")
+    tensors = dict([*full.named_parameters(remove_duplicate=False), *full.named_buffers()])
+    lost = {}
+    for hand, gone in chosen:
+        for key, dim, place in hand.cuts:
+            key = key.replace("parametrizations.weight.original1", "weight")
+            index = torch.tensor([i for c in gone for i in place(c)], device=device)
+            tensors[key].data.index_fill_(dim, index, 0)
+        for path, place in hand.norms:
+            lost.setdefault(path, set()).update(i for c in gone for i in place(c))
+    for path, places in lost.items():
+        norm = full.get_submodule(path)
+        keep = [i for i in range(len(norm.weight)) if i not in places]
+        full.set_submodule(path, Kept(norm, keep))
+    return full
+
+
+@functools.cache
+def analysed(name, device):
+    """A model, its channels, and each group with the one worked out by hand."""
+    case = CASES[name]
+    model = case.model(device)
+    channels = channel_groups(model, case.example(device))
+    return model, channels, [(*found(channels, hand), hand) for hand in case.groups]
+
+
+def some(size, share=2):
+    """A random choice of about a half, at least one."""
+    return sorted(torch.randperm(size)[: max(size // share, 1)].tolist())
+
+
+by_case = pytest.mark.parametrize("name", CASES)
+
+
+@by_case
+def test_the_groups_are_those_worked_out_by_hand(name, device):
+    _, channels, pairs = analysed(name, device)
+    assert {group.name for group, _, _ in pairs} == {group.name for group in channels}
+    assert len(pairs) == len(channels)
+
+
+def assert_every_index_is_somewhere(model, channels):
+    """In one group or, where the axis is a grid, in one of each factor; then the grid is full."""
+    lies = {}
+    for group in (*channels, *channels.frozen):
+        assert bool(group.frozen) == (group not in channels.groups)
+        assert group.frozen or group.size > 1
+        for member in group.members:
+            assert set(member.channel) - {-1} == set(range(group.size))
+            lies.setdefault((member.parameter, member.dim), []).append(member.channel)
+    for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        for dim in range(tensor.ndim if tensor.is_floating_point() else 0):
+            table = np.stack(lies[key, dim])
+            assert table.shape[1] == tensor.shape[dim]
+            assert (table >= 0).any(0).all()
+            for pattern in np.unique(table >= 0, axis=1).T:
+                here = table[:, ((table >= 0) == pattern[:, None]).all(0)][pattern]
+                combinations, counts = np.unique(here, axis=1, return_counts=True)
+                assert combinations.shape[1] == np.prod([len(np.unique(row)) for row in here])
+                assert len(set(counts)) == 1
+
+
+@by_case
+def test_every_index_lies_in_one_group_or_is_frozen(name, device):
+    model, channels, _ = analysed(name, device)
+    assert_every_index_is_somewhere(model, channels)
+
+
+@by_case
+def test_a_subset_equals_the_network_masked_by_hand(name, device):
+    model, _, pairs = analysed(name, device)
+    x = CASES[name].example(device, seed=7)
+    keeps = {group: some(group.size) for group, _, _ in pairs}
+    gone = {
+        hand: [numbers[c] for c in range(group.size) if c not in keeps[group]]
+        for group, numbers, hand in pairs
+    }
+    for group, _, hand in pairs:
+        narrow = take(model, {group: keeps[group]})
+        assert_equal(narrow(x), masked_by_hand(name, device, (hand, gone[hand]))(x))
+        assert parameters(narrow) < parameters(model)
+    assert_equal(take(model, keeps)(x), masked_by_hand(name, device, *gone.items())(x))
+
+
+@by_case
+def test_a_permutation_keeps_the_function(name, device):
+    model, _, pairs = analysed(name, device)
+    x = CASES[name].example(device, seed=7)
+    orders = {group: torch.randperm(group.size) for group, _, _ in pairs}
+    for group, order in orders.items():
+        assert_equal(take(model, {group: order})(x), model(x))
+    turned = take(model, orders)
+    assert_equal(turned(x), model(x))
+    assert turned.state_dict().keys() == model.state_dict().keys()
+
+
+@by_case
+def test_widening_with_preserve_keeps_the_function_or_is_refused(name, device):
+    model, _, pairs = analysed(name, device)
+    x = CASES[name].example(device, seed=7)
+    wider = {}
+    for group, _, hand in pairs:
+        index = [*range(group.size), *torch.randint(group.size, (3,)).tolist()]
+        if hand.widens:
+            wide = take(model, {group: index}, preserve=True)
+            assert_equal(wide(x), model(x))
+            assert parameters(wide) > parameters(model)
+            wider[group] = index
+        else:
+            with pytest.raises(ValueError, match=rf"group '{re.escape(group.name)}' .* exactly"):
+                take(model, {group: index}, preserve=True)
+    if wider:
+        assert_equal(take(model, wider, preserve=True)(x), model(x))
+
+
+@by_case
+def test_positive_scaling_keeps_the_function(name, device):
+    model, _, pairs = analysed(name, device)
+    x = CASES[name].example(device, seed=7)
+    factors = {group: torch.rand(group.size) + 0.5 for group, _, hand in pairs if hand.scales}
+    for group, values in factors.items():
+        scaled = take(model, {group: range(group.size)}, scale={group: values})
+        assert_equal(scaled(x), model(x))
+        assert any(
+            not torch.equal(a, b)
+            for a, b in zip(scaled.parameters(), model.parameters(), strict=True)
+        )
+
+
+@by_case
+def test_take_of_take_is_one_take(name, device):
+    """A subset of a permutation, and a prefix of a prefix."""
+    case, (model, _, pairs) = CASES[name], analysed(name, device)
+    for group in (group for group, _, _ in pairs if group.size > 2):
+        first, second = torch.randperm(group.size)[: group.size - 1], some(group.size - 1)
+        cuts = [(first, second, first[second])]
+        cuts += [(range(group.size - 1), range(len(second)), range(len(second)))]
+        for one, two, both in cuts:
+            once = take(model, {group: one})
+            again = channel_groups(once, case.example(device))
+            twice = take(once, {again[group.name]: two})
+            assert_same(twice, take(model, {group: both}))
+
+
+# ------------------------------------------------------------------ networks composed at random
+
+
+def zeroed(model, group, gone):
+    """Every weight that lies on a channel that is gone is zero."""
+    full = copy.deepcopy(model)
+    tensors = dict([*full.named_parameters(), *full.named_buffers()])
+    for member in group.members:
+        index = torch.from_numpy(np.flatnonzero(np.isin(member.channel, gone)))
+        tensor = tensors[member.parameter]
+        tensor.data.index_fill_(member.dim, index.to(tensor.device), 0)
+    return full
+
+
+steps = st.lists(st.tuples(st.sampled_from(Composed.KINDS), st.integers(1, 3)), max_size=6)
+
+
+@given(steps=steps, seed=st.integers(0, 99))
+def test_laws_of_networks_composed_at_random(steps, seed):
+    torch.manual_seed(seed)
+    model = filled(Composed(steps).double()).eval()
+    x, other = torch.randn(2, 2, 5, 5).double(), torch.randn(3, 2, 5, 5).double()
+    channels = channel_groups(model, x)
+    assert_every_index_is_somewhere(model, channels)
+    orders = {group: torch.randperm(group.size) for group in channels}
+    if orders:
+        assert_equal(take(model, orders)(other), model(other))
+    for group in channels:
+        keep = some(group.size)
+        narrow = take(model, {group: keep})
+        if not group.averaged:
+            gone = [c for c in range(group.size) if c not in keep]
+            assert_equal(narrow(other), zeroed(model, group, gone)(other))
+        with contextlib.suppress(Refused):
+            wide = take(model, {group: [*range(group.size), 0]}, preserve=True)
+            assert_equal(wide(other), model(other))
+
+
+# ------------------------------------------------------------------ any way to call, any mode
+
+
+class Called(nn.Module):
+    """Two inputs, a flag, a list; gives a nest of outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 8), nn.Linear(4, 8)
+        self.c = nn.ModuleList([nn.Linear(8, 2), nn.Linear(8, 5)])
+
+    def forward(self, x, *, other, deep=False, more=()):
+        y = (self.a(x) + self.b(other)).relu()
+        for z in more:
+            y = y + self.a(z)
+        return {"first": self.c[0](y), "rest": [(self.c[1](y), y.shape), Box(self.c[1](y * 2))]}
+
+
+class Box:
+    def __init__(self, value):
+        self.value = value
+
+
+def test_examples_and_outputs_of_any_nest(device):
+    torch.manual_seed(0)
+    model = Called().double().to(device)
+    x, other, z = (torch.randn(2, n, dtype=torch.float64, device=device) for n in (3, 4, 3))
+    given = {"x": x, "other": other, "deep": True, "more": [z, (z)]}
+    (group,) = channel_groups(model, given)
+    narrow = take(model, {group: [1, 3, 4]})
+    full = copy.deepcopy(model)
+    for layer in full.c:
+        layer.weight.data[:, [0, 2, 5, 6, 7]] = 0
+    got, want = narrow(x, other=other), full(x, other=other)
+    assert_equal(got["first"], want["first"])
+    assert_equal(got["rest"][0][0], want["rest"][0][0])
+    assert_equal(got["rest"][1].value, want["rest"][1].value)
+
+
+class Branching(nn.Module):
+    """Auxiliary head in training only; a branch that the data chooses."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.deep = conv(3, 8), conv(8, 6)
+        self.aux, self.head, self.rare = conv(8, 5), conv(6, 5), conv(6, 5)
+
+    def forward(self, x):
+        y = self.stem(x).relu()
+        z = self.deep(y)
+        out = self.head(z) if bool(z.mean() > -100) else self.rare(z)
+        return {"out": out, "aux": self.aux(y)} if self.training else {"out": out}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_both_modes_are_analysed_and_each_is_exact(training, device):
+    torch.manual_seed(0)
+    model = Branching().double().to(device).train(training)
+    x = CASES["residual"].example(device)
+    channels = channel_groups(model, x)
+    stem = channels["stem"]
+    narrow = take(model, {stem: range(5)})
+    assert narrow.training is training
+    assert narrow.aux.in_channels == 5
+    full = copy.deepcopy(model)
+    for layer in (full.deep, full.aux):
+        layer.weight.data[:, 5:] = 0
+    for mode in (True, False):
+        got, want = narrow.train(mode)(x), full.train(mode)(x)
+        assert got.keys() == want.keys()
+        for key in want:
+            assert_equal(got[key], want[key])
+    rare = channels["rare"]  # nothing is known of what did not run
+    assert "does not use" in rare.frozen
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_both_paths_of_torchs_attention(fast, device):
+    """The fused one needs evaluation mode and no gradients."""
+    model, _, pairs = analysed("encoder", device)
+    x = CASES["encoder"].example(device, seed=3)
+    keeps = {group: some(group.size) for group, _, _ in pairs}
+    gone = [
+        (hand, [numbers[c] for c in range(group.size) if c not in keeps[group]])
+        for group, numbers, hand in pairs
+    ]
+    expected = masked_by_hand("encoder", device, *gone)(x)
+    narrow = take(model, keeps)
+    with torch.set_grad_enabled(not fast):
+        assert_equal(narrow(x), expected)
+    layer = narrow[1].self_attn
+    assert layer.num_heads * layer.head_dim == layer.embed_dim == layer.out_proj.out_features
+
+
+def test_an_example_of_zeros_does_not_make_the_check_empty(device):
+    """Without biases all outputs are zero then, whatever was edited."""
+    model = nn.Sequential(nn.Linear(3, 8, bias=False), nn.Tanh(), nn.Linear(8, 2, bias=False))
+    model = model.to(device)
+    group = channel_groups(model, torch.zeros(4, 3, device=device))["0"]
+    with pytest.raises(ValueError, match="exactly"):
+        take(model, {group: range(8)}, scale={group: torch.rand(8) + 0.5})
+    narrow = take(model, {group: [0, 5]})
+    assert narrow[0].out_features == 2
+
+
+def test_channels_that_take_part_in_a_statistic_are_never_silently_removed(device):
+    """An average over channels as a gate, a norm of the response: another network without some."""
+
+    def average(self, x):
+        y = self.a(x)
+        return self.b(y * y.mean(1, keepdim=True).sigmoid())
+
+    def response(self, x):
+        y = self.a(x)
+        size = y.norm(dim=(2, 3), keepdim=True)
+        return self.b(y * (size / (size.mean(1, keepdim=True) + 1e-6)))
+
+    def local(self, x):
+        return self.b(F.local_response_norm(self.a(x), 3))
+
+    def soft(self, x):
+        return self.b(self.a(x).softmax(1))
+
+    for forward in (average, response, local, soft):
+        model = Fn(forward, a=conv(3, 8), b=conv(8, 5)).double().to(device)
+        x = CASES["residual"].example(device)
+        channels = channel_groups(model, x)
+        full = copy.deepcopy(model)
+        full.b.weight.data[:, [1, 6]] = 0
+        for group in channels:
+            with contextlib.suppress(Refused):
+                narrow = take(model, {group: [0, 2, 3, 4, 5, 7]})
+                assert_equal(narrow(x), full(x))
