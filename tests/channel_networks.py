@@ -622,8 +622,6 @@ for kind in (nn.LSTM, nn.GRU, nn.RNN):
 
 # Part of a test's name -> what the engine cannot do yet. Strict: what passes leaves the list.
 OPEN = {
-    "[cpu-multi-head]": "nn.MultiheadAttention without a residual around it is frozen",
-    "masked_by_hand[cpu-weight norm]": "the norm of a reader's weight runs over what stays",
     "is_refused[cpu-transposed": "groups of a transposed convolution are not widened",
     "scaling_keeps_the_function[cpu-depthwise": "no scale through grouped layers",
     "scaling_keeps_the_function[cpu-channel shuffle]": "no scale through grouped layers",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from structopt.channels import keeping
+from structopt.channels import keeping, lengths
 from structopt.channels.groups import Channels
 from structopt.channels.rows import Edit, rows_of
 from structopt.channels.sizes import refresh
@@ -18,9 +18,8 @@ def build(channels: Channels, model: nn.Module, edit: Edit) -> nn.Module:
     factors = keeping.factors(channels, model, edit)
     names = {id(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
 
-    def change(tensor: Tensor) -> Tensor:
-        name = names.get(id(tensor), "")
-        made = tensor
+    def change(tensor: Tensor, name: str = "", scaled: bool = True) -> Tensor:
+        name, made = name or names.get(id(tensor), ""), tensor
         for dim in range(tensor.ndim):
             labels = channels.axes.get((name, dim))
             taken = None
@@ -29,11 +28,12 @@ def build(channels: Channels, model: nn.Module, edit: Edit) -> nn.Module:
             if taken is None or labels is None:
                 continue
             made = made.index_select(dim, torch.from_numpy(taken).to(made.device))
-            made = keeping.times(made, dim, factors[labels][taken])
-            if edit.preserve and channels.reads[labels].any():
+            made = keeping.times(made, dim, factors[labels][taken]) if scaled else made
+            if scaled and edit.preserve and channels.reads[labels].any():
                 made = keeping.times(made, dim, 1 / keeping.shares(channels, labels, taken, choice))
         return made.clone() if made is tensor else made
 
     made = substitute(model, change)
+    lengths.adjust(model, made, lambda name, tensor: change(tensor, name, scaled=False))
     refresh(channels, made, edit)
     return made

@@ -33,15 +33,15 @@ def _folded(channels: Channels, edit: Edit) -> Reals:
     book = channels.book
     found = np.ones(book.labels.size)
     done: set[int] = set()
-    for axis, picked in channels.scored:
-        taken = rows_of(channels, axis, edit.choice)
-        if taken is None or not (edit.fold or edit.preserve):
+    for score in channels.scored:
+        taken = rows_of(channels, score.labels, edit.choice)
+        if taken is None or not (score.kind in edit.fold or edit.preserve):
             continue
-        root = np.sqrt(len(taken) / len(axis)) if edit.fold else 1.0
-        copies = np.bincount(taken, minlength=len(axis))
-        for label, count in zip(axis, copies, strict=True):
+        root = np.sqrt(len(taken) / len(score.labels)) if score.kind in edit.fold else 1.0
+        copies = np.bincount(taken, minlength=len(score.labels))
+        for label, count in zip(score.labels, copies, strict=True):
             rows = book.rows(int(label))
-            for number in picked:
+            for number in score.picked:
                 rows = np.intersect1d(rows, book.rows(number))
             biases = {b for row in rows for b in channels.biases.get(int(row), ())}
             for row in ({*rows.tolist()} | biases) - done:  # one query may meet several keys

@@ -41,6 +41,15 @@ class Extent:
     place: int = -1  # in the attribute, where that is a list
 
 
+@dataclass(frozen=True, eq=False)
+class Score:
+    """A product of queries and keys, summed over these labels."""
+
+    labels: Vector
+    picked: tuple[int, ...]  # labels that the query was picked by, by number
+    kind: str  # the class of module that scales it; "": torch does, by the width
+
+
 @dataclass
 class Book:
     """What one analysis writes down as it goes."""
@@ -52,7 +61,7 @@ class Book:
     pieces: list[Vector] = field(default_factory=list)
     readers: list[Vector] = field(default_factory=list)
     averaged: list[Vector] = field(default_factory=list)
-    scored: list[tuple[Vector, tuple[int, ...]]] = field(default_factory=list)
+    scored: list[Score] = field(default_factory=list)
     beside: list[tuple[Vector, Vector]] = field(default_factory=list)  # rows and their bias
     grids: list[tuple[Vector, int, Vector]] = field(default_factory=list)  # split labels: from what
     starts: list[int] = field(default_factory=list)  # the first label of each grid, ascending
@@ -60,6 +69,7 @@ class Book:
     picked: list[list[int]] = field(default_factory=list)  # by the op at hand, of each output
     met: set[int] = field(default_factory=set)  # ids of parameters that some op used
     module: str = ""
+    kind: str = ""  # the class of the module at work
     op: str = ""
 
     def why(self, text: str) -> str:
@@ -113,6 +123,14 @@ class Book:
         for outer in reversed(axes[:-1]):
             inner = self.labels.pair(np.repeat(outer, len(inner)), np.tile(inner, len(outer)))
         return inner
+
+    def grid(self, outer: Axis, inner: Axis, shape: tuple[int, int]) -> Axis:
+        """The labels of a dimension that two were flattened into."""
+        if outer is None:
+            return None if inner is None else np.tile(inner, shape[0])
+        if inner is None:
+            return np.repeat(outer, shape[1])
+        return self._product([outer, inner])
 
     def rows(self, label: int) -> Vector:
         """The labels of weights that this one was split from."""

@@ -67,7 +67,7 @@ def settle(probe: Probe) -> None:
     channels = probe.channels
     while channels.groups and not probe.works(channels.groups):
         kind = type(probe.bare.get_submodule(_owner(probe)))
-        if not _silence(probe, kind) and not _tie_squares(probe, kind):
+        if not (_silence(probe, kind) or _tie_sides(probe, kind, 1) or _tie_sides(probe, kind, 3)):
             _freeze(probe, _culprit(probe))
         channels.regroup()
 
@@ -99,10 +99,11 @@ def _silence(probe: Probe, kind: type) -> bool:
     return False
 
 
-def _tie_squares(probe: Probe, kind: type) -> bool:
+def _tie_sides(probe: Probe, kind: type, times: int) -> bool:
     """Tie both axes of square weights in all modules of a kind, where neither shrinks alone.
 
-    A square weight of an attention lies between the width of the model and that of its heads.
+    A square weight of an attention lies between the width of the model and that of its heads; one
+    that makes queries, keys and values at once has three times as many rows.
     """
     channels, tied = probe.channels, False
     verdicts: dict[frozenset[int], bool] = {}  # of sets of groups: do they work alone?
@@ -112,7 +113,9 @@ def _tie_squares(probe: Probe, kind: type) -> bool:
     fails = ""
     for (name, dim), rows in channels.axes.items():
         columns = channels.axes.get((name, 1))
-        if dim or columns is None or len(columns) != len(rows) or not name.startswith(paths):
+        if dim or columns is None or len(rows) != times * len(columns):
+            continue
+        if not name.startswith(paths):
             continue
         sides = [frozenset(channels.along(axis).keys() & groups.keys()) for axis in (rows, columns)]
         if not sides[0] or not sides[1] or sides[0] == sides[1]:
@@ -124,7 +127,7 @@ def _tie_squares(probe: Probe, kind: type) -> bool:
                     verdicts[side] = probe.works([groups[n] for n in side])
             fails = "" if any(verdicts[side] for side in sides) else layer
         if fails == layer:
-            channels.book.labels.tie(rows, columns)
+            channels.book.labels.tie(rows, np.tile(columns, times))
             tied = True
     return tied
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from structopt.channels.calls import Call, join, rule
-from structopt.channels.mirrors import Axis, Book, Mirror
+from structopt.channels.mirrors import Mirror, Score
 
 
 @rule("convolution")
@@ -30,31 +29,20 @@ def convolution(call: Call) -> Mirror:
         book.extent(groups, group, "groups")
         out = wm[0]
         if call[6]:
-            out = _grid(book, group, wm[1], groups, weight.shape[1])
+            out = book.grid(group, wm[1], (groups, weight.shape[1]))
     if isinstance(bias, Tensor):
         out = call.add(out, call.mirror(bias)[0])
     return [xm[0], out] + [None] * (x.ndim - 2)
 
 
-def _grid(book: Book, outer: Axis, inner: Axis, rows: int, columns: int) -> Axis:
-    """The labels of a flattened grid."""
-    if outer is None and inner is None:
-        return None
-    one = book.labels.new(1)
-    book.freeze(one, "fixed")
-    first = np.repeat(outer if outer is not None else np.repeat(one, rows), columns)
-    second = np.tile(inner if inner is not None else np.repeat(one, columns), rows)
-    if outer is None or inner is None:
-        return second if outer is None else first
-    return book.labels.pair(first, second)
-
-
-def _contract(call: Call, a: Tensor, a_dim: int, b: Tensor, b_dim: int) -> None:
+def _contract(call: Call, a: Tensor, a_dim: int, b: Tensor, b_dim: int, by_width: bool) -> None:
+    """Two dimensions meet and are gone. Between activations, that is a score of attention."""
     axis = call.book.tie(call.mirror(a)[a_dim], call.mirror(b)[b_dim])
     if not call.weights & {id(a), id(b)}:
         call.book.extent(a.shape[a_dim], axis, "head_dim")
         if axis is not None:
-            call.book.scored.append((axis, call.picked.get(id(a), ())))
+            kind = "" if by_width else call.book.kind
+            call.book.scored.append(Score(axis, call.picked.get(id(a), ()), kind))
     call.reads(b, b_dim)
     call.reads(a, a_dim)
 
@@ -79,14 +67,14 @@ def add_product(call: Call) -> Mirror:
 def _product(call: Call, a: Tensor, b: Tensor) -> Mirror:
     """(…, n, k) times (…, k, m): k is tied and gone, the others stay."""
     am, bm = call.mirror(a), call.mirror(b)
-    _contract(call, a, -1, b, -2 if b.ndim > 1 else 0)
+    _contract(call, a, -1, b, -2 if b.ndim > 1 else 0, False)
     batch = [join(call, [x, y]) for x, y in zip(am[:-2], bm[:-2], strict=True)]
     return batch + (am[-2:-1] if a.ndim > 1 else []) + (bm[-1:] if b.ndim > 1 else [])
 
 
 @rule("linear")
 def linear(call: Call) -> Mirror:
-    _contract(call, call[0], -1, call[1], 1)
+    _contract(call, call[0], -1, call[1], 1, False)
     out = call.mirror(call[1])[0]
     if isinstance(call[2], Tensor):
         out = call.add(out, call.mirror(call[2])[0])
@@ -112,7 +100,9 @@ def attention(call: Call) -> Any:
     else:
         heads = None
         call.freeze_all([q[-3], k[-3], v[-3]], "heads that share keys")
-    _contract(call, call[0], -1, call[1], -1)
+    names = [a.name for a in call.func._schema.arguments]
+    by_width = "scale" in names and call[names.index("scale")] is None
+    _contract(call, call[0], -1, call[1], -1, by_width)
     call.freeze_all([q[-2], k[-2], v[-2]], "time of an attention")
     out = [*q[:-3], heads, None, v[-1]]
     return out if isinstance(call.out, Tensor) else [out] + [None] * (len(call.out) - 1)

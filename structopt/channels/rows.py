@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -23,7 +24,7 @@ class Edit:
     preserve: bool = False
     scale: Mapping[int, Reals] = field(default_factory=dict)
     attributes: bool = True  # set numbers in the model's own modules that equal an old size
-    fold: bool = False  # make up for a scale of attention that Python takes from the width
+    fold: frozenset[str] = frozenset()  # classes whose Python scales attention by the width
 
     def only(self, number: int) -> Edit:
         """The same for one group."""
@@ -32,12 +33,15 @@ class Edit:
 
     def variants(self, channels: Channels) -> Iterator[Edit]:
         """What Python does with a width cannot be read, only tried."""
-        scored = any(
-            rows_of(channels, axis, self.choice) is not None for axis, _ in channels.scored
-        )
-        for fold in (True, False) if scored else (False,):
-            for attributes in (True, False) if channels.extents else (True,):
-                yield replace(self, fold=fold, attributes=attributes)
+        touched = {
+            s.kind for s in channels.scored if rows_of(channels, s.labels, self.choice) is not None
+        }
+        kinds = sorted(touched - {""})[:4]
+        by_value = any(not e.name for e in channels.extents)
+        for count in range(len(kinds), -1, -1):
+            for fold in itertools.combinations(kinds, count):
+                for attributes in (True, False) if by_value else (True,):
+                    yield replace(self, fold=frozenset({"", *fold}), attributes=attributes)
 
 
 def rows(channel: Vector, index: Vector) -> Vector | None:

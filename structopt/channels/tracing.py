@@ -188,14 +188,14 @@ def trace(book: Book, shadow: nn.Module, example: Any) -> list[torch.Size]:
 def follow_modules(book: Book, model: nn.Module) -> None:
     """Keep in `book.module` the name of the module at work."""
     names = {id(module): name for name, module in model.named_modules()}
-    stack: list[str] = []
+    stack: list[tuple[str, str]] = []
 
     def enter(module: nn.Module, _: Any) -> None:
-        stack.append(book.module)
-        book.module = names[id(module)]
+        stack.append((book.module, book.kind))
+        book.module, book.kind = names[id(module)], type(module).__name__
 
     def leave(module: nn.Module, _: Any, __: Any) -> None:
-        book.module = stack.pop()
+        book.module, book.kind = stack.pop()
 
     for module in model.modules():
         module.register_forward_pre_hook(enter)

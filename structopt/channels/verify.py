@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from structopt.channels import lengths
 from structopt.channels.groups import Channels
 from structopt.channels.labels import Vector
 from structopt.channels.mirrors import Axis, Book, Mirror, mirror_of
@@ -151,6 +152,7 @@ def reference(channels: Channels, model: nn.Module, choice: Choice) -> list[Tens
         return made
 
     full = substitute(model, zeroed).eval()
+    lengths.adjust(model, full, lambda _, tensor: wide(tensor))
     if not gone.any():
         return outputs(full, channels.example)
     book = Book()
