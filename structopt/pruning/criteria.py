@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def magnitude(weight: Tensor, p: int = 1) -> Tensor:
-    """|w|ᵖ: weights near zero matter least (Han et al., 2015).
+    """``|w|ᵖ``: weights near zero matter least (Han et al., 2015).
 
     Summed over a filter, p = 1 is its L1 norm (Li et al., 2017) and p = 2 the square of its L2
     norm; both rank single weights alike. Raises ValueError for a p that is not above 0.
@@ -28,7 +28,7 @@ def magnitude(weight: Tensor, p: int = 1) -> Tensor:
 
 
 def saliency(weight: Tensor, gradient: Tensor) -> Tensor:
-    """|w · ∂L/∂w|: what the loss would change, to first order, without the weight.
+    """``|w · ∂L/∂w|``: what the loss would change, to first order, without the weight.
 
     Mozer and Smolensky, 1989; as a criterion for single weights, before training, it is SNIP (Lee
     et al., 2019). `gradient` is the mean over the batches given.
@@ -42,7 +42,7 @@ def saliency(weight: Tensor, gradient: Tensor) -> Tensor:
 def taylor(weight: Tensor, gradient: Tensor) -> Tensor:
     """w · ∂L/∂w with its sign, so that a channel's sum is the first-order change of the loss.
 
-    The score of a group, |Σ w·g|, ranks like the (Σ w·g)² of Molchanov et al., 2019. The filters
+    The score of a group, ``|Σ w·g|``, ranks like (Σ w·g)² of Molchanov et al., 2019. The filters
     in front of a batch norm have a sum of zero (their scale is without effect), the readers of the
     channel have not. For single weights it ranks like :func:`saliency`.
 
@@ -76,7 +76,7 @@ def hessian(weight: Tensor, curvature: Tensor) -> Tensor:
 
 
 def batch_norm_scale(scale: Tensor) -> Tensor:
-    """|γ|: how loud a norm lets its channel speak (network slimming, Liu et al., 2017).
+    """``|γ|``: how loud a norm lets its channel speak (network slimming, Liu et al., 2017).
 
     >>> batch_norm_scale(torch.tensor([-0.5, 1.0]))
     tensor([0.5000, 1.0000])
@@ -115,7 +115,7 @@ def geometric_median(weight: Tensor) -> Tensor:
 
 
 def activation_mean(input_mean: Tensor) -> Tensor:
-    """The mean of |a|, a the activation that a weight reads (Molchanov et al., 2017).
+    """The mean of ``|a|``, a the activation that a weight reads (Molchanov et al., 2017).
 
     >>> activation_mean(torch.tensor([[0.1, 0.7]]))
     tensor([[0.1000, 0.7000]])
@@ -133,7 +133,7 @@ def apoz(input_zeros: Tensor) -> Tensor:
 
 
 def wanda(weight: Tensor, input_norm: Tensor) -> Tensor:
-    """|w| · ‖x‖₂, x all values of the input that the weight reads (Sun et al., 2024).
+    """``|w| · ‖x‖₂``, x all values of the input that the weight reads (Sun et al., 2024).
 
     The paper ranks within each output row: ``find_masks(..., scope=PerRow())``.
 

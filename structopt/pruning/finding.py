@@ -34,7 +34,7 @@ def find_masks(
     scope: Scope = PerLayer(),  # noqa: B008
     within: Mapping[str, Tensor] | None = None,
 ) -> Masks:
-    """Masks that remove the lowest of |scores|: {"conv1.weight": bool tensor, true = stays}.
+    """Masks that remove the lowest of ``|scores|``: {"conv1.weight": bool tensor, true = stays}.
 
     Exactly round(sparsity · n) of the n units of the pattern go: of all units for ``Global()``,
     of each layer for ``PerLayer()``, of each row for ``PerRow()``; halves round to even, and of
