@@ -81,6 +81,8 @@ def visit(context: BrowserContext, address: str, *, barriers: bool = AXE.exists(
     observed.images = page.evaluate("observe.brokenImages()")
     observed.formulas = page.evaluate("observe.formulaProblems()")
     page.evaluate("document.querySelectorAll('details').forEach((e) => { e.open = true })")
+    # What opens fades in; half faded its contrast is not its own.
+    page.wait_for_timeout(500)
     if barriers:
         page.add_script_tag(path=AXE)
     for theme in ("light", "dark"):
