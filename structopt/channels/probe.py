@@ -150,12 +150,11 @@ def _freeze(probe: Probe, culprit: ChannelGroup) -> None:
     channels = probe.channels
     kind = type(probe.bare.get_submodule(_owner(probe)))
     paths = tuple(f"{p}." for p, m in probe.bare.named_modules() if p and type(m) is kind)
+    place = _place(culprit)
     why = f"the model fails without some: {probe.problem}".splitlines()[0]
     for group in channels.groups:
-        alike = any(m.parameter.startswith(paths) for m in group.members) and _place(
-            group
-        ) == _place(culprit)
-        if group is culprit or alike:
+        inside = any(m.parameter.startswith(paths) for m in group.members)
+        if group is culprit or (inside and _place(group) == place):
             roots = np.flatnonzero(channels.group_of == channels.number[id(group)])
             channels.book.labels.freeze(roots, why)
 

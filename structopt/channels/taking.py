@@ -59,20 +59,18 @@ def take(
         channels.number[id(group)]: _checked(group, index, preserve)
         for group, index in groups.items()
     }
+    for group in scale or {}:
+        if group not in groups:
+            raise ValueError(f"scale names group {group.name!r}, whose channels are not taken")
     factors = {
         channels.number[id(group)]: _positive(group, values, choice[channels.number[id(group)]])
         for group, values in (scale or {}).items()
-        if group in groups or not _missing(group)
     }
     first = Edit(choice, preserve=preserve, scale=factors)
     edit, problem = _exact(channels, model, first)
     if edit is None:
         raise Refused(_complaint(channels, model, first, problem))
     return build(channels, model, edit)
-
-
-def _missing(group: ChannelGroup) -> bool:
-    raise ValueError(f"scale names group {group.name!r}, whose channels are not taken")
 
 
 def _exact(channels: Channels, model: nn.Module, first: Edit) -> tuple[Edit | None, str]:
@@ -120,23 +118,18 @@ def _fitting(channels: Channels, model: nn.Module, first: Edit) -> tuple[Edit | 
 
 def _complaint(channels: Channels, model: nn.Module, edit: Edit, problem: str) -> str:
     """Name the group that stands in the way, by trying each alone."""
-    names = {n: g for g, n in zip(channels.groups, _numbers(channels), strict=True)}
     for number in edit.choice if len(edit.choice) > 1 else ():
         alone, why = _exact(channels, model, edit.only(number))
         if alone is None:
             edit, problem = edit.only(number), why
             break
-    guilty = [names[number] for number in edit.choice]
+    guilty = [channels.every[number] for number in edit.choice]
     layers = ", ".join(str(member) for member in guilty[0].members[:3])
     what = f"group {guilty[0].name!r} ({layers})" if len(guilty) == 1 else "these groups together"
     return (
         f"{what} cannot be edited exactly: {problem}. The model is as it was; "
         "leave the group out, or look at explain(model, example)"
     )
-
-
-def _numbers(channels: Channels) -> list[int]:
-    return [channels.number[id(group)] for group in channels.groups]
 
 
 def _one_analysis(model: nn.Module, groups: Sequence[ChannelGroup]) -> Channels:

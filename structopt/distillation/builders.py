@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -187,8 +188,6 @@ def shapes(
 def _bound(loss: Loss, settings: Mapping[str, Any]) -> Loss:
     if not settings:
         return loss
-    import inspect
-
     known = [name for name in inspect.signature(loss).parameters if name != "targets"][2:]
     for name in settings:
         if name not in known:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from structopt.measure.running import call
 from structopt.pruning.evidence import as_in_use, inputs_of, placed
 
 
@@ -35,7 +36,7 @@ def residual_blocks(model: nn.Module, example: Any) -> list[str]:
     handles = [m.register_forward_hook(note, with_kwargs=True) for m in names if any(m.children())]
     try:
         with as_in_use(model), torch.no_grad():
-            _call(model, example)
+            call(model, example)
     finally:
         for handle in handles:
             handle.remove()
@@ -43,12 +44,6 @@ def residual_blocks(model: nn.Module, example: Any) -> list[str]:
     inner = [n for n in found if n and not any(o.startswith(f"{n}.") for o in found)]
     order = list(names.values())
     return sorted(inner, key=order.index)
-
-
-def _call(model: nn.Module, example: Any) -> Any:
-    if isinstance(example, dict):
-        return model(**example)
-    return model(*example) if isinstance(example, tuple) else model(example)
 
 
 @torch.no_grad()
@@ -97,7 +92,7 @@ def block_influence(
     try:
         with as_in_use(model), torch.no_grad():
             for batch in batches:
-                _call(model, placed(inputs_of(batch), model))
+                call(model, placed(inputs_of(batch), model))
     finally:
         for handle in handles:
             handle.remove()

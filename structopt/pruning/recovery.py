@@ -79,24 +79,16 @@ def with_teacher(
     """
     if not 0 <= weight <= 1:
         raise ValueError(f"weight is the teacher's share of the loss, in [0, 1], not {weight}")
-    hard = supervised(lambda prediction, target: loss(prediction, target))
 
     def objective(model: nn.Module, batch: Any) -> Tensor:
-        logits: list[Tensor] = []
+        def both(logits: Tensor, targets: Tensor) -> Tensor:
+            known, inputs = loss(logits, targets), inputs_of(batch)
+            with torch.no_grad():
+                soft = teacher.to(inputs.device).eval()(inputs)
+            told = losses.kl_divergence(logits, soft, temperature=temperature)
+            return (1 - weight) * known + weight * told
 
-        def keep(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            logits.append(output)
-
-        handle = model.register_forward_hook(keep)
-        try:
-            known = hard(model, batch)
-        finally:
-            handle.remove()
-        inputs = inputs_of(batch)
-        with torch.no_grad():
-            soft = teacher.to(inputs.device).eval()(inputs)
-        told = losses.kl_divergence(logits[0], soft, temperature=temperature)
-        return (1 - weight) * known + weight * told
+        return supervised(both)(model, batch)
 
     return objective
 

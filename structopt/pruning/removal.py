@@ -94,8 +94,8 @@ def _largest_within(
             f"{budget} cannot be met: with as few channels as `limits` allow the model still needs "
             f"{least:,.4g} {budget.unit}, more than {limit:,.4g}: allow that, or remove_blocks"
         )
-    if cost_of(choose(low)) <= limit:
-        return choose(low)
+    if cost_of(most := choose(low)) <= limit:
+        return most
     for _ in range(_STEPS):
         middle = (low + high) / 2
         choice = choose(middle)

@@ -80,9 +80,9 @@ def visit(context: BrowserContext, address: str, *, barriers: bool = AXE.exists(
     ready(page, address, observed)
     observed.images = page.evaluate("observe.brokenImages()")
     observed.formulas = page.evaluate("observe.formulaProblems()")
-    page.evaluate("document.querySelectorAll('details').forEach((e) => { e.open = true })")
     # What opens fades in; half faded its contrast is not its own.
-    page.wait_for_timeout(500)
+    page.add_style_tag(content="* { animation: none !important; }")
+    page.evaluate("document.querySelectorAll('details').forEach((e) => { e.open = true })")
     if barriers:
         page.add_script_tag(path=AXE)
     for theme in ("light", "dark"):
