@@ -8,6 +8,7 @@ where a temperature T divides logits they carry the factor T².
 
 from structopt.distillation.builders import from_features, from_logits, hints, together
 from structopt.distillation.cache import Cached, cache_outputs
+from structopt.distillation.diagnosis import Diagnosis, Finding, diagnose
 from structopt.distillation.features import attention_transfer, hint, similarity_preserving
 from structopt.distillation.itself import MovingTeacher, born_again
 from structopt.distillation.logits import (
@@ -21,22 +22,28 @@ from structopt.distillation.mutual import mutual, mutual_loss
 from structopt.distillation.objective import Distillation, Term
 from structopt.distillation.relations import relational_angle, relational_distance
 from structopt.distillation.teachers import Lesson, Source, Teacher
+from structopt.distillation.tuning import Trial, Tuning, tune
 from structopt.distillation.watching import Watch, watch
 
 __all__ = [
     "Cached",
+    "Diagnosis",
     "Distillation",
+    "Finding",
     "Lesson",
     "MovingTeacher",
     "Source",
     "Teacher",
     "Term",
+    "Trial",
+    "Tuning",
     "Watch",
     "attention_transfer",
     "born_again",
     "cache_outputs",
     "correlations",
     "decoupled",
+    "diagnose",
     "from_features",
     "from_logits",
     "hint",
@@ -50,5 +57,6 @@ __all__ = [
     "soft_targets",
     "standardised_logits",
     "together",
+    "tune",
     "watch",
 ]
