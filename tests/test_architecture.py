@@ -27,6 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "distributed": {"devices"},
     "training": {"devices", "distributed", "files", "losses", "plots"},
     "distillation": {"files", "losses", "training"},
+    "compression": {"channels", "checkpoint", "files", "losses", "measure", "training"},
     "pruning": {"channels", "descent", "losses", "measure", "training"},
 }
 

@@ -1,0 +1,129 @@
+"""Numbers as codes on a grid: once for storing, or in each forward pass for training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from structopt.compression.grids import Grid, Steps
+
+
+@dataclass(frozen=True, eq=False)
+class Quantized:
+    """A tensor as codes on a grid. ``codes`` has its shape, and ``steps`` a pair for each unit."""
+
+    codes: Tensor
+    steps: Steps
+    grid: Grid
+    dtype: torch.dtype
+
+    def dequantize(self) -> Tensor:
+        """(code - zero) · scale, computed in the type of the scale."""
+        grid, (scale, zero) = self.grid, self.steps
+        units = grid.per.split(self.codes.to(scale.dtype))
+        values = (units - zero[:, None]) * scale[:, None]
+        return grid.per.join(values, self.codes.shape).to(self.dtype)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The rounded value forwards; backwards the identity, where nothing was clipped."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor, inside: Tensor) -> Tensor:
+        ctx.save_for_backward(inside)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (inside,) = ctx.saved_tensors
+        return gradients[0] * inside, None, None
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Half precision made float32: the scale would lose its last digits in it."""
+    return x.float() if x.dtype.itemsize < 4 else x
+
+
+def _checked(x: Tensor) -> Tensor:
+    if not x.is_floating_point():
+        raise ValueError(f"a tensor of {x.dtype}, shape {tuple(x.shape)}, is not a float to round")
+    wide = _wide(x.detach())
+    if not bool(wide.isfinite().all()):
+        count = int((~wide.isfinite()).sum())
+        remedy = "no grid reaches them; find where they come from first"
+        raise ValueError(f"{count} of {x.numel()} numbers are NaN or infinite: {remedy}")
+    return wide
+
+
+@torch.no_grad()
+def fit(x: Tensor, grid: Grid) -> Steps:
+    """Lay the grid over the numbers of ``x``, each unit by itself: (scale, zero), (units,) each.
+
+    float32, and float64 for such an ``x``. A unit of zeros gets the smallest scale there is, so
+    that its codes stand for exact zeros.
+
+    Raises ValueError for NaN, infinities, types that are not floats, and an axis ``x`` has not.
+
+    >>> fit(torch.tensor([-1.0, 0.5]), Grid(bits=4)).scale
+    tensor([0.1429])
+    """
+    return grid.fit.steps(grid.per.split(_checked(x)), grid)
+
+
+@torch.no_grad()
+def quantize(x: Tensor, grid: Grid, steps: Steps | None = None) -> Quantized:
+    """Round ``x`` to the grid, with the given steps or those that :func:`fit` finds.
+
+    code = clip(round(x / scale) + zero), ties to even; int8 on symmetric grids, uint8 on others,
+    and the same codes as torch's ``quantize_per_tensor`` and ``quantize_per_channel``. With
+    min-max steps nothing is further from its value than half a step.
+
+    Jacob et al., 2018, "Quantization and training of neural networks for efficient
+    integer-arithmetic-only inference". Raises ValueError as :func:`fit`.
+
+    >>> quantize(torch.tensor([-1.0, 0.2, 0.6]), Grid(bits=4)).codes
+    tensor([-7,  1,  4], dtype=torch.int8)
+    """
+    units = grid.per.split(_checked(x))
+    steps = grid.fit.steps(units, grid) if steps is None else _fitting(steps, units, grid)
+    codes = grid.nearest(units, steps).clamp(*grid.codes)
+    kind = torch.int8 if grid.codes[0] < 0 else torch.uint8
+    return Quantized(grid.per.join(codes, x.shape).to(kind), steps, grid, x.dtype)
+
+
+def fake_quantize(x: Tensor, grid: Grid, steps: Steps | None = None) -> Tensor:
+    """``quantize(x, grid, steps).dequantize()`` with a gradient: the straight-through estimator.
+
+    The gradient of the result passes to ``x`` where ``x`` was not clipped, and is zero elsewhere
+    (Bengio et al., 2013). Equal to torch's ``fake_quantize_per_tensor_affine`` and
+    ``fake_quantize_per_channel_affine``. Values are not looked at, so that nothing waits for the
+    device.
+
+    >>> x = torch.tensor([-1.0, 0.2, 0.6], requires_grad=True)
+    >>> fake_quantize(x, Grid(bits=4))
+    tensor([-1.0000,  0.1429,  0.5714], grad_fn=<_StraightThroughBackward>)
+    """
+    with torch.no_grad():
+        units = grid.per.split(_wide(x))
+        steps = grid.fit.steps(units, grid) if steps is None else _fitting(steps, units, grid)
+        codes = grid.nearest(units, steps)
+        first, last = grid.codes
+        inside = (codes >= first) & (codes <= last)
+        values = (codes.clamp(first, last) - steps.zero[:, None]) * steps.scale[:, None]
+        value = grid.per.join(values, x.shape).to(x.dtype)
+        kept = grid.per.join(inside, x.shape)
+    made: Tensor = _StraightThrough.apply(x, value, kept)
+    return made
+
+
+def _fitting(steps: Steps, units: Tensor, grid: Grid) -> Steps:
+    shapes = {tuple(part.shape) for part in steps}
+    if shapes != {(len(units),)}:
+        raise ValueError(
+            f"steps of shapes {sorted(shapes)} do not fit {grid.per}, which makes {len(units)} "
+            "units of this tensor: fit them to a tensor of its shape"
+        )
+    return steps
