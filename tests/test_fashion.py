@@ -163,6 +163,11 @@ def test_debians_folder_comes_before_the_cache(
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_path_in_the_place_of_full_is_refused(small: Path) -> None:
+    with pytest.raises(ValueError, match=r"full is True or False, .* folder="):
+        data.fashion_mnist(full=small)
+
+
 def test_a_folder_without_full_is_refused(small: Path) -> None:
     with pytest.raises(ValueError, match="add full=True"):
         data.fashion_mnist(folder=small)

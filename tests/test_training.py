@@ -518,6 +518,15 @@ def test_accuracy_counts_right_answers():
         accuracy(logits, torch.tensor([1, 1]))
 
 
+@pytest.mark.parametrize("label", [-1, 2])
+def test_a_label_that_is_no_class_is_an_error_not_a_mistake_of_the_network(device, label):
+    given = [(torch.eye(2, device=device), torch.tensor([0, label], device=device))]
+    model = nn.Linear(2, 2).to(device)
+    with pytest.raises(ValueError, match=rf"label {label}: with 2 logits labels run from 0 to 1"):
+        evaluate(model, given)
+    assert model.training
+
+
 @pytest.mark.parametrize("size", [7, 512])
 def test_evaluation_is_exact_whatever_the_batches(size, device):
     given = examples(600).to(device)

@@ -78,6 +78,8 @@ def fashion_mnist(
     >>> train, train.classes[int(train.targets[0])]
     (Examples(10000 of (1, 28, 28), 10 classes), 'ankle boot')
     """
+    if not isinstance(full, bool):
+        raise ValueError(f"full is True or False, not {full!r}: a path is given by folder=...")
     if folder is not None and not full:
         raise ValueError("folder is read only for the full set: add full=True or leave folder out")
     images, test_images, labels, test_labels = full_set(folder) if full else sample()

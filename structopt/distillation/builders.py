@@ -15,8 +15,9 @@ from structopt.distillation.adapters import regressor
 from structopt.distillation.features import attention_transfer, hint
 from structopt.distillation.logits import soft_targets
 from structopt.distillation.objective import Distillation, Loss, Term
-from structopt.distillation.teachers import Source, as_source, picked, unnoticed
+from structopt.distillation.teachers import Source, as_source, picked
 from structopt.distillation.watching import Watch
+from structopt.training import evaluating
 
 AnyTeacher = nn.Module | Sequence[nn.Module] | Source
 Task = Callable[[Tensor, Tensor], Tensor]
@@ -175,7 +176,7 @@ def shapes(
     source: Source, student: nn.Module, layers: Mapping[str, str], example: Any
 ) -> tuple[dict[str, torch.Size], dict[str, torch.Size]]:
     """The shapes of the named layers' features, of student and teacher."""
-    with Watch(student, layers) as found, unnoticed(student):
+    with Watch(student, layers) as found, evaluating(student), torch.no_grad():
         student(example)
         ours = {name: picked(found, name).shape for name in layers}
     # Cached outputs are asked by number: the first ones show the shapes as well.

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from structopt.distillation.watching import Watch
+from structopt.training import evaluating
 
 
 class Lesson(NamedTuple):
@@ -56,7 +57,7 @@ class Teacher:
         said: list[Tensor] = []
         features: dict[str, Tensor] = {}
         for model in self.models:
-            with self._watched(model, names) as found, unnoticed(model):
+            with self._watched(model, names) as found, evaluating(model), torch.no_grad():
                 logits = self._ask(model, inputs)
                 features = {name: picked(found, name).to(inputs.device) for name in names}
             if said and logits.shape != said[0].shape:
@@ -82,20 +83,6 @@ class Teacher:
         kind = inputs.device.type
         with torch.autocast(kind, self.autocast) if self.autocast else nullcontext():
             return as_logits(model(inputs), "teacher")
-
-
-@contextmanager
-def unnoticed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards each module is in the mode that it was in."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def as_logits(output: Any, whose: str) -> Tensor:

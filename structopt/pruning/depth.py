@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from structopt.measure.running import call
-from structopt.pruning.evidence import as_in_use, inputs_of, placed
+from structopt.pruning.evidence import inputs_of, placed
+from structopt.training import evaluating
 
 
 def residual_blocks(model: nn.Module, example: Any) -> list[str]:
@@ -35,7 +36,7 @@ def residual_blocks(model: nn.Module, example: Any) -> list[str]:
 
     handles = [m.register_forward_hook(note, with_kwargs=True) for m in names if any(m.children())]
     try:
-        with as_in_use(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             call(model, example)
     finally:
         for handle in handles:
@@ -90,7 +91,7 @@ def block_influence(
 
         handles.append(model.get_submodule(name).register_forward_hook(note))
     try:
-        with as_in_use(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             for batch in batches:
                 call(model, placed(inputs_of(batch), model))
     finally:

@@ -11,24 +11,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
-from structopt.training import Objective
+from structopt.training import Objective, evaluating
 
 Named = dict[str, Tensor]
 Fetch = Callable[[nn.Module, Named, Iterable[Any], Objective], Named]
 
 READERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-@contextlib.contextmanager
-def as_in_use(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside: running statistics stay, dropout rests. Undone afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def placed(batch: Any, model: nn.Module) -> Any:
@@ -85,7 +73,7 @@ def _derivatives(
     """The mean over examples of `of(loss, parameters)`, each piece counted by its examples."""
     wanted = list(parameters.values())
     total, count = [torch.zeros_like(p) for p in wanted], 0
-    with as_in_use(model), _differentiable(parameters):
+    with evaluating(model), _differentiable(parameters):
         for piece in pieces:
             batch = placed(piece, model)
             size = rows_of(batch)
@@ -149,7 +137,7 @@ def _inputs(reduce: Callable[[Tensor], Tensor], finish: Callable[[Tensor, int], 
         layers = {n: m for n, m in layers.items() if n in parameters and isinstance(m, READERS)}
         handles = [m.register_forward_pre_hook(note) for m in layers.values()]
         try:
-            with as_in_use(model), torch.no_grad():
+            with evaluating(model), torch.no_grad():
                 for batch in batches:
                     objective(model, placed(batch, model))
         finally:

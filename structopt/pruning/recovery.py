@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from structopt import descent, losses
-from structopt.pruning.evidence import as_in_use, inputs_of, placed
+from structopt.pruning.evidence import inputs_of, placed
 from structopt.pruning.masks import hold
-from structopt.training import History, Objective, supervised, train
+from structopt.training import History, Objective, evaluating, supervised, train
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -37,7 +37,7 @@ def recalibrate_(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     momenta, count = [norm.momentum for norm in norms], 0
     before = [{k: b.clone() for k, b in norm._buffers.items() if b is not None} for norm in norms]
     try:
-        with as_in_use(model):
+        with evaluating(model):
             for norm in norms:
                 norm.reset_running_stats()
                 norm.momentum = None  # torch's way to say: the plain average

@@ -7,7 +7,14 @@ means (a teacher, masks, several widths) is an objective or an ``after_step``.
 from structopt.training.averaging import Average
 from structopt.training.history import History
 from structopt.training.loop import train
-from structopt.training.objectives import Metric, Objective, accuracy, evaluate, supervised
+from structopt.training.objectives import (
+    Metric,
+    Objective,
+    accuracy,
+    evaluate,
+    evaluating,
+    supervised,
+)
 
 __all__ = [
     "Average",
@@ -16,6 +23,7 @@ __all__ = [
     "Objective",
     "accuracy",
     "evaluate",
+    "evaluating",
     "supervised",
     "train",
 ]

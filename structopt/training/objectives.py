@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from structopt import losses
+from structopt.losses.checks import range_message
 
 Objective = Callable[[nn.Module, Any], Tensor]
 """``objective(model, batch) -> loss``: a scalar tensor with a gradient."""
@@ -69,7 +71,8 @@ def describe(batch: Any) -> str:
 def accuracy(output: Tensor, target: Tensor) -> Tensor:
     """1.0 where the largest logit is the target's, else 0.0: (B,) of (B, C, ...) and (B, ...).
 
-    Where an example has several targets, the fraction that is right.
+    Where an example has several targets, the fraction that is right. Raises ``ValueError`` for a
+    target that is no class: counted as wrong, it would pass for a weak network.
 
     >>> accuracy(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1]))
     tensor([1., 0.])
@@ -79,8 +82,31 @@ def accuracy(output: Tensor, target: Tensor) -> Tensor:
             f"accuracy compares logits (B, C, ...) with class indices (B, ...), not "
             f"{describe(output)} with {describe(target)}"
         )
+    if ((target < 0) | (target >= output.shape[1])).any():
+        raise ValueError(range_message(output, target))
     right = (output.argmax(1) == target).float()
     return right.flatten(1).mean(1) if right.ndim > 1 else right
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside: running statistics stay, dropout rests. Undone afterwards.
+
+    >>> model = nn.Sequential(nn.Dropout(0.5))
+    >>> with evaluating(model):
+    ...     model(torch.ones(3))
+    tensor([1., 1., 1.])
+    >>> model.training
+    True
+    """
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @torch.no_grad()
@@ -102,18 +128,14 @@ def evaluate(
     """
     own = next((p.device for p in model.parameters()), torch.device("cpu"))
     device = torch.device(device) if device else own
-    modes = {module: module.training for module in model.modules()}
-    model.to(device).eval()
+    model.to(device)
     total, count = torch.zeros((), device=device), 0
-    try:
+    with evaluating(model):
         for inputs, targets in map(_pair, _batches(data)):
             value = metric(model(inputs.to(device)), targets.to(device))
             value = value if value.is_floating_point() else value.float()
             total = total + (value.sum() if value.ndim else value * len(inputs))
             count += len(inputs)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     if not count:
         raise ValueError("there is nothing to evaluate: the data hold no example")
     return float(total) / count
