@@ -79,7 +79,7 @@ def tune(
         >>> import torch
         >>> validation = [(torch.eye(2), torch.tensor([0, 1]))]
         >>> def fit(temperature, weight, epochs):  # a student that likes it hot
-        ...     return nn.Identity() if temperature > 2 else nn.Linear(2, 2)
+        ...     return nn.Identity() if temperature > 2 else nn.Threshold(2, 0)
         >>> tune(fit, validation, budget=9, temperatures=(1.0, 4.0), weights=(1.0,)).temperature
         4.0
     """
