@@ -310,7 +310,7 @@ def test_a_criterion_that_needs_batches_says_so(kind):
         pruning.score(network("cpu"), getattr(pruning, kind))
 
 
-@pytest.mark.parametrize("kind", ["saliency", "fisher"])
+@pytest.mark.parametrize("kind", ["saliency", "fisher", "wanda"])
 def test_empty_batches_are_an_error(kind):
     with pytest.raises(ValueError, match="empty"):
         pruning.score(network("cpu"), getattr(pruning, kind), [])
@@ -324,6 +324,14 @@ def test_bad_scores_and_criteria_are_named():
         pruning.score(model, lambda: 0)
     with pytest.raises(ValueError, match=r"gave 0\.weight.*scores of shape \(7,\)"):
         pruning.score(model, lambda weight: torch.zeros(7))
+    with pytest.raises(ValueError, match=r"a function, .* not 'magnitude'"):
+        pruning.score(model, "magnitude")
+    with pytest.raises(ValueError, match="no scale of a norm"):
+        pruning.score(model, pruning.batch_norm_scale)
+    with pytest.raises(ValueError, match=r"leave=\['0\.weight'\]"):
+        pruning.score(model, leave="0.weight")
+    with pytest.raises(ValueError, match=r"no parameter is called '0'"):
+        pruning.score(model, leave=["0"])
     with pytest.raises(ValueError, match="exponent"):
         pruning.score(model, partial(pruning.magnitude, p=0))
     model[3].weight.data[0, 0] = torch.nan
@@ -345,3 +353,5 @@ def test_scores_of_another_model_are_refused():
     channels = channel_groups(model, torch.ones(1, 2, 4, 4, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"scores of 3\.weight have shape"):
         pruning.channel_scores(channels, {"3.weight": torch.zeros(2, 2, 3, 3)})
+    with pytest.raises(ValueError, match=r"group '0' of 4 it gave \(\)"):
+        pruning.channel_scores(channels, pruning.score(model), torch.mean)

@@ -206,6 +206,10 @@ def test_a_budget_out_of_reach_names_the_nearest():
         (lambda m, x: Limits(leave="conv1"), r"leave=\('conv1',\)"),
         (lambda m, x: Limits(ratios={"conv1": 1.0}), "ratio of 'conv1'"),
         (lambda m, x: Limits(multiple_of=0), "multiple_of"),
+        (lambda m, x: Limits(multiple_of=1.5), "whole number"),
+        (lambda m, x: pruning.prune_channels(m, x, 0.5, scope=Global), "a scope is one of"),
+        (lambda m, x: pruning.remove_blocks(m, x, "conv1"), r"list of blocks: \['conv1'\]"),
+        (lambda m, x: pruning.block_influence(m, [x], ["conv9"]), "'conv9' is no module"),
         (lambda m, x: Limits(floor=0), "floor"),
     ],
 )

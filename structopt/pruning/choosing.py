@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from structopt.channels import ChannelGroup
-from structopt.pruning.ranking import PerLayer, PerRow, Scope, need_sparsity, number
+from structopt.pruning.ranking import PerLayer, PerRow, Scope, need_scope, need_sparsity, number
 from structopt.pruning.scoring import matches, need_numbers
 
 Choice = dict[ChannelGroup, Tensor]
@@ -44,8 +44,8 @@ class Limits:
         given: object = self.leave
         if isinstance(given, str):  # would be taken for one pattern a letter
             raise ValueError(f"leave is a tuple of names: leave=({given!r},)")
-        if self.multiple_of < 1 or not self.floor > 0:
-            raise ValueError(f"{self}: multiple_of is at least 1, floor above 0")
+        if self.multiple_of not in range(1, 1 << 30) or not self.floor > 0:
+            raise ValueError(f"{self}: multiple_of is a whole number from 1 on, floor above 0")
         for name, ratio in self.ratios.items():
             need_sparsity(ratio, f"the ratio of {name!r}")
 
@@ -89,6 +89,7 @@ def choose_channels(
     {'0': 3}
     """
     need_sparsity(sparsity)
+    need_scope(scope)
     _need_names(scores, limits)
     for group, one in scores.items():
         need_numbers(f"group {group.name!r}", one)

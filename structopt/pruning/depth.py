@@ -69,7 +69,7 @@ def block_influence(
     cosine is taken over the features of each position (the channels of images, the last dimension
     of sequences). Blocks are those of :func:`residual_blocks`, if not named.
 
-    Raises ValueError for no batches.
+    Raises ValueError for no batches, and for a name that is no module of the model.
 
     >>> from structopt.networks import ResNet20
     >>> influence = block_influence(ResNet20(width=4), [torch.rand(2, 1, 28, 28)])
@@ -81,6 +81,8 @@ def block_influence(
         raise ValueError("the batches are empty: there is nothing to run the blocks on")
     if names is None:
         names = residual_blocks(model, placed(inputs_of(batches[0]), model))
+    else:
+        _need_modules(model, names)
     sums: dict[str, list[Tensor]] = {name: [] for name in names}
     handles = []
     for name in names:
@@ -100,6 +102,15 @@ def block_influence(
     return {name: max(0.0, 1 - float(torch.stack(found).mean())) for name, found in sums.items()}
 
 
+def _need_modules(model: nn.Module, names: Sequence[str]) -> None:
+    if isinstance(names, str):
+        raise ValueError(f"names is a list of blocks: [{names!r}]")
+    known = {name for name, _ in model.named_modules()}
+    wrong = [name for name in names if name not in known]
+    if wrong:
+        raise ValueError(f"{wrong[0]!r} is no module of this {type(model).__name__}")
+
+
 def remove_blocks(model: nn.Module, example: Any, names: Sequence[str]) -> nn.Module:
     """A shallower copy of the model: each block named becomes ``nn.Identity``.
 
@@ -113,6 +124,7 @@ def remove_blocks(model: nn.Module, example: Any, names: Sequence[str]) -> nn.Mo
     >>> remove_blocks(ResNet20(width=4), example, ["stage1.1"]).stage1[1]
     Identity()
     """
+    _need_modules(model, names)
     possible = residual_blocks(model, example)
     wrong = [name for name in names if name not in possible]
     if wrong:

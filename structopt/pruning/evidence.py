@@ -138,11 +138,12 @@ def _inputs(reduce: Callable[[Tensor], Tensor], finish: Callable[[Tensor, int], 
         handles = [m.register_forward_pre_hook(note) for m in layers.values()]
         try:
             with evaluating(model), torch.no_grad():
-                for batch in batches:
-                    objective(model, placed(batch, model))
+                calls = [objective(model, placed(batch, model)) for batch in batches]
         finally:
             for handle in handles:
                 handle.remove()
+        if not calls:
+            raise ValueError("the batches are empty: there is nothing to score with")
         return {
             name: _beside(finish(sums[module], counts[module]), module, parameters[name])
             for name, module in layers.items()

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from structopt.pruning.patterns import NOfM, Pattern, Unstructured
+from structopt.pruning.patterns import NOfM, Pattern, Unstructured, need_pattern
 from structopt.pruning.ranking import (
     Global,
     PerLayer,
@@ -17,6 +17,7 @@ from structopt.pruning.ranking import (
     keys,
     lowest,
     lowest_in_rows,
+    need_scope,
     need_sparsity,
     number,
 )
@@ -48,6 +49,8 @@ def find_masks(
     >>> find_masks(scores, 0.5)
     {'a': tensor([[ True, False]]), 'b': tensor([[ True, False]])}
     """
+    need_pattern(pattern)
+    need_scope(scope)
     sparsity, scope = _settled(sparsity, pattern, scope)
     if not scores:
         raise ValueError("there are no scores: score(model) gives some")

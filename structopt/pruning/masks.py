@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from structopt.pruning.finding import Masks, find_masks
-from structopt.pruning.patterns import Pattern, Unstructured
-from structopt.pruning.ranking import PerLayer, Scope
+from structopt.pruning.patterns import Pattern, Unstructured, need_pattern
+from structopt.pruning.ranking import PerLayer, Scope, need_scope
 from structopt.pruning.schedules import Schedule
 from structopt.pruning.scoring import Scores, score
 
@@ -141,6 +141,10 @@ class PruneWhileTraining(Hold):
         scope: Scope = PerLayer(),  # noqa: B008
     ) -> None:
         super().__init__({})
+        if not hasattr(schedule, "sparsity"):
+            raise ValueError(f"a schedule is a value such as Constant(0.5), not {schedule!r}")
+        need_pattern(pattern)
+        need_scope(scope)
         self.schedule, self.score, self.pattern, self.scope = schedule, score, pattern, scope
 
     def __call__(self, model: nn.Module, step: int = 0) -> None:

@@ -26,6 +26,14 @@ class Pattern(Protocol):
         """The mask of the weight, from a bool for each unit."""
 
 
+def need_pattern(pattern: object) -> None:
+    if isinstance(pattern, type) or not hasattr(pattern, "pool"):
+        raise ValueError(
+            f"a pattern is a value such as Unstructured(), NOfM(2, 4), Block(4, 4) or Filters(), "
+            f"not {pattern!r}"
+        )
+
+
 @dataclass(frozen=True)
 class Unstructured:
     """Every weight by itself."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -93,6 +94,11 @@ def number(sparsity: float, size: int) -> int:
     return round(sparsity * size)
 
 
-def need_sparsity(sparsity: float, what: str = "sparsity") -> None:
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"{what} is the fraction removed, in [0, 1), not {sparsity}")
+def need_sparsity(sparsity: object, what: str = "sparsity") -> None:
+    if not (isinstance(sparsity, Real) and 0 <= float(sparsity) < 1):
+        raise ValueError(f"{what} is the fraction removed, a number in [0, 1), not {sparsity!r}")
+
+
+def need_scope(scope: object) -> None:
+    if not isinstance(scope, Scope):
+        raise ValueError(f"a scope is one of PerLayer(), PerRow() and Global(), not {scope!r}")

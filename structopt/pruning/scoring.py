@@ -48,9 +48,11 @@ def score(
     {'0.weight': (3, 2), '2.weight': (1, 3)}
     """
     needs = _needs(criterion)
+    _need_leave(model, leave)
     found = {n: p for n, p in _weights(model, "scale" in needs) if not matches(n, leave)}
     if not found:
-        raise ValueError(f"{type(model).__name__} has no weight to score besides those left alone")
+        what = "scale of a norm" if "scale" in needs else "weight"
+        raise ValueError(f"{type(model).__name__} has no {what} to score besides those left alone")
     evidence: dict[str, Scores] = {}
     for kind in needs:
         if kind not in KINDS:
@@ -76,6 +78,16 @@ def score(
     return made
 
 
+def _need_leave(model: nn.Module, leave: Sequence[str]) -> None:
+    if isinstance(leave, str):  # would be taken for one pattern a letter
+        raise ValueError(f"leave is a list of names: leave=[{leave!r}]")
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in leave:
+        if not any(matches(name, [pattern]) for name in names):
+            near = ", ".join(name for name in names if name.endswith("weight"))
+            raise ValueError(f"no parameter is called {pattern!r} (leave); weights are {near}")
+
+
 def _broadcast(name: str, one: Tensor, parameter: Tensor) -> Tensor:
     try:
         whole = one.expand_as(parameter)  # a view: where it repeats, its stride is 0
@@ -90,6 +102,8 @@ def _broadcast(name: str, one: Tensor, parameter: Tensor) -> Tensor:
 
 def need_numbers(name: str, scores: Tensor) -> None:
     """Raise ValueError for scores that cannot be ranked."""
+    if not scores.is_floating_point():
+        raise ValueError(f"the scores of {name} are {scores.dtype}: give floating-point numbers")
     if scores.isnan().any():
         raise ValueError(
             f"{int(scores.isnan().sum())} of {scores.numel()} scores of {name} are NaN: "
@@ -99,6 +113,8 @@ def need_numbers(name: str, scores: Tensor) -> None:
 
 def _needs(criterion: Criterion) -> list[str]:
     """The criterion's arguments without a default."""
+    if not callable(criterion):
+        raise ValueError(f"a criterion is a function, such as pruning.magnitude: not {criterion!r}")
     arguments = inspect.signature(criterion).parameters.values()
     needs = [a.name for a in arguments if a.default is a.empty]
     unknown = [name for name in needs if name not in {"weight", "scale", *KINDS}]
@@ -181,6 +197,11 @@ def channel_scores(
             parts.append(_along(mine, member.dim, torch.from_numpy(member.channel), group.size))
         if parts:
             found[group] = combine(torch.stack(parts)).abs()
+            if found[group].shape != (group.size,):
+                raise ValueError(
+                    f"combine makes (weights, channels) into (channels,): for group {group.name!r} "
+                    f"of {group.size} it gave {tuple(found[group].shape)}"
+                )
             need_numbers(f"group {group.name!r}", found[group])
     return found
 
