@@ -628,21 +628,7 @@ OPEN = {
     "scaling_keeps_the_function[cpu-grouped": "no scale through grouped layers",
     "scaling_keeps_the_function[cpu-transposed": "no scale through grouped layers",
     "scaling_keeps_the_function[cpu-masks]": "no scale through torch's masks",
-    "test_an_example_of_zeros": "an example of zeros verifies little",
-    "test_sizes_that_attributes_keep": "an attribute is guessed by its value",
-    "test_widths_that_attributes_keep": "an attribute is guessed by its value",
     "test_pruning_masks_stay_masks": "widening divides the mask instead of the weight",
-    "cannot_be_taken[cpu-too large": "the error does not name the group",
-    "cannot_be_taken[cpu-on another": "the error does not name the group",
-    "cannot_be_taken[cpu-nothing": "the error does not name the group",
-    "cannot_be_taken[cpu-a word": "the error does not name the group",
-    "cannot_be_taken[cpu-a slice": "the error does not name the group",
-    "cannot_be_taken[cpu-a dict": "the error does not name the group",
-    "test_groups_that_are_none": "what is no group at all gets no clear error",
-    "does_not_accept[nothing": "the error repeats all of torch's message",
-    "does_not_accept[a number": "the error repeats all of torch's message",
-    "does_not_accept[another device": "an example on another device is refused late",
-    "test_models_that_cannot_be_analysed": "the error names no layer",
 }
 
 

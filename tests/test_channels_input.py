@@ -268,3 +268,45 @@ def test_widths_that_attributes_keep_are_edited_or_frozen(device):
     assert (narrow[1].num_heads, model[1].num_heads) == (1, 2)
     assert narrow[1].head_dim == 4
     assert narrow[1].qkv.out_features == 12
+
+
+class Chance(nn.Module):
+    """Two numbers that equal a width: forward needs one, as no tensor can tell; none the other."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.depth, self.width = width, width
+        self.a, self.b = nn.Linear(3, width), nn.Linear(width, 2)
+
+    def forward(self, x):
+        return self.b(self.a(x).relu().view(-1, int(str(self.width))))
+
+
+def test_an_attribute_that_equals_a_width_by_chance_stays(device):
+    model = Chance().to(device)
+    (group,) = channel_groups(model, torch.randn(4, 3, device=device))
+    narrow = take(model, {group: [1, 4, 5]})
+    assert (narrow.width, narrow.depth) == (3, 8)
+
+
+def test_of_many_groups_the_one_in_the_way_is_named():
+    layers = [nn.Linear(4, 4) for _ in range(9)]
+    model = nn.Sequential(*layers[:6], nn.Softplus(), *layers[6:])
+    channels = channel_groups(model, torch.randn(2, 4))
+    every = {g: range(4) for g in channels}
+    act = lambda: take(model, every, scale={g: [2.0, 1, 1, 1] for g in channels})  # noqa: E731
+    refused(model, act, "^group '5' .*differ")
+
+
+def test_an_example_of_one_token_verifies_queries(device):
+    """All values are alike then, so that no attention to them shows."""
+    from structopt.channels.judging import lively
+
+    model = nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 2)).to(device)
+    ids = torch.zeros(2, 6, dtype=torch.long, device=device)
+    other = lively(model, {"ids": ids, "mask": ids + 1})
+    assert len(other["ids"].unique()) > 3
+    assert int(other["ids"].max()) < 11
+    assert other["ids"].device == ids.device
+    assert torch.equal(other["mask"], ids + 1)
+    assert lively(model, other["ids"]) is None

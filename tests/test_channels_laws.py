@@ -365,6 +365,22 @@ def test_an_example_of_zeros_does_not_make_the_check_empty(device):
     assert narrow[0].out_features == 2
 
 
+def test_weights_of_an_rnn_are_joined_once_their_sizes_are_right(monkeypatch, device):
+    """cuDNN wants them in one piece, and is told the sizes that the module remembers."""
+    joined = []
+
+    def note(self):
+        sizes = self.weight_ih_l0.shape[1], self.weight_hh_l0.shape[1]
+        assert (self.input_size, self.hidden_size) == sizes
+        joined.append(self)
+
+    model, _, pairs = analysed("LSTM", device)
+    monkeypatch.setattr(nn.LSTM, "flatten_parameters", note)
+    narrow = take(model, {group: some(group.size) for group, _, _ in pairs})
+    assert joined[-1] is narrow.rnn
+    assert len(joined) > 3  # and the wide copies that verify
+
+
 def test_channels_that_take_part_in_a_statistic_are_never_silently_removed(device):
     """An average over channels as a gate, a norm of the response: another network without some."""
 

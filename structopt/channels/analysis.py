@@ -6,12 +6,20 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from structopt.channels.groups import Axes, Channels
 from structopt.channels.mirrors import Book
 from structopt.channels.probe import Probe, settle
 from structopt.channels.shadow import to_shadow
-from structopt.channels.tracing import label_parameters, map_tensors, substitute, trace
+from structopt.channels.tracing import (
+    flatten,
+    label_parameters,
+    map_tensors,
+    substitute,
+    tensors_of,
+    trace,
+)
 
 
 def channel_groups(model: nn.Module, example: Any) -> Channels:
@@ -31,9 +39,7 @@ def channel_groups(model: nn.Module, example: Any) -> Channels:
     >>> print(*channels["0"].members[:3], sep=", ")
     0.weight[dim 0], 0.bias[dim 0], 1.weight[dim 0]
     """
-    devices = {str(p.device) for p in model.parameters()}
-    if len(devices) > 1:
-        raise ValueError(f"the model lies on {', '.join(sorted(devices))}: move it to one device")
+    _check(model, example)
     try:  # no values are needed, unless the model's own control flow asks for some
         bare, inputs = substitute(model, to_shadow).eval(), map_tensors(example, to_shadow)
         book, axes, shapes = _traced(bare, inputs)
@@ -42,8 +48,9 @@ def channel_groups(model: nn.Module, example: Any) -> Channels:
         try:
             book, axes, shapes = _traced(bare, inputs)
         except Exception as problem:
+            first = (str(problem).splitlines() or [""])[0]
             raise ValueError(
-                f"the model does not accept the example: {type(problem).__name__}: {problem}. Give "
+                f"the model does not accept the example: {type(problem).__name__}: {first}. Give "
                 "a tensor, a tuple of positional arguments or a dict of keyword arguments"
             ) from problem
     channels = Channels(model, example, book, axes)
@@ -51,7 +58,30 @@ def channel_groups(model: nn.Module, example: Any) -> Channels:
     return channels
 
 
+def _check(model: nn.Module, example: Any) -> None:
+    """Refuse at once what is no model, has no weights yet, or lies on several devices."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"give the model as an nn.Module, not {type(model).__name__}")
+    places: dict[torch.device, str] = {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(tensor):
+            raise ValueError(f"{name} has no size yet: run the model once first, on the example")
+        places.setdefault(tensor.device, name)
+    if len(places) > 1:
+        where = ", ".join(f"{name} on {device}" for device, name in places.items())
+        raise ValueError(f"the model lies on several devices ({where}): move it to one device")
+    tensors = [t for t in tensors_of(example) if t.ndim]
+    for device in places if tensors else ():  # a model without values takes any
+        away = [t for t in tensors if t.device != device and device.type != "meta"]
+        if away and (len(away) == len(tensors) or any(t.is_floating_point() for t in away)):
+            raise ValueError(
+                f"the example lies on {away[0].device}, the model on {device}: move the example "
+                "to the device of the model"
+            )
+
+
 def _traced(model: nn.Module, example: Any) -> tuple[Book, Axes, list[torch.Size]]:
-    book, labelled = Book(), substitute(model, lambda t: t.clone())
+    book, labelled = Book(), substitute(model, torch.clone)
+    flatten(labelled)
     axes = label_parameters(book, labelled)
     return book, axes, trace(book, labelled, example)

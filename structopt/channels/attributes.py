@@ -68,6 +68,7 @@ class Attributes(TorchFunctionMode):
             book.op = f"{key[1]} = {tensor.shape[dim]}"
             axis = book.tie(before.labels, axis) if before is not None else axis
         book.claims[key] = Extent(key[0], tensor.shape[dim], axis, key[1], key[2])
+        book.said.add(key[:2])
 
 
 def _sizes(
@@ -93,15 +94,14 @@ def _sizes(
 def keeper(module: nn.Module, extent: Extent, book: Book) -> list[str]:
     """The whole numbers of a size that a module of the model's own keeps, by name.
 
-    Those of which it is known what they are the size of are left out.
+    Those of which it is known what they are the size of are left out: the others are guesses.
     """
     if not own(module) or type(module) in book.silent:
         return []
     return [
         key
         for key, value in vars(module).items()
-        if type(value) is int and value == extent.size
-        if (extent.module, key, -1) not in book.claims
+        if type(value) is int and value == extent.size and (extent.module, key) not in book.said
     ]
 
 

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from structopt.channels.analysis import channel_groups
-from structopt.channels.attributes import keeper
 from structopt.channels.drawing import draw
 from structopt.channels.groups import ChannelGroup, Channels
+from structopt.channels.mirrors import Extent
+from structopt.channels.sizes import guesses
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -204,15 +205,21 @@ def _layer(parameter: str) -> str:
 
 def _attributes(channels: Channels, model: nn.Module) -> dict[int, list[str]]:
     """The sizes that the model's own Python keeps, by the number of their group."""
-    modules = dict(model.named_modules())
     found: dict[int, dict[str, None]] = {}
-    for e in channels.extents:
-        names = [e.name] if e.name else keeper(modules[e.module], e, channels.book)
-        for number in () if e.labels is None else channels.along(e.labels):
-            for name in names:
-                where = f"{e.module}.{name}".lstrip(".")
-                found.setdefault(number, {})[f"{where} = {e.size}"] = None
+    known = [(e, e.name) for e in channels.extents if e.name]
+    for guess in guesses(channels, dict(model.named_modules())):
+        first, *rest = (set(_numbers(channels, e)) for e in guess.extents)
+        if all(numbers == first for numbers in rest):
+            known.append((guess.extents[0], guess.name))
+    for extent, name in known:
+        where = f"{extent.module}.{name}".lstrip(".")
+        for number in _numbers(channels, extent):
+            found.setdefault(number, {})[f"{where} = {extent.size}"] = None
     return {number: list(names) for number, names in found.items()}
+
+
+def _numbers(channels: Channels, extent: Extent) -> Iterable[int]:
+    return () if extent.labels is None else channels.along(extent.labels)
 
 
 def _said(group: Tied) -> str:

@@ -142,7 +142,11 @@ def _extents(modules: Mapping[str, nn.Module], book: Book) -> list[Extent]:
     found = [e for e in book.claims.values() if e.labels is not None]
     for extent in book.extents.values():
         module = modules[extent.module]
-        if hasattr(module, extent.name) if extent.name else keeper(module, extent, book):
+        if extent.name:
+            held = getattr(module, extent.name, None) == extent.size
+        else:
+            held = bool(keeper(module, extent, book))
+        if held:
             found.append(extent)
     return found
 

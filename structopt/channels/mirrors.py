@@ -58,6 +58,7 @@ class Book:
     extents: dict[tuple[str, int, bytes], Extent] = field(default_factory=dict)
     claims: dict[Key, Extent] = field(default_factory=dict)
     silent: set[type] = field(default_factory=set)  # whose other attributes are no sizes
+    said: set[tuple[str, str]] = field(default_factory=set)  # module, attribute: known by name
     pieces: list[Vector] = field(default_factory=list)
     readers: list[Vector] = field(default_factory=list)
     averaged: list[Vector] = field(default_factory=list)
@@ -149,6 +150,7 @@ class Book:
     def extent(self, size: int, axis: Axis, name: str = "") -> None:
         """Remember that the module at hand uses `size`, which is the number of these labels."""
         if axis is not None and size > 1:
+            self.said.add((self.module, name))
             key = (self.module, size, name.encode() + axis.tobytes())
             self.extents.setdefault(key, Extent(self.module, size, axis, name))
 

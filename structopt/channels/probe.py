@@ -34,12 +34,14 @@ class Probe:
         """Does the model run, with outputs of the same shape, when these groups shrink?"""
         return self.runs(groups, True)
 
-    def runs(self, groups: Iterable[ChannelGroup], attributes: bool) -> bool:
+    def runs(self, groups: Iterable[ChannelGroup], guesses: bool) -> bool:
         """The same, with or without setting attributes that only happen to equal an old size."""
         choice = {self.channels.number[id(g)]: _some(g, n) for n, g in enumerate(groups)}
         watch = Book()
         try:
-            made = build(self.channels, self.bare, Edit(choice, attributes=attributes))
+            made = build(
+                self.channels, self.bare, Edit(choice, guessed=None if guesses else frozenset())
+            )
             follow_modules(watch, made)
             with plain_kernels(), Shadow():  # type: ignore[no-untyped-call]
                 found = [t.shape for t in tensors_of(call(made.eval(), self.example))]

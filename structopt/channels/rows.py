@@ -23,13 +23,13 @@ class Edit:
     choice: Choice
     preserve: bool = False
     scale: Mapping[int, Reals] = field(default_factory=dict)
-    attributes: bool = True  # set numbers in the model's own modules that equal an old size
+    guessed: frozenset[str] | None = None  # of the attributes that may be sizes, those set; or all
     fold: frozenset[str] = frozenset()  # classes whose Python scales attention by the width
 
-    def only(self, number: int) -> Edit:
-        """The same for one group."""
-        scale = {n: values for n, values in self.scale.items() if n == number}
-        return replace(self, choice={number: self.choice[number]}, scale=scale)
+    def only(self, *numbers: int) -> Edit:
+        """The same for some of the groups."""
+        scale = {n: values for n, values in self.scale.items() if n in numbers}
+        return replace(self, choice={n: self.choice[n] for n in numbers}, scale=scale)
 
     def variants(self, channels: Channels) -> Iterator[Edit]:
         """What Python does with a width cannot be read, only tried."""
@@ -37,11 +37,13 @@ class Edit:
             s.kind for s in channels.scored if rows_of(channels, s.labels, self.choice) is not None
         }
         kinds = sorted(touched - {""})[:4]
-        by_value = any(not e.name for e in channels.extents)
+        guesses: list[frozenset[str] | None] = [frozenset()]
+        if any(not e.name for e in channels.extents):
+            guesses.append(None)  # all
         for count in range(len(kinds), -1, -1):
             for fold in itertools.combinations(kinds, count):
-                for attributes in (True, False) if by_value else (True,):
-                    yield replace(self, fold=frozenset({"", *fold}), attributes=attributes)
+                for guessed in guesses:
+                    yield replace(self, fold=frozenset({"", *fold}), guessed=guessed)
 
 
 def rows(channel: Vector, index: Vector) -> Vector | None:

@@ -2,29 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 from torch import Tensor, nn
 
 from structopt.channels.attributes import assign, keeper
 from structopt.channels.groups import Channels
+from structopt.channels.mirrors import Extent
 from structopt.channels.rows import Edit, rows_of
+from structopt.channels.tracing import flatten
+
+
+@dataclass(frozen=True)
+class Guess:
+    """An attribute that equals the size of every dimension listed, of which one kept no name."""
+
+    module: str
+    name: str
+    what: str  # class and name: one answer serves all modules of a class
+    extents: tuple[Extent, ...]
+
+
+def guesses(channels: Channels, modules: Mapping[str, nn.Module]) -> list[Guess]:
+    """Attributes that may be sizes, for no better reason than that their value is the same."""
+    found: dict[tuple[str, int], list[Extent]] = {}
+    for extent in channels.extents:
+        found.setdefault((extent.module, extent.size), []).append(extent)
+    return [
+        Guess(path, name, f"{type(modules[path]).__name__}.{name}", tuple(same))
+        for (path, _), same in found.items()
+        if not all(extent.name for extent in same)
+        for name in keeper(modules[path], same[0], channels.book)
+    ]
 
 
 def refresh(channels: Channels, model: nn.Module, edit: Edit) -> None:
     """Set the sizes that the modules of an edited model remember."""
     modules = dict(model.named_modules())
-    sizes: dict[tuple[str, int, str, int], set[int]] = {}
+
+    def now(extent: Extent) -> int:
+        if extent.labels is None:
+            return extent.size
+        taken = rows_of(channels, extent.labels, edit.choice, f"a size in {extent.module}")
+        return extent.size if taken is None else len(taken)
+
+    sizes: dict[tuple[str, str, int], set[int]] = {}
     for e in channels.extents:
-        if e.labels is None or not (e.name or edit.attributes):
-            continue
-        taken = rows_of(channels, e.labels, edit.choice, f"a size in {e.module}")
-        if taken is not None:
-            for name in [e.name] if e.name else keeper(modules[e.module], e, channels.book):
-                sizes.setdefault((e.module, e.size, name, e.place), set()).add(len(taken))
-    for (path, _, name, place), new in sizes.items():
-        if len(new) == 1:
+        if e.name and now(e) != e.size:
+            sizes.setdefault((e.module, e.name, e.place), set()).add(now(e))
+    for guess in guesses(channels, modules):
+        if edit.guessed is None or guess.what in edit.guessed:
+            sizes[guess.module, guess.name, -1] = {now(e) for e in guess.extents}
+    for (path, name, place), new in sizes.items():
+        if len(new) == 1:  # else nobody knows which of them the attribute is
             assign(modules[path], name, place, new.pop())
     for module in modules.values():
         _refresh_torch(module)
+    flatten(model)
 
 
 def _refresh_torch(module: nn.Module) -> None:

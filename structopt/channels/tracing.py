@@ -145,6 +145,13 @@ def substitute(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Modul
     return copy.deepcopy(model, memo)
 
 
+def flatten(model: nn.Module) -> None:
+    """Weights of an RNN that were replaced lie apart: cuDNN wants them in one piece again."""
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase):
+            module.flatten_parameters()
+
+
 def label_parameters(book: Book, model: nn.Module) -> dict[tuple[str, int], Vector]:
     """Give each index of each dimension of each parameter and buffer a label of its own."""
     axes: dict[tuple[str, int], Vector] = {}

@@ -20,6 +20,7 @@ from structopt.channels.shadow import plain_kernels
 from structopt.channels.tracing import (
     Tracer,
     call,
+    flatten,
     label_parameters,
     map_tensors,
     substitute,
@@ -133,7 +134,7 @@ def tolerance(outputs: Sequence[Tensor]) -> float:
     return 1e-4 if any(t.device.type == "mps" for t in outputs) else 1e-10
 
 
-def reference(channels: Channels, model: nn.Module, choice: Choice) -> list[Tensor]:
+def reference(channels: Channels, model: nn.Module, choice: Choice, example: Any) -> list[Tensor]:
     """What the model computes when the channels that were not chosen are masked."""
     gone = np.zeros(sum(len(v) for v in channels.axes.values()), bool)
     for labels in channels.axes.values():
@@ -154,23 +155,25 @@ def reference(channels: Channels, model: nn.Module, choice: Choice) -> list[Tens
     full = substitute(model, zeroed).eval()
     lengths.adjust(model, full, lambda _, tensor: wide(tensor))
     if not gone.any():
-        return outputs(full, channels.example)
+        return outputs(full, example)
+    flatten(full)
     book = Book()
     label_parameters(book, full)
     with _repeatable(), _Wide(), Masked(book, gone):  # type: ignore[no-untyped-call]
-        return list(tensors_of(call(full, map_tensors(channels.example, wide))))
+        return list(tensors_of(call(full, map_tensors(example, wide))))
 
 
 def outputs(model: nn.Module, example: Any, seed: int = 0) -> list[Tensor]:
     """What a model computes in double precision, in evaluation mode."""
     copy = substitute(model, wide).eval()
+    flatten(copy)
     with _repeatable(seed), _Wide():  # type: ignore[no-untyped-call]
         return list(tensors_of(call(copy, map_tensors(example, wide))))
 
 
-def changes(channels: Channels, model: nn.Module) -> bool:
+def changes(model: nn.Module, example: Any) -> bool:
     """Whether the model gives other outputs when other random numbers are drawn."""
-    first, second = (outputs(model, channels.example, seed) for seed in (0, 1))
+    first, second = (outputs(model, example, seed) for seed in (0, 1))
     return difference(first, second) > tolerance(first)
 
 
