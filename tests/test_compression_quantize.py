@@ -176,6 +176,14 @@ def test_one_distinct_value_however_small_or_large(value, symmetric):
         torch.testing.assert_close(values, x, rtol=1e-6, atol=1.2e-38)
 
 
+def test_min_max_reaches_the_largest_number(device):
+    x = torch.randn(5, 40, device=device, dtype=torch.double)
+    for bits in range(1, 9):
+        scale, zero = compression.fit(x, Grid(bits, per=PerAxis(0)))
+        last = Grid(bits).codes[1]
+        torch.testing.assert_close((last - zero) * scale, x.abs().amax(1))
+
+
 def test_nothing_to_round():
     for shape in (0,), (0, 5), (5, 0):
         for per in UNITS:

@@ -8,12 +8,18 @@
 True
 """
 
+from structopt.compression.codes import Coded, Codes, put_, quantize_weights, share_weights
+from structopt.compression.coding import decode, encode, entropy_bits
 from structopt.compression.granularity import Granularity, PerAxis, PerBlock, PerGroup, PerTensor
 from structopt.compression.grids import MSE, Fit, Grid, MinMax, Percentile, Steps
+from structopt.compression.huffman import canonical_words, huffman_lengths
 from structopt.compression.quantize import Quantized, fake_quantize, fit, quantize
+from structopt.compression.sharing import Shared, Tie, share, tie
 
 __all__ = [
     "MSE",
+    "Coded",
+    "Codes",
     "Fit",
     "Granularity",
     "Grid",
@@ -24,8 +30,20 @@ __all__ = [
     "PerTensor",
     "Percentile",
     "Quantized",
+    "Shared",
     "Steps",
+    "Tie",
+    "canonical_words",
+    "decode",
+    "encode",
+    "entropy_bits",
     "fake_quantize",
     "fit",
+    "huffman_lengths",
+    "put_",
     "quantize",
+    "quantize_weights",
+    "share",
+    "share_weights",
+    "tie",
 ]

@@ -125,7 +125,7 @@ class Grid:
             scale = (torch.maximum(-low, high) / last).clamp(min=tiny)
             return Steps(scale, torch.zeros_like(scale))
         scale = (high / last - low / last).clamp(min=tiny)
-        return Steps(scale, (-low / scale).round().clamp(first, last))
+        return Steps(scale, (-low / scale).round())
 
     def nearest(self, units: Tensor, steps: Steps) -> Tensor:
         """The code of each number before it is clipped, as a float."""

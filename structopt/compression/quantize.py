@@ -47,7 +47,8 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype.itemsize < 4 else x
 
 
-def _checked(x: Tensor) -> Tensor:
+def as_finite(x: Tensor) -> Tensor:
+    """``x`` without gradient, at least in float32, after every complaint that can be made."""
     if not x.is_floating_point():
         raise ValueError(f"a tensor of {x.dtype}, shape {tuple(x.shape)}, is not a float to round")
     wide = _wide(x.detach())
@@ -70,7 +71,7 @@ def fit(x: Tensor, grid: Grid) -> Steps:
     >>> fit(torch.tensor([-1.0, 0.5]), Grid(bits=4)).scale
     tensor([0.1429])
     """
-    return grid.fit.steps(grid.per.split(_checked(x)), grid)
+    return grid.fit.steps(grid.per.split(as_finite(x)), grid)
 
 
 @torch.no_grad()
@@ -87,7 +88,7 @@ def quantize(x: Tensor, grid: Grid, steps: Steps | None = None) -> Quantized:
     >>> quantize(torch.tensor([-1.0, 0.2, 0.6]), Grid(bits=4)).codes
     tensor([-7,  1,  4], dtype=torch.int8)
     """
-    units = grid.per.split(_checked(x))
+    units = grid.per.split(as_finite(x))
     steps = grid.fit.steps(units, grid) if steps is None else _fitting(steps, units, grid)
     codes = grid.nearest(units, steps).clamp(*grid.codes)
     kind = torch.int8 if grid.codes[0] < 0 else torch.uint8
@@ -107,7 +108,7 @@ def fake_quantize(x: Tensor, grid: Grid, steps: Steps | None = None) -> Tensor:
     tensor([-1.0000,  0.1429,  0.5714], grad_fn=<_StraightThroughBackward>)
     """
     with torch.no_grad():
-        units = grid.per.split(_wide(x))
+        units = grid.per.split(_wide(x.detach()))
         steps = grid.fit.steps(units, grid) if steps is None else _fitting(steps, units, grid)
         codes = grid.nearest(units, steps)
         first, last = grid.codes

@@ -1,0 +1,100 @@
+"""The codes of a model's weights, beside the model: it stays an ordinary one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from structopt.compression.granularity import Granularity
+from structopt.compression.grids import Grid
+from structopt.compression.quantize import Quantized, quantize
+from structopt.compression.sharing import Shared, share
+
+Coded = Quantized | Shared
+"""A tensor as codes: on a grid, or in a table."""
+
+Codes = dict[str, Coded]
+"""Codes for each parameter that has them, by its name."""
+
+
+def quantize_weights(
+    model: nn.Module, grid: Grid, names: Collection[str] | None = None
+) -> dict[str, Quantized]:
+    """Round weights to the nearest code, each tensor by itself; the model stays as it is.
+
+    ``names`` are the parameters to round: by default all with two dimensions or more, which leaves
+    out biases and norms. Write them into a model by :func:`put_`. Raises ValueError for a name
+    that the model has not, and for weights that cannot be rounded, with their name.
+
+    >>> quantize_weights(nn.Linear(3, 2), Grid(4))["weight"].codes.shape
+    torch.Size([2, 3])
+    """
+    made = {}
+    for name, weight in chosen(model, names).items():
+        with _naming(name):
+            made[name] = quantize(weight, grid)
+    return made
+
+
+def share_weights(
+    model: nn.Module,
+    values: int,
+    per: Granularity | None = None,
+    names: Collection[str] | None = None,
+) -> dict[str, Shared]:
+    """:func:`structopt.compression.share` for the weights of a model, as :func:`quantize_weights`.
+
+    >>> codes = share_weights(nn.Linear(3, 2), 4)
+    >>> codes["weight"].table.shape
+    torch.Size([1, 4])
+    """
+    made = {}
+    for name, weight in chosen(model, names).items():
+        with _naming(name):
+            made[name] = share(weight, values, per)
+    return made
+
+
+@torch.no_grad()
+def put_(model: nn.Module, codes: Mapping[str, Coded]) -> nn.Module:
+    """Write the values of the codes into the model, in place, and return it.
+
+    Raises ValueError for a name or a shape that is not the model's.
+
+    >>> model = nn.Linear(3, 2)
+    >>> put_(model, quantize_weights(model, Grid(1))).weight.abs().unique().numel()
+    1
+    """
+    weights = chosen(model, codes)
+    for name, weight in weights.items():
+        value = codes[name].dequantize()
+        if value.shape != weight.shape:
+            raise ValueError(
+                f"the codes of {name} have shape {tuple(value.shape)}, the model's weight "
+                f"{tuple(weight.shape)}: they were made from another network"
+            )
+        weight.copy_(value)
+    return model
+
+
+def chosen(model: nn.Module, names: Collection[str] | None) -> dict[str, Tensor]:
+    """The parameters of these names; None: all with two dimensions or more."""
+    parameters = dict(model.named_parameters())
+    if names is None:
+        return {name: weight for name, weight in parameters.items() if weight.ndim > 1}
+    if missing := [name for name in names if name not in parameters]:
+        near = ", ".join(name for name, weight in parameters.items() if weight.ndim > 1)
+        raise ValueError(f"this model has no {missing[0]!r}; its weights are {near}")
+    return {name: parameters[name] for name in names}
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Say in an error which weight it speaks of."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
