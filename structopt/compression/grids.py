@@ -116,7 +116,7 @@ class Grid:
 
     def between(self, low: Tensor, high: Tensor) -> Steps:
         """The steps with which the grid reaches from low <= 0 to high >= 0."""
-        first, last = self.codes
+        last = self.codes[1]
         tiny = torch.finfo(low.dtype).tiny  # one over it is still finite
         if self.is_sign:
             scale = 2 * torch.maximum(-low, high)
