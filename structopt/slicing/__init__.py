@@ -1,0 +1,30 @@
+"""Slicing: one network, many sub-networks that share weights or pass information.
+
+A small network that runs at three widths, trained at once by the sandwich rule, and cut out:
+
+>>> import torch
+>>> from structopt import descent, networks
+>>> from structopt.slicing import Sandwich, Slimmable, sort_channels
+>>> from structopt.training import train
+>>> images, labels = torch.rand(32, 1, 28, 28), torch.randint(10, (32,))
+>>> model = sort_channels(networks.ResNet20(width=4), images[:1])
+>>> slimmable = Slimmable(model, images[:1], widths=[0.25, 0.5])
+>>> optimizer = descent.fused_adamw(slimmable, lr=0.01)
+>>> history = train(
+...     slimmable, [(images, labels)], Sandwich(), optimizer, epochs=2, device="cpu"
+... )
+>>> [sum(p.numel() for p in slimmable.extract(w).parameters()) for w in slimmable.widths]
+[1211, 4520, 17462]
+>>> slimmable.calibrate_([images]).eval()(images, width=0.25).shape
+torch.Size([32, 10])
+
+For several processes nothing changes: slices are cut inside the module's own forward pass, so that
+``train`` under :func:`structopt.distributed.join` averages the gradients of all widths.
+"""
+
+from structopt.slicing.sandwich import Sandwich, all_widths
+from structopt.slicing.slices import Slice
+from structopt.slicing.sorting import sort_channels
+from structopt.slicing.widths import Slimmable
+
+__all__ = ["Sandwich", "Slice", "Slimmable", "all_widths", "sort_channels"]
