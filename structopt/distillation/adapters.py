@@ -27,6 +27,28 @@ class Regressor(nn.Module):
         return self.map(student), teacher
 
 
+class Embeddings(nn.Module):
+    """``(student, teacher) -> (B, D) and (B, D)``: each pooled, then through a linear map."""
+
+    def __init__(self, student: int, teacher: int, size: int) -> None:
+        super().__init__()
+        self.student, self.teacher = nn.Linear(student, size), nn.Linear(teacher, size)
+
+    def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        return self.student(pooled(student)), self.teacher(pooled(teacher))
+
+
+def pooled(features: Tensor) -> Tensor:
+    """(B, D): the mean over the positions of maps (B, D, H, W), or over tokens (B, T, D)."""
+    if features.ndim not in (2, 3, 4):
+        raise ValueError(
+            f"features {tuple(features.shape)} cannot be pooled: name a layer that gives maps "
+            "(B, D, H, W), tokens (B, T, D) or vectors (B, D)"
+        )
+    over = {2: (), 3: (1,), 4: (2, 3)}[features.ndim]
+    return features.mean(over) if over else features
+
+
 def smaller(ours: Sequence[int], theirs: Sequence[int]) -> tuple[int, int]:
     """The smaller height and the smaller width of two maps.
 

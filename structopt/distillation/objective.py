@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from structopt import losses
 from structopt.distillation.teachers import Source, as_logits, picked
-from structopt.distillation.watching import Watch
+from structopt.distillation.watching import Watcher
 
 Loss = Callable[..., Tensor]
 """``loss(student, teacher) -> scalar``; one with a parameter ``targets`` gets the labels there."""
@@ -60,7 +59,7 @@ class Distillation(nn.Module):
         self.pairs = [term.layers for term in terms if term.layers is not None]
         self.wants_labels = [_has_targets(term.loss) for term in terms]
         self.parts: dict[str, Tensor] = {}
-        self.watched: tuple[nn.Module | None, Watch | None] = (None, None)
+        self.watcher = Watcher(ours for ours, _ in self.pairs)
 
     def forward(self, model: nn.Module, batch: Any) -> Tensor:
         """The loss of one batch, a scalar."""
@@ -69,7 +68,7 @@ class Distillation(nn.Module):
         inputs, targets = batch
         theirs_wanted = list(dict.fromkeys(theirs for _, theirs in self.pairs))
         lesson = self.teacher.teach(inputs, targets, theirs_wanted)
-        with self._watch(model) as found:
+        with self.watcher(model) as found:
             logits = as_logits(model(inputs), "student")
             ours = {name: picked(found, name) for name, _ in self.pairs}
         parts: dict[str, Tensor] = {}
@@ -86,15 +85,6 @@ class Distillation(nn.Module):
             parts[name] = term.weight * term.loss(*pair, **extra)
         self.parts = {name: value.detach() for name, value in parts.items()}
         return torch.stack(list(parts.values())).sum()
-
-    def _watch(self, model: nn.Module) -> AbstractContextManager[dict[str, Any]]:
-        if not self.pairs:
-            return nullcontext({})
-        known, watch = self.watched
-        if watch is None or known is not model:
-            watch = Watch(model, dict.fromkeys(ours for ours, _ in self.pairs))
-            self.watched = model, watch  # a tuple, so that the student is no part of the objective
-        return watch
 
     def extra_repr(self) -> str:
         told = [f"{term.weight:g} · {term.name}" for term in self.terms]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from structopt.distillation.watching import Watch
+from structopt.distillation.watching import Watcher
 from structopt.training import evaluating
 
 
@@ -48,7 +48,7 @@ class Teacher:
         if not models or not all(isinstance(model, nn.Module) for model in models):
             raise ValueError("a teacher is one nn.Module or several")
         self.models, self.autocast = models, autocast
-        self.watch: Watch | None = None
+        self.watcher = Watcher(())
 
     def teach(self, inputs: Any, targets: Any, names: Sequence[str] = ()) -> Lesson:
         """The lesson of a batch of ``inputs``."""
@@ -56,8 +56,10 @@ class Teacher:
             raise ValueError("features of several teachers have no mean: name one teacher")
         said: list[Tensor] = []
         features: dict[str, Tensor] = {}
+        if self.watcher.names != list(names):
+            self.watcher = Watcher(names)
         for model in self.models:
-            with self._watched(model, names) as found, evaluating(model), torch.no_grad():
+            with self.watcher(model) as found, evaluating(model), torch.no_grad():
                 logits = self._ask(model, inputs)
                 features = {name: picked(found, name).to(inputs.device) for name in names}
             if said and logits.shape != said[0].shape:
@@ -67,13 +69,6 @@ class Teacher:
                 )
             said.append(logits.to(inputs.device))
         return Lesson(torch.stack(said).mean(0) if said[1:] else said[0], features, targets)
-
-    def _watched(self, model: nn.Module, names: Sequence[str]) -> AbstractContextManager[Any]:
-        if not names:
-            return nullcontext({})
-        if self.watch is None or list(self.watch.layers) != list(names):
-            self.watch = Watch(model, names)
-        return self.watch
 
     def _ask(self, model: nn.Module, inputs: Any) -> Tensor:
         own = next((p for p in model.parameters() if p.is_floating_point()), None)

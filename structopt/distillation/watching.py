@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -87,6 +88,22 @@ def watch(model: nn.Module, names: Iterable[str]) -> Watch:
     True
     """
     return Watch(model, names)
+
+
+class Watcher:
+    """Watches the same layers of whichever model it is asked for, and keeps the last watch."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = list(dict.fromkeys(names))
+        self.model: nn.Module | None = None
+        self.watch: Watch | None = None
+
+    def __call__(self, model: nn.Module) -> AbstractContextManager[dict[str, Any]]:
+        if not self.names:
+            return nullcontext({})
+        if self.watch is None or self.model is not model:
+            self.model, self.watch = model, Watch(model, self.names)
+        return self.watch
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
