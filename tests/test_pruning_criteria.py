@@ -298,6 +298,13 @@ def test_what_is_left_alone_has_no_score(leave):
         pruning.score(network("cpu"), leave=("*",))
 
 
+def test_embeddings_norms_and_biases_are_no_weights_to_score(device):
+    model = nn.ModuleDict(
+        {"words": nn.Embedding(5, 4), "norm": nn.LayerNorm(4), "out": nn.Linear(4, 2)}
+    )
+    assert set(pruning.score(model.to(device))) == {"out.weight"}
+
+
 def test_a_criterion_of_your_own_is_a_function(device):
     model = network(device)
     found = pruning.score(model, lambda weight: weight.square())

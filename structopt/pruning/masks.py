@@ -17,8 +17,8 @@ from structopt.pruning.schedules import Schedule
 from structopt.pruning.scoring import Scores, score
 
 
-def _paired(model: nn.Module, masks: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Each masked weight and its mask, on its device; after every complaint that can be made."""
+def need_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Each masked weight and its mask, after every complaint that can be made."""
     parameters = dict(model.named_parameters())
     pairs: list[tuple[Tensor, Tensor]] = []
     for name, mask in masks.items():
@@ -46,7 +46,7 @@ def apply_masks_(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     >>> bool(apply_masks_(model, {"weight": mask}).weight[0, 1] == 0)
     True
     """
-    for weight, mask in _paired(model, masks):
+    for weight, mask in need_masks(model, masks):
         weight.masked_fill_(~mask.to(weight.device), 0)
     return model
 
@@ -83,7 +83,7 @@ class Hold:
         # Of the weight's type and strides, so that one fused kernel can walk all of them.
         self._factors = [
             torch.empty_like(weight, requires_grad=False).copy_(mask)
-            for weight, mask in _paired(model, self.masks)
+            for weight, mask in need_masks(model, self.masks)
         ]
 
     def state_dict(self) -> dict[str, Any]:
@@ -200,7 +200,7 @@ def to_torch_(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     >>> prune.is_pruned(model)
     True
     """
-    _paired(model, masks)
+    need_masks(model, masks)
     for name, mask in masks.items():
         path, _, key = name.rpartition(".")
         prune.custom_from_mask(model.get_submodule(path), key, mask)  # type: ignore[no-untyped-call]
