@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import arguments, keep, kept, machine
+from common import arguments, keep, kept, machine, mean_and_spread
 from torch import nn
 
 from structopt import data, descent, losses, networks, training
@@ -90,14 +90,12 @@ def final(
         model = fit(name, recipe, train, seed, device)
         scores.append(round(100 * training.evaluate(model, test, device=device), 2))
         print(name, source, f"seed {seed}: {scores[-1]} %", flush=True)
-    spread = torch.tensor(scores).std().item() if len(scores) > 1 else 0.0
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "training images": len(train),
         "recipe": asdict(recipe),
         "test accuracy in %": scores,
-        "mean": round(sum(scores) / len(scores), 2),
-        "standard deviation": round(spread, 2),
+        **mean_and_spread(scores),
     }
 
 

@@ -80,6 +80,15 @@ def summary(values: Sequence[float]) -> dict[str, float]:
     }
 
 
+def mean_and_spread(scores: Sequence[float]) -> dict[str, float]:
+    """Over seeds; a single one has no spread."""
+    spread = torch.tensor(scores).std().item() if len(scores) > 1 else 0.0
+    return {
+        "mean": round(sum(scores) / len(scores), 2),
+        "standard deviation": round(spread, 2),
+    }
+
+
 def ratios(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
     """Of the same rounds, so that a slow moment of the machine is in both."""
     return summary([a / b for a, b in zip(above, below, strict=True)])
@@ -88,8 +97,9 @@ def ratios(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
 def keep(name: str, result: dict[str, Any], quick: bool) -> None:
     """Write results/NAME-DEVICE.json, whole or not at all; only print it after a quick run."""
     text = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
-    sys.stdout.write(text)
-    if not quick:
+    if quick:
+        sys.stdout.write(text)
+    else:
         path = _path(name, torch.device(result["machine"]["kind"]))
         files.write_atomically(path, lambda file: file.write(text.encode()))
         sys.stdout.write(f"written to {path}\n")
