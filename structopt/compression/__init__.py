@@ -1,4 +1,4 @@
-"""Compression: fewer bits for each number.
+"""Compression: fewer bits for each number, and a file that one can weigh.
 
 >>> import torch
 >>> from structopt import compression
@@ -10,6 +10,7 @@ True
 
 from structopt.compression.codes import Coded, Codes, put_, quantize_weights, share_weights
 from structopt.compression.coding import decode, encode, entropy_bits
+from structopt.compression.container import Report, Row, load, save
 from structopt.compression.granularity import Granularity, PerAxis, PerBlock, PerGroup, PerTensor
 from structopt.compression.grids import MSE, Fit, Grid, MinMax, Percentile, Steps
 from structopt.compression.huffman import canonical_words, huffman_lengths
@@ -30,6 +31,8 @@ __all__ = [
     "PerTensor",
     "Percentile",
     "Quantized",
+    "Report",
+    "Row",
     "Shared",
     "Steps",
     "Tie",
@@ -40,9 +43,11 @@ __all__ = [
     "fake_quantize",
     "fit",
     "huffman_lengths",
+    "load",
     "put_",
     "quantize",
     "quantize_weights",
+    "save",
     "share",
     "share_weights",
     "tie",
