@@ -21,7 +21,7 @@ TORCHVISION = {
         tv.resnet.Bottleneck, [1, 1, 1, 1], groups=8, width_per_group=4, num_classes=5
     ),
     "VGG": vgg,
-    "MobileNet-V2": lambda: tv.mobilenet_v2(num_classes=5, width_mult=0.5),
+    "MobileNet-V2": lambda: tv.mobilenet_v2(num_classes=5, width_mult=0.25),
     "SqueezeNet": lambda: tv.squeezenet1_1(num_classes=5),
     "DenseNet": lambda: tv.DenseNet(8, (2, 2, 2), 16, num_classes=5),
     "ShuffleNet-V2": lambda: tv.shufflenet_v2_x0_5(num_classes=5),

@@ -90,11 +90,13 @@ def test_slices_of_networks_of_every_kind(name, device):
         with pytest.raises(ValueError, match=refused[name]):
             Slimmable(model, x, [half])
         return
-    slimmable = Slimmable(model, x, [half]).eval()
-    sizes = widths_of(channels, half)
-    expected = take(model, {group: range(size) for group, size in sizes.items()})(x)
-    assert_close(slimmable(x, width=half), expected)
-    assert_close(slimmable.extract(half).eval()(x), expected)
+    both = Slice(shares={"*": 0.5})  # where two groups share an axis, both
+    slimmable = Slimmable(model, x, [half, both]).eval()
+    for part in (half, both):
+        sizes = widths_of(channels, part)
+        expected = take(model, {group: range(size) for group, size in sizes.items()})(x)
+        assert_close(slimmable(x, width=part), expected)
+        assert_close(slimmable.extract(part).eval()(x), expected)
 
 
 def test_slices_nest(device):

@@ -18,13 +18,52 @@ A small network that runs at three widths, trained at once by the sandwich rule,
 >>> slimmable.calibrate_([images]).eval()(images, width=0.25).shape
 torch.Size([32, 10])
 
+The same network in groups. The order of channels is found, what was lost is given back in part by
+a thin layer beside each, and both are fine-tuned as any other network:
+
+>>> from structopt.slicing import Branches, Mixed, group_layers
+>>> for exchange in (Branches(), Mixed(rank=1)):
+...     grouped = group_layers(model, images[:1], 2, exchange=exchange)
+...     print(exchange, sum(p.numel() for p in grouped.parameters()))
+Branches() 9030
+Mixed(rank=1) 10638
+
 For several processes nothing changes: slices are cut inside the module's own forward pass, so that
 ``train`` under :func:`structopt.distributed.join` averages the gradients of all widths.
 """
 
+from structopt.slicing.assigning import Assignment, assign_groups
+from structopt.slicing.grouped import (
+    Averaged,
+    Averaging,
+    Branches,
+    GroupedLinear,
+    Mixed,
+    Mixing,
+    Reorder,
+    Shuffled,
+)
+from structopt.slicing.grouping import group_layers
 from structopt.slicing.sandwich import Sandwich, all_widths
 from structopt.slicing.slices import Slice
 from structopt.slicing.sorting import sort_channels
 from structopt.slicing.widths import Slimmable
 
-__all__ = ["Sandwich", "Slice", "Slimmable", "all_widths", "sort_channels"]
+__all__ = [
+    "Assignment",
+    "Averaged",
+    "Averaging",
+    "Branches",
+    "GroupedLinear",
+    "Mixed",
+    "Mixing",
+    "Reorder",
+    "Sandwich",
+    "Shuffled",
+    "Slice",
+    "Slimmable",
+    "all_widths",
+    "assign_groups",
+    "group_layers",
+    "sort_channels",
+]

@@ -1,0 +1,262 @@
+"""Dense layers into groups: exact where the weights allow it, and the best order is found."""
+
+import copy
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from slicing_networks import ALL, made
+from torch import nn
+
+from structopt.channels import channel_groups
+from structopt.networks import LeNet5
+from structopt.slicing import (
+    Averaged,
+    Averaging,
+    Branches,
+    GroupedLinear,
+    Mixed,
+    Reorder,
+    Shuffled,
+    assign_groups,
+    group_layers,
+)
+from structopt.slicing.assigning import balanced
+from structopt.slicing.grouped import mixing
+
+
+def assert_close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def weights(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def parts_of(size, groups=2):
+    return torch.randperm(size) % groups
+
+
+# ------------------------------------------------------------------ which channels belong together
+
+
+@given(
+    size=st.sampled_from([(4, 2), (6, 2), (6, 3), (8, 2), (8, 4)]), seed=st.integers(0, 9999),
+    whole=st.booleans(),
+)  # fmt: skip
+def test_the_balanced_assignment_is_the_best_of_all(size, seed, whole):
+    (n, groups), draw = size, np.random.default_rng(seed)
+    scores = draw.integers(0, 4, (n, groups)).astype(float) if whole else draw.random((n, groups))
+    start = draw.permutation(n) % groups
+    found = balanced(scores, start)
+    assert np.bincount(found).tolist() == [n // groups] * groups
+    every = itertools.product(range(groups), repeat=n)
+    fair = (a for a in every if np.bincount(a, minlength=groups).tolist() == [n // groups] * groups)
+    best = max(scores[range(n), a].sum() for a in map(list, fair))
+    np.testing.assert_allclose(scores[range(n), found].sum(), best, rtol=1e-9)
+
+
+@given(
+    groups=st.integers(2, 5),
+    rows=st.integers(1, 4),
+    columns=st.integers(1, 4),
+    seed=st.integers(0, 999),
+)
+def test_blocks_that_are_there_are_found(groups, rows, columns, seed):
+    torch.manual_seed(seed)
+    blocks = [torch.rand(rows, columns, dtype=torch.float64) + 0.1 for _ in range(groups)]
+    weight = torch.block_diag(*blocks)
+    out, into = torch.randperm(groups * rows), torch.randperm(groups * columns)
+    found = assign_groups(weight[out][:, into], groups)
+    assert found.kept == pytest.approx(1, abs=1e-12)
+    inside = found.outputs[:, None] == found.inputs[None]
+    assert (weight[out][:, into][torch.from_numpy(~inside)] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "groups", "margin"),
+    [
+        ((), 2, 1.2),
+        ((), 4, 1.5),
+        ((), 8, 2.0),
+        ((3, 3), 2, 1.05),
+        ((3, 3), 4, 1.12),
+        ((3, 3), 8, 1.25),
+    ],
+)
+def test_even_in_noise_the_order_found_keeps_more_than_the_given_one(kernel, groups, margin):
+    """Normal weights have no blocks; trained weights leave more to be found."""
+    weight = torch.randn(64, 64, *kernel)
+    blocks = torch.arange(64) * groups // 64
+    squares = weight.square().flatten(2).sum(2) if kernel else weight.square()
+    given = float(squares[blocks[:, None] == blocks[None]].sum() / squares.sum())
+    found = assign_groups(weight, groups)
+    assert found.kept > margin * given
+    inside = torch.from_numpy(found.outputs[:, None] == found.inputs[None])
+    assert found.kept == pytest.approx(float(squares[inside].sum() / squares.sum()))
+    assert np.array_equal(found.inputs, assign_groups(weight, groups).inputs)
+
+
+# ------------------------------------------------------------------ networks
+
+
+def blocked(model, x, together):
+    """The model with block-diagonal weights, up to a random order of channels; how many layers."""
+    model, channels, parts, count = copy.deepcopy(model), channel_groups(model, x), {}, 0
+
+    def side(name, dim):
+        """The part of each entry of an axis that one group covers, entry by channel."""
+        for group in channels:
+            for member in group.members:
+                here = (member.parameter, member.dim) == (f"{name}.weight", dim)
+                if here and sorted(member.channel) == list(range(group.size)):
+                    part = parts.setdefault(group, parts_of(group.size))
+                    return part[member.channel] if together else parts_of(group.size)
+        return None
+
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d) and getattr(layer, "groups", 1) == 1:
+            out, into = side(name, 0), side(name, 1)
+            if out is not None and into is not None and not (len(out) % 2 or len(into) % 2):
+                inside = (out[:, None] == into[None]).to(layer.weight.device)
+                layer.weight.data *= inside.reshape(*inside.shape, *[1] * (layer.weight.ndim - 2))
+                count += 1
+    return model, count
+
+
+@pytest.mark.parametrize("exchange", [Branches(), Shuffled()])
+@pytest.mark.parametrize("name", [name for name in ALL if name != "ViT"])
+def test_block_diagonal_weights_are_grouped_exactly(name, exchange, device):
+    full, x = made(name, device)
+    model, count = blocked(full, x, isinstance(exchange, Branches))
+    before = copy.deepcopy(model.state_dict())
+    small = group_layers(model, x, 2, exchange=exchange)
+    x = torch.randn_like(x)
+    assert_close(small(x), model(x))
+    in_groups = [
+        m
+        for m in small.modules()
+        if isinstance(m, GroupedLinear) or (isinstance(m, nn.Conv2d) and m.groups == 2)
+    ]
+    assert len(in_groups) == count > 0
+    kinds = {type(m) for m in small.modules()}
+    assert Reorder not in kinds or isinstance(exchange, Shuffled)
+    zeros = sum(int((p == 0).sum()) for p in model.parameters())
+    assert weights(model) - weights(small) == zeros - sum(
+        int((p == 0).sum()) for p in small.parameters()
+    )
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["DenseNet", "TinyTransformer", "VGG", "ResNet-20"])
+def test_with_full_rank_nothing_is_lost(name, device):
+    model, x = made(name, device)
+    assert_close(group_layers(model, x, 2, exchange=Mixed(9999))(x), model(x))
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8, 99])
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Conv2d])
+def test_a_thin_layer_gives_back_what_its_rank_can(kind, rank, device):
+    """What stays lost are the singular values beyond the rank (Eckart & Young, 1936)."""
+    settings = {"device": device, "dtype": torch.float64}
+    layer = kind(8, 12, **({"kernel_size": 1} if kind is nn.Conv2d else {}), **settings)
+    thin = mixing(layer, 2, rank)
+    units = torch.eye(8, **settings)
+    units = units if kind is nn.Linear else units[:, :, None, None]
+    error = (thin(units) - layer(units)).norm()
+    weight = layer.weight.flatten(1).clone()
+    weight[:6, :4] = weight[6:, 4:] = 0
+    assert_close(error, torch.linalg.svdvals(weight)[rank:].norm())
+    assert thin.down.weight.shape[0] == min(rank, 8)
+
+
+def test_averaging_begins_as_branches_and_ends_with_equal_groups(device):
+    model, x = made("ResNet-20", device)
+    branches = group_layers(model, x, 2, exchange=Branches())
+    averaged = group_layers(model, x, 2, exchange=Averaged())
+    assert_close(averaged(x), branches(x))
+    shares = [m.share for m in averaged.modules() if isinstance(m, Averaging)]
+    averaged(x).sum().backward()
+    assert all(share.grad is not None and share.grad != 0 for share in shares)
+    exchange = Averaging(2, -3).to(device)
+    exchange.share.data.fill_(1)
+    y = torch.randn(3, 4, 5, 5, dtype=torch.float64, device=device)
+    found = exchange.double()(y)
+    assert_close(found[:, :2], (y[:, :2] + y[:, 2:]) / 2)
+    assert_close(found[:, :2], found[:, 2:])
+
+
+def test_layers_of_fixed_order_can_be_shuffled_when_they_are_named(device):
+    """In torch's own attention the stream's order is tied to the heads."""
+    model, x = made("ViT", device)
+    names = ["encoder.layers.*.mlp.*"]
+    with pytest.raises(ValueError, match="its inputs cannot be put in any order"):
+        group_layers(model, x, 2, exchange=Branches(), layers=names)
+    for block in model.encoder.layers:
+        for layer in (block.mlp[0], block.mlp[3]):
+            out, into = (parts_of(size) for size in layer.weight.shape)
+            layer.weight.data *= (out[:, None] == into[None]).to(device)
+    small = group_layers(model, x, 2, layers=names)
+    assert sum(isinstance(m, GroupedLinear) for m in small.modules()) == 4
+    assert_close(small(x), model(x))
+
+
+def test_each_layer_keeps_at_least_what_the_given_order_keeps(device):
+    model, x = made("VGG", device)
+    small = group_layers(model, x, 2)
+    squares = {
+        k: float(p.detach().square().sum()) for k, p in small.named_parameters() if p.ndim > 1
+    }
+    grouped = [n for n, m in small.named_modules() if getattr(m, "groups", 1) == 2]
+    assert grouped
+    for name in grouped:
+        origin = name if f"{name}.weight" in model.state_dict() else name.rpartition(".")[0]
+        dense = model.get_submodule(origin).weight
+        given = sum(
+            float(part.chunk(2, 1)[k].detach().square().sum())
+            for k, part in enumerate(dense.chunk(2))
+        )
+        assert squares[f"{name}.weight"] >= given * (1 - 1e-9)
+
+
+def test_a_grouped_linear_is_block_diagonal(device):
+    weight = torch.randn(3, 2, 4, dtype=torch.float64, device=device)
+    bias = torch.randn(6, dtype=torch.float64, device=device)
+    x = torch.randn(5, 7, 12, dtype=torch.float64, device=device)
+    expected = nn.functional.linear(x, torch.block_diag(*weight), bias)
+    assert_close(GroupedLinear(weight, bias)(x), expected)
+
+
+def test_strides_paddings_and_missing_biases_stay(device):
+    def conv(*sizes, **settings):
+        return nn.Conv2d(*sizes, device=device, dtype=torch.float64, **settings)
+
+    settings = {"stride": 2, "padding": 2, "dilation": 2, "padding_mode": "reflect", "bias": False}
+    model = nn.Sequential(conv(3, 8, 1), conv(8, 12, 3, **settings), nn.ReLU(), conv(12, 4, 1))
+    x = torch.randn(2, 3, 9, 9, dtype=torch.float64, device=device)
+    model, count = blocked(model, x, True)
+    assert count == 1
+    for exchange in (Branches(), Shuffled(), Mixed(99)):
+        assert_close(group_layers(model, x, 2, exchange=exchange)(x), model(x))
+
+
+# ------------------------------------------------------------------ bad input
+
+
+def test_what_is_wrong_is_named():
+    model, x = LeNet5(widths=(6, 16, 20)), torch.zeros(1, 1, 28, 28)
+    with pytest.raises(ValueError, match="at least 2: 1"):
+        group_layers(model, x, 1)
+    with pytest.raises(ValueError, match=r"no layer can be split into 5 groups: .*conv2 has 6"):
+        group_layers(model, x, 5)
+    with pytest.raises(ValueError, match="conv1 has 1 inputs and 6 outputs"):
+        group_layers(model, x, 2, layers=["conv1"])
+    with pytest.raises(ValueError, match=r"no layer's name fits \['stage9'\]"):
+        group_layers(model, x, 2, layers=["stage9"])
+    with pytest.raises(ValueError, match="at least 1: 0"):
+        Mixed(0)
+    with pytest.raises(ValueError, match=r"3 groups do not split a weight of shape \(4, 6\)"):
+        assign_groups(torch.ones(4, 6), 3)
