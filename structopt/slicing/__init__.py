@@ -28,11 +28,25 @@ a thin layer beside each, and both are fine-tuned as any other network:
 Branches() 9030
 Mixed(rank=1) 10638
 
+And with exits: each example leaves where the network is sure enough, and what comes behind runs on
+the others alone. The threshold is chosen on data that were held back:
+
+>>> from structopt.slicing import EarlyExits, all_exits, choose_threshold
+>>> network = EarlyExits(networks.ResNet20(width=4), images[:1], ["stage1", "stage2"])
+>>> optimizer = descent.fused_adamw(network, lr=0.01)
+>>> history = train(
+...     network, [(images, labels)], all_exits(teaching=0.5), optimizer, epochs=2, device="cpu"
+... )
+>>> threshold = choose_threshold(network, [(images, labels)], macs=network.macs(images[:1])[1])
+>>> network.deciding(threshold.value).eval()(images).shape
+torch.Size([32, 10])
+
 For several processes nothing changes: slices are cut inside the module's own forward pass, so that
 ``train`` under :func:`structopt.distributed.join` averages the gradients of all widths.
 """
 
 from structopt.slicing.assigning import Assignment, assign_groups
+from structopt.slicing.exits import Answers, Deciding, EarlyExits, confidence
 from structopt.slicing.grouped import (
     Averaged,
     Averaging,
@@ -44,16 +58,20 @@ from structopt.slicing.grouped import (
     Shuffled,
 )
 from structopt.slicing.grouping import group_layers
+from structopt.slicing.leaving import Threshold, all_exits, choose_threshold
 from structopt.slicing.sandwich import Sandwich, all_widths
 from structopt.slicing.slices import Slice
 from structopt.slicing.sorting import sort_channels
 from structopt.slicing.widths import Slimmable
 
 __all__ = [
+    "Answers",
     "Assignment",
     "Averaged",
     "Averaging",
     "Branches",
+    "Deciding",
+    "EarlyExits",
     "GroupedLinear",
     "Mixed",
     "Mixing",
@@ -62,8 +80,12 @@ __all__ = [
     "Shuffled",
     "Slice",
     "Slimmable",
+    "Threshold",
+    "all_exits",
     "all_widths",
     "assign_groups",
+    "choose_threshold",
+    "confidence",
     "group_layers",
     "sort_channels",
 ]

@@ -1,0 +1,289 @@
+"""Early exits: an answer as soon as the network is sure enough."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structopt import measure
+from structopt.measure.running import device_of, with_batch
+from structopt.training import evaluating
+
+Leaves = Callable[[int, Tensor], Tensor]  # number of an exit, its logits (B, C) -> who leaves (B,)
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """The logits of each example, (B, C), and the number of the exit that gave them, (B,)."""
+
+    logits: Tensor
+    exits: Tensor
+
+
+class _Done(Exception):
+    """Every example has left: the rest of the network need not run."""
+
+
+class EarlyExits(nn.Module):
+    """A classifier with a head at some of its modules, each of which may answer.
+
+    ``network(x)`` gives the logits of all heads, the network's own last: a tuple to train on.
+    ``network.answer(x, threshold)`` lets each example leave at the first head whose largest
+    probability is at least the threshold; what comes behind runs on the others alone, and not at
+    all where none is left. After Teerapittayanon et al., 2016, "BranchyNet".
+
+    Args:
+        model: gives logits (B, C) for inputs (B, …). It is used, not copied.
+        example: inputs for it.
+        at: names of modules whose output is all that the rest of the network reads. Each gets a
+            new head: the mean over positions and a linear layer. Or ``{name: head}``.
+
+    Raises:
+        ValueError: a module that does not exist, is not called exactly once, gives no tensor of
+            features, or past which other tensors are carried (a residual around it), so that
+            examples could not leave there.
+
+    Example:
+        >>> from structopt.networks import ResNet20
+        >>> image = torch.zeros(1, 1, 28, 28)
+        >>> network = EarlyExits(ResNet20(width=4), image, ["stage1", "stage2"]).eval()
+        >>> [logits.shape for logits in network(image)]
+        [torch.Size([1, 10]), torch.Size([1, 10]), torch.Size([1, 10])]
+        >>> network.answer(image, threshold=0.0).exits
+        tensor([0])
+    """
+
+    def __init__(
+        self, model: nn.Module, example: Tensor, at: Sequence[str] | Mapping[str, nn.Module]
+    ) -> None:
+        super().__init__()
+        self.model, names = model, list(at)
+        if isinstance(at, str) or not names:
+            raise ValueError(f"at names the modules that get an exit, at least one: {at!r}")
+        found, final = _outputs(model, example, names)
+        if not isinstance(final, Tensor) or final.ndim != 2:
+            raise ValueError(
+                f"the model gives {_told(final)}: exits answer as it does, with logits (B, C)"
+            )
+        self.at = tuple(sorted(names, key=list(found).index))
+        given = at if isinstance(at, Mapping) else {}
+        self.heads = nn.ModuleList(
+            given.get(name) or _head(name, found[name], final) for name in self.at
+        )
+        _verify(self, example)
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        """The logits of every exit, all examples: (B, C) each."""
+        found: list[Tensor] = []
+
+        def note(number: int, output: Tensor) -> Tensor:
+            found.append(self.heads[number](output))
+            return output
+
+        final = self._run(inputs, note)
+        return (*found, final)
+
+    def answer(self, inputs: Tensor, threshold: float) -> Answers:
+        """Let each example leave where the largest probability is at least the threshold.
+
+        0 answers everything at the first exit, 1.01 nothing before the end. Use it in evaluation
+        mode; each exit waits for the device, since what runs next depends on it.
+        """
+        return self.leave(inputs, lambda _, logits: confidence(logits) >= threshold)
+
+    def leave(self, inputs: Tensor, leaves: Leaves) -> Answers:
+        """As `answer`, with a rule of your own: ``leaves(exit, logits)`` says who leaves, (B,)."""
+        waiting = torch.arange(len(inputs), device=inputs.device)
+        gone, logits, exits = list[Tensor](), list[Tensor](), list[Tensor]()
+
+        def depart(who: Tensor, answer: Tensor, number: int) -> None:
+            gone.append(who)
+            logits.append(answer)
+            exits.append(torch.full_like(who, number))
+
+        def decide(number: int, output: Tensor) -> Tensor:
+            nonlocal waiting
+            answer = self.heads[number](output)
+            going = leaves(number, answer)
+            depart(waiting[going], answer[going], number)
+            waiting, output = waiting[~going], output[~going]
+            if not len(waiting):
+                raise _Done
+            return output
+
+        try:
+            final = self._run(inputs, decide)
+            if len(final) != len(waiting):
+                raise ValueError(f"{len(waiting)} examples went on, {len(final)} came out")
+            depart(waiting, final, len(self.at))
+        except _Done:
+            pass
+        order = torch.cat(gone).argsort()
+        return Answers(torch.cat(logits)[order], torch.cat(exits)[order])
+
+    def deciding(self, threshold: float) -> nn.Module:
+        """A module x → logits that leaves early: to evaluate, to time, to deploy."""
+        return Deciding(self, threshold)
+
+    def macs(self, example: Tensor) -> list[int]:
+        """Multiply-accumulates for one example until each exit, with the heads on the way."""
+
+        def leaves(at: int) -> Leaves:
+            return lambda number, logits: torch.full_like(logits[:, 0], number == at).bool()
+
+        with evaluating(self):
+            return [
+                measure.cost(partial(self.leave, leaves=leaves(at)), example).macs
+                for at in range(len(self.at) + 1)
+            ]
+
+    def _run(self, inputs: Tensor, at_exit: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """Run the model; what `at_exit` makes of a module's output is what the rest reads."""
+
+        def hook(number: int) -> Callable[..., Tensor]:
+            return lambda _module, _args, output: at_exit(number, output)
+
+        handles = [
+            self.model.get_submodule(name).register_forward_hook(hook(number))
+            for number, name in enumerate(self.at)
+        ]
+        try:
+            logits: Tensor = self.model(inputs)
+            return logits
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class Deciding(nn.Module):
+    """A network with exits as a plain classifier; made by :meth:`EarlyExits.deciding`."""
+
+    def __init__(self, network: EarlyExits, threshold: float) -> None:
+        super().__init__()
+        self.network, self.threshold = network, threshold
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Logits (B, C), of the exit where each example left."""
+        return self.network.answer(inputs, self.threshold).logits
+
+    def extra_repr(self) -> str:
+        return f"threshold={self.threshold}"
+
+
+def confidence(logits: Tensor) -> Tensor:
+    """The largest probability of each row, (B, C) -> (B,), in float32 at least.
+
+    >>> confidence(torch.zeros(1, 4))
+    tensor([0.2500])
+    """
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return wide.softmax(1).amax(1)
+
+
+def _outputs(model: nn.Module, example: Tensor, names: Sequence[str]) -> tuple[dict[str, Any], Any]:
+    """What the named modules give, in the order in which they run, and what the model gives."""
+    found: dict[str, Any] = {}
+    handles = []
+    for name in names:
+        try:
+            module = model.get_submodule(name)
+        except AttributeError as problem:
+            near = ", ".join(n for n, _ in model.named_children())
+            raise ValueError(f"the model has no module {name!r}; it has {near}, …") from problem
+
+        def note(_module: nn.Module, _args: Any, output: Any, name: str = name) -> None:
+            if name in found:
+                raise ValueError(f"{name} is called more than once: which time would be the exit?")
+            found[name] = output
+
+        handles.append(module.register_forward_hook(note))
+    try:
+        with torch.no_grad(), evaluating(model):
+            final = model(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name in names:
+        if name not in found:
+            raise ValueError(f"{name} is not called by itself when the model runs: no exit there")
+    return found, final
+
+
+def _head(name: str, features: Any, final: Tensor) -> nn.Module:
+    if not isinstance(features, Tensor) or not 2 <= features.ndim <= 5:
+        raise ValueError(f"{name} gives {_told(features)}: an exit reads one tensor of features")
+    if features.ndim == 3:
+        mean: list[nn.Module] = [_TokenMean()]
+        width = features.shape[2]
+    else:
+        pools = {4: nn.AdaptiveAvgPool2d, 5: nn.AdaptiveAvgPool3d}
+        mean = [pools[features.ndim](1), nn.Flatten()] if features.ndim > 2 else []
+        width = features.shape[1]
+    linear = nn.Linear(width, final.shape[1], device=final.device, dtype=final.dtype)
+    return nn.Sequential(*mean, linear)
+
+
+class _TokenMean(nn.Module):
+    """(B, T, D) -> (B, D)."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens.mean(1)
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}"
+
+
+def _verify(network: EarlyExits, example: Tensor) -> None:
+    """Those who stay must get the answers that they get when nobody leaves."""
+    device = device_of(network.model, example)
+    batch = with_batch(example, 3).to(device)
+    if batch.is_floating_point():
+        noise = torch.randn(batch.shape, generator=torch.Generator().manual_seed(0))
+        batch = batch + noise.to(batch)
+    with torch.no_grad(), evaluating(network):
+        expected = network(batch)
+        for name, logits in zip(network.at, expected, strict=False):
+            if logits.shape != expected[-1].shape:
+                raise ValueError(
+                    f"the head of {name} gives {_told(logits)}, the model {_told(expected[-1])}"
+                )
+        for number, name in enumerate(network.at):
+            for stay in ([1], [0, 2]):
+                index = torch.tensor(stay, device=device)
+
+                def leaves(n: int, y: Tensor, at: int = number, stay: Tensor = index) -> Tensor:
+                    if n != at:
+                        return torch.zeros_like(y[:, 0]).bool()
+                    return torch.ones_like(y[:, 0]).bool().index_fill(0, stay, False)
+
+                _verify_rest(network, batch, leaves, name, expected[-1][index], index)
+
+
+def _verify_rest(
+    network: EarlyExits,
+    batch: Tensor,
+    leaves: Leaves,
+    name: str,
+    expected: Tensor,
+    index: Tensor,
+) -> None:
+    problem = "the others get other answers"
+    try:
+        found = network.leave(batch, leaves).logits[index]
+        scale = float(expected.abs().max())
+        if torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * scale):
+            return
+    except (RuntimeError, ValueError, IndexError) as failure:
+        problem = str(failure)
+    raise ValueError(
+        f"no example can leave at {name}: past it the model carries other tensors too, such as a "
+        f"residual ({problem}); put the exit where one tensor is all that passes"
+    )

@@ -1,0 +1,252 @@
+"""Early exits: who leaves gets its exit's answer, who stays that of the whole network."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from slicing_networks import made
+from torch import nn
+
+from structopt import data, measure
+from structopt.networks import SimpleNet
+from structopt.slicing import (
+    EarlyExits,
+    all_exits,
+    choose_threshold,
+    confidence,
+)
+from structopt.training import evaluate, train
+
+AT = {
+    "ResNet-18": ["layer1", "layer3"],
+    "ResNeXt": ["layer2", "layer4"],
+    "VGG": ["features.0", "classifier.1"],
+    "MobileNet-V2": ["features.3", "features.10"],
+    "SqueezeNet": ["features.5", "features.10"],
+    "DenseNet": ["features.transition1", "features.denseblock3"],
+    "ShuffleNet-V2": ["stage2", "stage4"],
+    "ViT": ["encoder.layers.encoder_layer_0"],
+    "TinyTransformer": ["layers.0", "layers.1"],
+    "ResNet-20": ["stage1", "stage2.0"],
+}
+
+
+def with_exits(name, device):
+    model, x = made(name, device)
+    network = EarlyExits(model, x, AT[name][::-1]).eval()
+    x = torch.randn(6, *x.shape[1:], dtype=x.dtype, device=device)
+    return network, x
+
+
+def assert_close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", AT)
+def test_an_exit_reads_the_module_it_stands_at(name, device):
+    network, x = with_exits(name, device)
+    seen = {}
+    for place in AT[name]:
+        module = network.model.get_submodule(place)
+        module.register_forward_hook(lambda _m, _a, y, place=place: seen.update({place: y}))
+    whole = network.model(x)
+    *early, last = network(x)
+    assert torch.equal(last, whole)
+    assert network.at == tuple(AT[name])
+    for place, logits, head in zip(AT[name], early, network.heads, strict=True):
+        features = seen[place]
+        if features.ndim == 4:
+            features = features.mean((2, 3))
+        features = features.mean(1) if features.ndim == 3 else features
+        assert_close(logits, F.linear(features, head[-1].weight, head[-1].bias))
+
+
+@pytest.mark.parametrize("name", AT)
+def test_each_example_leaves_at_the_first_exit_that_is_sure(name, device):
+    network, x = with_exits(name, device)
+    for head in network.heads:
+        head[-1].weight.data *= 5
+    outputs = torch.stack(network(x)).detach()
+    sure = outputs.softmax(2).amax(2)
+    values = sure[:-1].flatten().sort().values.tolist()
+    middle = [(values[k] + values[k + 1]) / 2 for k in (len(values) // 2, len(values) - 2)]
+    for threshold in (0.0, *middle, 1.01):
+        first = [
+            next((k for k in range(len(network.at)) if sure[k, i] >= threshold), len(network.at))
+            for i in range(len(x))
+        ]
+        found = network.answer(x, threshold)
+        assert found.exits.tolist() == first
+        assert_close(found.logits, outputs[first, range(len(x))])
+        assert torch.equal(network.deciding(threshold)(x), found.logits)
+
+
+def test_what_has_left_costs_nothing_more(device):
+    """The modules behind an exit see the others alone, and are not run where none is left."""
+    network, x = with_exits("ResNet-20", device)
+    seen = []
+    network.model.stage3.register_forward_hook(lambda _m, args, _y: seen.append(len(args[0])))
+    staying = torch.tensor([True, False, True, True, False, False], device=device)
+    network.leave(x, lambda n, y: ~staying if n == 0 else torch.zeros_like(y[:, 0]).bool())
+    assert seen == [3]
+    network.answer(x, 0.0)
+    assert seen == [3]
+    network.answer(x, 1.01)
+    assert seen == [3, 6]
+
+
+def test_macs_until_an_exit_are_those_of_the_modules_before_it(device):
+    body = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    network = EarlyExits(body.to(device), torch.zeros(1, 4, device=device), ["1", "3"])
+    assert network.macs(torch.zeros(1, 4, device=device)) == [24 + 18, 42 + 48 + 24, 114 + 24]
+    assert network.training
+    network, x = with_exits("ResNet-20", device)
+    last = network.macs(x[:1])[-1]
+    heads = sum(head[-1].weight.numel() for head in network.heads)
+    assert last == measure.cost(network.model, x[:1]).macs + heads
+
+
+# ------------------------------------------------------------------ training
+
+
+def small(device):
+    body = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+    network = EarlyExits(
+        body.double().to(device), torch.zeros(1, 4).double().to(device), ["1", "3"]
+    )
+    x = torch.randn(7, 4, dtype=torch.float64, device=device)
+    return network, x, torch.randint(3, (7,), device=device)
+
+
+def test_the_objective_is_the_sum_written_out(device):
+    network, x, y = small(device)
+    one, two, last = network(x)
+
+    def part(logits):
+        told = F.kl_div(logits.log_softmax(1), last.detach().softmax(1), reduction="batchmean")
+        return F.cross_entropy(logits, y) + 0.25 * told
+
+    expected = 0.5 * part(one) + 2 * part(two) + F.cross_entropy(last, y)
+    found = all_exits(weights=[0.5, 2, 1], teaching=0.25)(network, (x, y))
+    parameters = list(network.parameters())
+    for a, b in zip(
+        torch.autograd.grad(found, parameters),
+        torch.autograd.grad(expected, parameters),
+        strict=True,
+    ):
+        assert_close(a, b)
+    assert_close(found, 0.5 * part(one) + 2 * part(two) + F.cross_entropy(last, y))
+    plain = sum(F.cross_entropy(logits, y) for logits in network(x))
+    assert_close(all_exits()(network, (x, y)), plain)
+
+
+def test_every_exit_learns(device):
+    inputs = torch.randn(96, 4, dtype=torch.float64)
+    examples = data.Examples(inputs, (inputs.sum(1) > 0).long())
+    network, _, _ = small(device)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.02)
+    batches = data.batches(examples, 32)
+    train(
+        network, batches, all_exits(teaching=0.5), optimizer, epochs=40, device=device,
+        autocast=None,
+    )  # fmt: skip
+    for threshold in (0.0, 0.8, 1.01):
+        assert evaluate(network.deciding(threshold), examples) > 0.9
+
+
+# ------------------------------------------------------------------ when to leave
+
+
+def test_the_threshold_is_the_best_of_all(device):
+    network, _, _ = small(device)
+    x = torch.randn(60, 4, dtype=torch.float64, device=device)
+    y = torch.where(torch.rand(60, device=device) < 0.6, network(x)[2].argmax(1), 0)
+    batches = [(x[:40], y[:40]), (x[40:], y[40:])]
+    costs = network.macs(x[:1])
+    every = []
+    for value in [0.0, *torch.cat([confidence(z) for z in network(x)[:-1]]).tolist(), 1.01]:
+        found = network.answer(x, value)
+        right = float((found.logits.argmax(1) == y).double().mean())
+        every.append(
+            (right, float(torch.tensor(costs, device=device)[found.exits].double().mean()))
+        )
+    best = max(right for right, _ in every)
+    for target in (0.0, sum(sorted(r for r, _ in every)[30:32]) / 2, best):
+        chosen = choose_threshold(network, batches, accuracy=target)
+        assert chosen.accuracy >= target
+        assert chosen.macs == pytest.approx(min(m for r, m in every if r >= target))
+        found = network.answer(x, chosen.value)
+        assert float((found.logits.argmax(1) == y).double().mean()) == pytest.approx(
+            chosen.accuracy
+        )
+        counts = torch.bincount(found.exits, minlength=3).double() / 60
+        assert chosen.left == pytest.approx(tuple(counts.tolist()))
+    for budget in (costs[0], sum(costs) / 3, costs[2]):
+        chosen = choose_threshold(network, batches, macs=budget)
+        assert chosen.macs <= budget
+        assert chosen.accuracy == pytest.approx(max(r for r, m in every if m <= budget))
+    with pytest.raises(ValueError, match=f"the best is {best:.4f}"):
+        choose_threshold(network, batches, accuracy=best + 0.01)
+    with pytest.raises(ValueError, match=f"the least is {costs[0]}"):
+        choose_threshold(network, batches, macs=1)
+    with pytest.raises(ValueError, match="give one of accuracy and macs"):
+        choose_threshold(network, batches)
+    with pytest.raises(ValueError, match="batches are empty"):
+        choose_threshold(network, [], macs=1)
+
+
+# ------------------------------------------------------------------ as a module, and bad input
+
+
+def test_a_copy_is_a_network_of_its_own(device):
+    network, x = with_exits("ResNet-20", device)
+    twin = copy.deepcopy(network)
+    for parameter in twin.parameters():
+        parameter.data.zero_()
+    assert all(logits.abs().max() == 0 for logits in twin(x))
+    twin.load_state_dict(network.state_dict())
+    assert_close(twin.answer(x, 0.5).logits, network.answer(x, 0.5).logits)
+
+
+class Skipping(nn.Module):
+    """A residual around `inner`: examples cannot leave there."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.twice, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.pair, self.unused = nn.LSTM(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = x + self.inner(x)
+        return self.head(self.pair(self.twice(self.twice(x)))[0])
+
+
+def test_what_is_wrong_is_named():
+    x = torch.randn(2, 4)
+    for place, reason in {
+        "inner": "no example can leave at inner: past it the model carries other tensors",
+        "twice": "twice is called more than once",
+        "pair": "pair gives a tuple: an exit reads one tensor",
+        "unused": "unused is not called by itself",
+        "nowhere": "no module 'nowhere'; it has inner, twice, head",
+    }.items():
+        with pytest.raises(ValueError, match=reason):
+            EarlyExits(Skipping(), x, [place])
+    image = torch.zeros(1, 1, 28, 28)
+    with pytest.raises(ValueError, match="at least one: 'conv1'"):
+        EarlyExits(SimpleNet(), image, "conv1")
+    with pytest.raises(ValueError, match="exits answer as it does, with logits"):
+        EarlyExits(nn.Sequential(nn.Conv2d(1, 2, 3)), image, ["0"])
+    wide = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(7))
+    with pytest.raises(ValueError, match=r"the head of conv1 gives a tensor of shape \(3, 7\)"):
+        EarlyExits(SimpleNet(), image, {"conv1": wide})
+    network, x, y = small(torch.device("cpu"))
+    with pytest.raises(ValueError, match="2 weights for 3 exits"):
+        all_exits(weights=[1, 1])(network, (x, y))
+    with pytest.raises(ValueError, match="at least 0: -1"):
+        all_exits(teaching=-1)
+    with pytest.raises(ValueError, match="trains EarlyExits, not a Linear"):
+        all_exits()(nn.Linear(4, 3), (x, y))
+    with pytest.raises(ValueError, match="is a pair"):
+        all_exits()(network, x)
