@@ -8,22 +8,30 @@
 True
 """
 
+from structopt.compression.adjusting import correct_biases_, equalize
 from structopt.compression.codes import Coded, Codes, put_, quantize_weights, share_weights
 from structopt.compression.coding import decode, encode, entropy_bits
 from structopt.compression.container import Report, Row, load, save
+from structopt.compression.gptq import gptq, gptq_weights
 from structopt.compression.granularity import Granularity, PerAxis, PerBlock, PerGroup, PerTensor
 from structopt.compression.grids import MSE, Fit, Grid, MinMax, Percentile, Steps
 from structopt.compression.huffman import canonical_words, huffman_lengths
+from structopt.compression.inputs import RoundInput, calibrate, round_inputs
+from structopt.compression.qat import PACT, QAT, LearnedClip, LearnedStep, prepare_qat
 from structopt.compression.quantize import Quantized, fake_quantize, fit, quantize
 from structopt.compression.sharing import Shared, Tie, share, tie
 
 __all__ = [
     "MSE",
+    "PACT",
+    "QAT",
     "Coded",
     "Codes",
     "Fit",
     "Granularity",
     "Grid",
+    "LearnedClip",
+    "LearnedStep",
     "MinMax",
     "PerAxis",
     "PerBlock",
@@ -32,21 +40,29 @@ __all__ = [
     "Percentile",
     "Quantized",
     "Report",
+    "RoundInput",
     "Row",
     "Shared",
     "Steps",
     "Tie",
+    "calibrate",
     "canonical_words",
+    "correct_biases_",
     "decode",
     "encode",
     "entropy_bits",
+    "equalize",
     "fake_quantize",
     "fit",
+    "gptq",
+    "gptq_weights",
     "huffman_lengths",
     "load",
+    "prepare_qat",
     "put_",
     "quantize",
     "quantize_weights",
+    "round_inputs",
     "save",
     "share",
     "share_weights",

@@ -34,7 +34,7 @@ def quantize_weights(
     """
     made = {}
     for name, weight in chosen(model, names).items():
-        with _naming(name):
+        with naming(name):
             made[name] = quantize(weight, grid)
     return made
 
@@ -53,7 +53,7 @@ def share_weights(
     """
     made = {}
     for name, weight in chosen(model, names).items():
-        with _naming(name):
+        with naming(name):
             made[name] = share(weight, values, per)
     return made
 
@@ -92,7 +92,7 @@ def chosen(model: nn.Module, names: Collection[str] | None) -> dict[str, Tensor]
 
 
 @contextmanager
-def _naming(name: str) -> Iterator[None]:
+def naming(name: str) -> Iterator[None]:
     """Say in an error which weight it speaks of."""
     try:
         yield

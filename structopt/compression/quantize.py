@@ -29,17 +29,23 @@ class Quantized:
 
 
 class _StraightThrough(torch.autograd.Function):
-    """The rounded value forwards; backwards the identity, where nothing was clipped."""
+    """A value forwards; backwards the identity, or a share of it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor, inside: Tensor) -> Tensor:
-        ctx.save_for_backward(inside)
+    def forward(ctx: Any, x: Tensor, value: Tensor, share: Tensor) -> Tensor:
+        ctx.save_for_backward(share)
         return value
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (inside,) = ctx.saved_tensors
-        return gradients[0] * inside, None, None
+        (share,) = ctx.saved_tensors
+        return gradients[0] * share, None, None
+
+
+def straight_through(x: Tensor, value: Tensor, share: Tensor) -> Tensor:
+    """``value``, whose gradient goes to ``x``, times ``share``."""
+    made: Tensor = _StraightThrough.apply(x, value, share)
+    return made
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -116,8 +122,7 @@ def fake_quantize(x: Tensor, grid: Grid, steps: Steps | None = None) -> Tensor:
         values = (codes.clamp(first, last) - steps.zero[:, None]) * steps.scale[:, None]
         value = grid.per.join(values, x.shape).to(x.dtype)
         kept = grid.per.join(inside, x.shape)
-    made: Tensor = _StraightThrough.apply(x, value, kept)
-    return made
+    return straight_through(x, value, kept)
 
 
 def _fitting(steps: Steps, units: Tensor, grid: Grid) -> Steps:

@@ -1,0 +1,60 @@
+"""What layers see: their inputs and outputs while a model runs over batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structopt.training import evaluating
+from structopt.training.feeding import move
+
+READERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+See = Callable[[str, Tensor, Tensor], object]
+"""Called with the name of a layer, its input and its output."""
+
+
+def readers(model: nn.Module, names: Collection[str] | None = None) -> dict[str, nn.Module]:
+    """The linear layers and convolutions of these names; None: all of them."""
+    found: dict[str, nn.Module] = {
+        name: m for name, m in model.named_modules() if isinstance(m, READERS)
+    }
+    if names is None:
+        return found
+    if missing := [name for name in names if name not in found]:
+        raise ValueError(
+            f"{missing[0]!r} is no linear layer or convolution of this model; those are "
+            f"{', '.join(found)}"
+        )
+    return {name: found[name] for name in names}
+
+
+@torch.no_grad()
+def watch(
+    model: nn.Module, batches: Iterable[Any], layers: Mapping[str, nn.Module], see: See
+) -> None:
+    """Run the model over the batches in evaluation mode, and show what the layers read and make.
+
+    A batch is the inputs, or a pair (inputs, targets). Raises ValueError where there are none.
+    """
+
+    def hook(name: str, layer: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> None:
+        see(name, given[0].detach(), made.detach())
+
+    handles = [layer.register_forward_hook(partial(hook, name)) for name, layer in layers.items()]
+    device, count = next(model.parameters()).device, 0
+    try:
+        with evaluating(model):
+            for batch in batches:
+                inputs = batch[0] if isinstance(batch, tuple | list) else batch
+                inputs = move(inputs, device, False)
+                model(**inputs) if isinstance(inputs, dict) else model(inputs)
+                count += 1
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not count:
+        raise ValueError("the batches are empty: there is nothing to calibrate with")

@@ -1,0 +1,160 @@
+"""Second-order rounding: what one weight loses, the weights after it make up for."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from structopt.compression.codes import chosen, naming, put_
+from structopt.compression.evidence import readers, watch
+from structopt.compression.grids import Grid, Steps
+from structopt.compression.quantize import Quantized, as_finite
+
+BLOCK = 128  # columns whose errors are handed on at once
+
+
+@torch.no_grad()
+def gptq(weight: Tensor, hessian: Tensor, grid: Grid, *, damp: float = 0.01) -> Quantized:
+    """Round a weight so that what it does to its inputs changes least: GPTQ.
+
+    ``hessian`` is the sum of x xᵀ over what the rows multiply, (n, n) for a weight (outputs, …) of
+    n weights a row, or (groups, n, n) for that many equal parts of the rows. The grid is laid over
+    the weight first. Then column by column: round to the nearest code, and move the columns that
+    follow by -(w - q) / U[j, j] · U[j, j+1:], where Uᵀ U is the inverse of the Hessian, damped by
+    a share of its mean diagonal. Exact zeros stay: a pruned weight stays pruned.
+
+    Frantar et al., 2023, "GPTQ: accurate post-training quantization for generative pre-trained
+    transformers". Raises ValueError where the shapes do not fit, and as ``quantize``.
+
+    >>> x, weight = torch.randn(99, 6), torch.randn(4, 6)
+    >>> gptq(weight, x.T @ x, Grid(3)).codes.shape
+    torch.Size([4, 6])
+    """
+    rows = as_finite(weight).flatten(1)  # (O, n)
+    parts = hessian if hessian.ndim == 3 else hessian[None]
+    if weight.ndim < 2 or parts.shape[1:] != (rows.shape[1],) * 2 or len(rows) % len(parts):
+        raise ValueError(
+            f"a hessian of shape {tuple(hessian.shape)} does not fit a weight of shape "
+            f"{tuple(weight.shape)}: it is the sum of x xᵀ over what its rows multiply"
+        )
+    steps = grid.fit.steps(grid.per.split(rows.view(weight.shape)), grid)
+    units = grid.per.split(torch.zeros_like(rows).view(weight.shape))
+    scale, zero = (
+        grid.per.join(part[:, None].expand_as(units), weight.shape).flatten(1) for part in steps
+    )
+    size, made = len(rows) // len(parts), []
+    for part, own in enumerate(parts):
+        mine = slice(part * size, (part + 1) * size)
+        made.append(_rounded(rows[mine], Steps(scale[mine], zero[mine]), own, grid, damp))
+    kind = torch.int8 if grid.codes[0] < 0 else torch.uint8
+    codes = torch.cat(made).view(weight.shape).to(kind)
+    return Quantized(codes, steps, grid, weight.dtype)
+
+
+def _rounded(rows: Tensor, steps: Steps, hessian: Tensor, grid: Grid, damp: float) -> Tensor:
+    """The codes of some rows, (O, n), as floats."""
+    left, kept, codes = rows.clone(), rows != 0, torch.empty_like(rows)
+    upper = _upper(hessian.to(rows), damp)
+    for start in range(0, rows.shape[1], BLOCK):
+        end = min(start + BLOCK, rows.shape[1])
+        errors = torch.zeros_like(rows[:, start:end])
+        for j in range(start, end):
+            own = Steps(steps.scale[:, j], steps.zero[:, j])
+            code = grid.nearest(left[:, j : j + 1], own)[:, 0].clamp(*grid.codes)
+            if not grid.is_sign:
+                code = torch.where(kept[:, j], code, own.zero)
+            codes[:, j] = code
+            error = (left[:, j] - (code - own.zero) * own.scale) / upper[j, j]
+            left[:, j + 1 : end] -= error[:, None] * upper[j, j + 1 : end]
+            errors[:, j - start] = error
+        left[:, end:] -= errors @ upper[start:end, end:]
+    return codes
+
+
+def _upper(hessian: Tensor, damp: float) -> Tensor:
+    """U with Uᵀ U = the inverse of the damped Hessian; inputs that are always 0 are apart."""
+    hessian = hessian.clone()
+    diagonal = hessian.diagonal()
+    diagonal[diagonal == 0] = 1
+    diagonal += damp * diagonal.mean()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    made: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return made
+
+
+def gptq_weights(
+    model: nn.Module,
+    batches: Iterable[Any],
+    grid: Grid,
+    names: Collection[str] | None = None,
+    *,
+    damp: float = 0.01,
+) -> dict[str, Quantized]:
+    """:func:`gptq` for the weights of linear layers and convolutions; the model stays as it is.
+
+    Layers are rounded in the order in which they run, each from the inputs that it gets behind
+    those already rounded: one pass over the batches a layer. ``names`` are parameters, as in
+    :func:`structopt.compression.quantize_weights`; by default the weights of all such layers.
+
+    Raises ValueError for other parameters, three-dimensional convolutions, no batches, and as
+    ``quantize``.
+
+    >>> model, x = nn.Linear(6, 4), torch.randn(50, 6)
+    >>> sorted(gptq_weights(model, [x], Grid(3)))
+    ['weight']
+    """
+    batches, made = list(batches), dict[str, Quantized]()
+    rounded = copy.deepcopy(model)
+    if names is None:
+        layers = readers(rounded)
+    else:
+        layers = readers(rounded, [name.rpartition(".")[0] for name in chosen(rounded, names)])
+    order: list[str] = []
+    watch(rounded, batches[:1], layers, lambda name, given, out: order.append(name))
+    for layer in dict.fromkeys(order):
+        name = f"{layer}.weight".lstrip(".")
+        with naming(name):
+            hessian = _hessian(rounded, batches, layers, layer)
+            own = gptq(rounded.get_parameter(name), hessian, grid, damp=damp)
+        put_(rounded, {name: own})
+        made[name] = own
+    return made
+
+
+def _hessian(
+    model: nn.Module, batches: Iterable[Any], layers: dict[str, nn.Module], name: str
+) -> Tensor:
+    found: list[Tensor] = []
+
+    def see(name: str, given: Tensor, made: Tensor) -> None:
+        x = _columns(layers[name], given)  # (groups, n, inputs)
+        product = x @ x.mT
+        found[:] = [found[0] + product if found else product]
+
+    watch(model, batches, {name: layers[name]}, see)
+    return found[0]
+
+
+def _columns(layer: nn.Module, x: Tensor) -> Tensor:
+    """What the rows of a layer's weight multiply, (groups, n, inputs)."""
+    x = as_finite(x)
+    if isinstance(layer, nn.Linear):
+        return x.reshape(-1, layer.in_features).mT[None]
+    if not isinstance(layer, nn.Conv1d | nn.Conv2d):
+        raise ValueError(
+            f"the inputs of {type(layer).__name__} are not unfolded here: leave it out"
+        )
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    x = F.pad(x, layer._reversed_padding_repeated_twice, mode)
+    flat = isinstance(layer, nn.Conv1d)  # a picture of height 1
+    x = x.unsqueeze(-2) if flat else x
+    size, reach, stride = (
+        (1, *pair) if flat else pair for pair in (layer.kernel_size, layer.dilation, layer.stride)
+    )
+    columns = F.unfold(x, size, reach, 0, stride)  # (B, C · places of the kernel, L)
+    return columns.movedim(1, 0).reshape(layer.groups, -1, columns.shape[0] * columns.shape[2])

@@ -1,0 +1,101 @@
+"""The numbers that layers read, on grids too: dynamic, or static with steps from calibration."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structopt.compression.evidence import readers, watch
+from structopt.compression.granularity import PerTensor
+from structopt.compression.grids import Grid, Steps
+from structopt.compression.quantize import fake_quantize, fit
+
+SAMPLE = 1 << 16  # numbers kept of each input in each batch, its extremes among them
+
+
+def calibrate(
+    model: nn.Module, batches: Iterable[Any], grid: Grid, names: Collection[str] | None = None
+) -> dict[str, Steps]:
+    """Lay a grid over what each linear layer and convolution reads in these batches.
+
+    Of each input in each batch, its extremes and up to 65,536 evenly spread numbers are kept, so
+    that min-max is exact. The model runs in evaluation mode; a batch is the inputs, or a pair
+    (inputs, targets). An input that never varies gets a step too.
+
+    Raises ValueError for no batches, for grids that are not per tensor, and inputs not finite.
+
+    >>> model = nn.Linear(2, 1)
+    >>> steps = calibrate(model, [torch.tensor([[0.0, 2.55]])], Grid(8, symmetric=False))
+    >>> steps[""].scale
+    tensor([0.0100])
+    """
+    _whole(grid)
+    seen: dict[str, list[Tensor]] = {}
+
+    def see(name: str, given: Tensor, made: Tensor) -> None:
+        flat = given.flatten()
+        sample = flat[:: max(1, flat.numel() // SAMPLE)]
+        ends = torch.stack(flat.aminmax()) if flat.numel() else flat
+        seen.setdefault(name, []).append(torch.cat([sample, ends]))
+
+    watch(model, batches, readers(model, names), see)
+    made = {}
+    for name, parts in seen.items():
+        try:
+            made[name] = fit(torch.cat(parts), grid)
+        except ValueError as error:
+            raise ValueError(f"what {name or 'the model'} reads: {error}") from error
+    return made
+
+
+@dataclass(eq=False)
+class RoundInput:
+    """A forward pre-hook that rounds the first argument of a layer to a grid."""
+
+    grid: Grid
+    steps: Steps | None = None  # None: found anew in each pass
+
+    def __call__(self, layer: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        x, *others = given
+        steps = self.steps and Steps(*(part.to(x.device) for part in self.steps))
+        return (fake_quantize(x, self.grid, steps), *others)
+
+
+def round_inputs(
+    model: nn.Module,
+    grid: Grid,
+    steps: Mapping[str, Steps] | None = None,
+    names: Collection[str] | None = None,
+) -> nn.Module:
+    """A copy of the model whose linear layers and convolutions read rounded numbers.
+
+    With the ``steps`` of :func:`calibrate`: static, for the layers that they name. Without:
+    dynamic, a step for each call, over the whole batch. It simulates integer kernels, and is
+    slower than the model. With rounded weights, :func:`structopt.compression.put_`, each product
+    is one of integers times the two scales.
+
+    Raises ValueError as ``calibrate``, and for steps of layers that the model has not.
+
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> _ = model.weight.data.fill_(1)
+    >>> round_inputs(model, Grid(2))(torch.tensor([1.0, 0.4]))
+    tensor([1.], grad_fn=<...>)
+    """
+    _whole(grid)
+    made = copy.deepcopy(model)
+    chosen = names if names is not None or steps is None else list(steps)
+    for name, layer in readers(made, chosen).items():
+        if steps is not None and name not in steps:
+            raise ValueError(f"there are no steps for {name!r}; there are for {', '.join(steps)}")
+        layer.register_forward_pre_hook(RoundInput(grid, None if steps is None else steps[name]))
+    return made
+
+
+def _whole(grid: Grid) -> None:
+    if grid.per != PerTensor():
+        raise ValueError(f"inputs share one step: take a grid with per=PerTensor(), not {grid.per}")
