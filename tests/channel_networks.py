@@ -360,6 +360,82 @@ def masked() -> nn.Module:
     return model
 
 
+def spectral() -> nn.Module:
+    wrap = nn.utils.parametrizations.spectral_norm
+    return nn.Sequential(wrap(conv(3, 8)), nn.ReLU(), wrap(conv(8, 5)))
+
+
+def woven() -> nn.Module:
+    """Two layers are joined, shuffled and parted: a channel of one goes with one of the other."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        a, b = self.shuffle(torch.cat([self.left(x), self.right(x)], 1)).chunk(2, 1)
+        return self.a(a) + self.b(b)
+
+    return Fn(
+        forward, left=conv(3, 8), right=conv(3, 8), shuffle=nn.ChannelShuffle(2), a=conv(8, 4),
+        b=conv(8, 4),
+    )  # fmt: skip
+
+
+def stepped() -> nn.Module:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return self.b(x[:, ::2]) + self.c(x[:, 1::2].relu())
+
+    return Fn(forward, a=conv(3, 10), b=conv(5, 4), c=conv(5, 4))
+
+
+def windows() -> nn.Module:
+    """Windows are cut out, changed, and laid over one another again."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = F.unfold(self.a(x), 2).transpose(1, 2)
+        return self.c(F.fold(self.b(x).transpose(1, 2), (6, 6), 2))
+
+    return Fn(forward, a=conv(3, 6), b=nn.Linear(24, 32), c=conv(8, 5))
+
+
+def cell() -> nn.Module:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        state = None
+        for t in range(x.shape[1]):
+            state = self.cell(x[:, t], state)
+        return self.head(state[0])
+
+    return Fn(forward, cell=nn.LSTMCell(3, 8), head=nn.Linear(8, 5))
+
+
+def bilinear() -> nn.Module:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return self.b(self.both(self.a(x), self.c(x)))
+
+    return Fn(
+        forward, a=nn.Linear(3, 4), c=nn.Linear(3, 5), both=nn.Bilinear(4, 5, 6), b=nn.Linear(6, 2)
+    )
+
+
+def weighed() -> nn.Module:
+    """Attention that gives its weights too, an average over heads, which nobody uses."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = self.read(x)
+        return self.write(self.attend(x, x, x)[0])
+
+    attend = nn.MultiheadAttention(8, 2, batch_first=True)
+    return Fn(forward, read=nn.Linear(3, 8), attend=attend, write=nn.Linear(8, 5))
+
+
+def decoder() -> nn.Module:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return self.write(self.layer(self.read(x), self.memory(x)))
+
+    layer = nn.TransformerDecoderLayer(8, 2, 12, 0.0, batch_first=True)
+    return Fn(
+        forward, read=nn.Linear(3, 8), memory=nn.Linear(3, 8), layer=layer, write=nn.Linear(8, 5)
+    )
+
+
 def joined(*layers: nn.Module) -> Callable[[], nn.Module]:
     """Builds a Sequential of copies of the layers."""
     return lambda: copy.deepcopy(nn.Sequential(*layers))
@@ -379,6 +455,35 @@ def group(size: int, *cuts: tuple[str, int, Place], **more: Any) -> Group:
 
 IMAGE, VOLUME = (2, 3, 6, 6), {n: (2, 3, *[5] * n) for n in (1, 2, 3)}
 WIDTH = every(4, 8)  # of two heads of width 4, one after the other
+ATTENDED = [
+    group(
+        2,
+        columns("write.weight", each(4)),
+        columns("attend.in_proj_weight", each(4)),
+        columns("attend.out_proj.weight", each(4)),
+    ),
+    group(
+        4,
+        columns("write.weight", WIDTH),
+        columns("attend.in_proj_weight", WIDTH),
+        rows("attend.in_proj_weight", WIDTH),
+        rows("attend.in_proj_bias", WIDTH),
+        columns("attend.out_proj.weight", WIDTH),
+    ),
+]
+
+
+def decoded(size: int, place: Place, *more: tuple[str, int, Place]) -> Group:
+    reads = ("self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight",
+             "multihead_attn.in_proj_weight", "multihead_attn.out_proj.weight")  # fmt: skip
+    return group(
+        size,
+        columns("write.weight", place),
+        *(columns(f"layer.{name}", place) for name in reads),
+        *more,
+        norms=[(f"layer.norm{n}", place) for n in (1, 2, 3)],
+        widens=False,
+    )
 
 
 def images(build: Callable[[], nn.Module], *groups: Group) -> Case:
@@ -488,6 +593,55 @@ CASES: dict[str, Case] = {
     "weight norm": images(
         parametrised, group(8, columns("2.parametrizations.weight.original1"), widens=False)
     ),
+    "spectral norm": images(spectral, group(8, columns("2.parametrizations.weight.original"))),
+    "plain shuffle": images(
+        joined(conv(3, 4), nn.ChannelShuffle(2), nn.ReLU(), conv(4, 5)),
+        group(2, columns("3.weight", every(2, 4))),
+        group(2, columns("3.weight", each(2))),
+    ),
+    "shuffled cat": images(
+        woven, group(4, columns("a.weight", each(2)), columns("b.weight", each(2)))
+    ),
+    "steps": images(stepped, group(5, columns("b.weight"), columns("c.weight"))),
+    "windows": images(
+        windows, group(6, columns("b.weight", each(4))), group(8, columns("c.weight"))
+    ),
+    "LSTM cell": Case(
+        cell, (2, 4, 3), [group(8, columns("head.weight"), columns("cell.weight_hh"))]
+    ),
+    "bilinear": Case(
+        bilinear,
+        (2, 3),
+        [
+            group(4, ("both.weight", 1, one)),
+            group(5, ("both.weight", 2, one)),
+            group(6, columns("b.weight")),
+        ],
+    ),
+    "bag of words": Case(
+        joined(nn.EmbeddingBag(11, 8), nn.ReLU(), nn.Linear(8, 5)),
+        (2, 4),
+        [group(8, columns("2.weight"))],
+        "words",
+    ),
+    "weights of attention": Case(weighed, (2, 4, 3), ATTENDED),
+    "decoder": Case(
+        decoder,
+        (2, 4, 3),
+        [
+            group(12, columns("layer.linear2.weight")),
+            decoded(2, each(4)),
+            decoded(
+                4,
+                WIDTH,
+                *(
+                    rows(f"layer.{name}.in_proj_{kind}", WIDTH)
+                    for name in ("self_attn", "multihead_attn")
+                    for kind in ("weight", "bias")
+                ),
+            ),
+        ],
+    ),
     "masks": images(masked, group(8, columns("3.weight_orig"), scales=True)),
     "ViT": images(
         Vit,
@@ -538,22 +692,7 @@ CASES: dict[str, Case] = {
     "multi-head": Case(
         multi_head,
         (2, 4, 3),
-        [
-            group(
-                2,
-                columns("write.weight", each(4)),
-                columns("attend.in_proj_weight", each(4)),
-                columns("attend.out_proj.weight", each(4)),
-            ),
-            group(
-                4,
-                columns("write.weight", WIDTH),
-                columns("attend.in_proj_weight", WIDTH),
-                rows("attend.in_proj_weight", WIDTH),
-                rows("attend.in_proj_bias", WIDTH),
-                columns("attend.out_proj.weight", WIDTH),
-            ),
-        ],
+        ATTENDED,
     ),
     "Llama": Case(
         Llama,

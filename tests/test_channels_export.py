@@ -163,6 +163,22 @@ def test_any_floating_type_is_verified_in_double_precision(dtype, device):
     assert torch.equal(narrow[0].weight, model[0].weight[:4])  # to the bit: nothing is recomputed
 
 
+def test_the_layout_in_memory_stays(device):
+    model = nn.Sequential(conv(3, 8, 3), nn.ReLU(), conv(8, 6, 3)).to(device)
+    x = torch.randn(2, 3, 5, 5, device=device)
+    keep = {"0": [1, 2, 5]}
+    for layout in (torch.contiguous_format, torch.channels_last):
+        model.to(memory_format=layout)
+        narrow = take(model, {channel_groups(model, x)[name]: i for name, i in keep.items()})
+        for layer in (narrow[0], narrow[2]):
+            assert layer.weight.is_contiguous(memory_format=layout)
+    deep = nn.Sequential(nn.Conv3d(3, 8, 3, padding=1), nn.Conv3d(8, 4, 3)).to(device)
+    deep.to(memory_format=torch.channels_last_3d)
+    (group,) = channel_groups(deep, torch.randn(1, 3, 5, 5, 5, device=device))
+    narrow = take(deep, {group: range(4)})
+    assert narrow[1].weight.is_contiguous(memory_format=torch.channels_last_3d)
+
+
 def test_tied_weights_stay_tied(device):
     model, x = CASES["tied"].model(device), CASES["tied"].example(device)
     narrow = halved(model, x)

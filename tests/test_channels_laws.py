@@ -83,7 +83,7 @@ def masked_by_hand(name, device, *chosen):
     lost = {}
     for hand, gone in chosen:
         for key, dim, place in hand.cuts:
-            key = key.replace("parametrizations.weight.original1", "weight")
+            key = re.sub(r"parametrizations\.weight\.original1?$", "weight", key)
             index = torch.tensor([i for c in gone for i in place(c)], device=device)
             tensors[key].data.index_fill_(dim, index, 0)
         for path, place in hand.norms:
@@ -352,6 +352,51 @@ def test_both_paths_of_torchs_attention(fast, device):
         assert_equal(narrow(x), expected)
     layer = narrow[1].self_attn
     assert layer.num_heads * layer.head_dim == layer.embed_dim == layer.out_proj.out_features
+
+
+def test_the_sizes_of_a_whole_transformer_follow_its_parts(device):
+    torch.manual_seed(0)
+    whole = nn.Transformer(8, 2, 1, 1, 12, 0.0, batch_first=True)
+    forward = lambda self, x: self.head(self.whole(self.a(x), self.b(x)))  # noqa: E731
+    model = Fn(forward, a=nn.Linear(3, 8), b=nn.Linear(3, 8), whole=whole, head=nn.Linear(8, 5))
+    model, x = model.double().to(device).eval(), torch.randn(2, 4, 3).double().to(device)
+    (heads,) = (g for g in channel_groups(model, x) if g.size == 2)
+    narrow = take(model, {heads: [1]})
+    assert (narrow.whole.d_model, narrow.whole.nhead) == (4, 1)
+    assert narrow.whole.encoder.layers[0].self_attn.num_heads == 1
+
+
+def test_what_cannot_change_is_frozen_not_refused(device):
+    """An outer product with itself; an index whose numbers stay; a step that does not fit."""
+
+    def outer(self, x):
+        x = self.a(x).mean((2, 3))
+        return self.b((x[:, :, None] * x[:, None]).flatten(1))
+
+    def index(self, x):
+        return self.b(self.a(x)[:, torch.tensor([2, 0, 1], device=x.device)])
+
+    def step(self, x):
+        return self.b(self.a(x)[:, ::3])
+
+    def table(self, x):  # as the relative positions of windowed attention
+        return self.b(x) + self.a.weight[torch.tensor([1, 0, 2, 1], device=x.device)].sum()
+
+    cases = {
+        outer: (conv(3, 4), nn.Linear(16, 5), "each channel meets all others"),
+        index: (conv(3, 3), conv(3, 5), "numbers that stay: index"),
+        step: (conv(3, 8), conv(3, 5), "numbers that stay: slice"),
+        table: (nn.Linear(1, 5), conv(3, 5), "numbers that stay: index"),
+    }
+    for forward, (a, b, why) in cases.items():
+        model = Fn(forward, a=a, b=b).to(device)
+        channels = channel_groups(model, torch.randn(2, 3, 5, 5, device=device))
+        assert not len(channels)
+        assert any(
+            re.search(why, group.frozen)
+            for group in channels.frozen
+            if any(member.parameter == "a.weight" for member in group.members)
+        )
 
 
 def test_an_example_of_zeros_does_not_make_the_check_empty(device):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from structopt.channels.labels import Vector
 from structopt.channels.mirrors import Axis, Book, Mirror
 
 
@@ -30,6 +31,7 @@ class Call:
     picked: dict[int, tuple[int, ...]] = field(default_factory=dict)  # labels chosen by number
     weights: set[int] = field(default_factory=set)  # arguments made of parameters only
     squares: set[int] = field(default_factory=set)  # arguments that are squares
+    owed: list[tuple[Vector, str]] = field(default_factory=list)  # frozen if the result is used
     values: set[int] = field(default_factory=set)  # arguments that another example would change
 
     def __getitem__(self, position: int) -> Any:
@@ -48,6 +50,10 @@ class Call:
         for axis in mirror:
             self.book.freeze(axis, text)
 
+    def owe(self, mirror: Sequence[Axis], text: str) -> None:
+        """Freeze these once something uses what comes out."""
+        self.owed += [(axis, self.book.why(text)) for axis in mirror if axis is not None]
+
     def freeze_everything(self) -> None:
         """What an operator without a rule does to all that it touches."""
         for mirror in self.mirrors.values():
@@ -60,9 +66,12 @@ class Call:
         return self.book.tie(axis, bias)
 
     def reads(self, tensor: Tensor, dim: int) -> None:
-        """Note that this dimension of a weight is summed over: its entries are a reader's."""
+        """Note that this dimension of a weight is summed over: its entries are a reader's.
+
+        What is made of weights alone, as the scale of a parametrised weight, is no reading.
+        """
         axis = self.mirror(tensor)[dim]
-        if axis is not None and id(tensor) in self.weights:
+        if axis is not None and id(tensor) in self.weights and len(self.weights) < len(self.shapes):
             self.book.readers.append(axis)
 
 

@@ -12,6 +12,14 @@ from structopt.channels.sizes import refresh
 from structopt.channels.tracing import substitute
 
 
+def _laid_out_as(tensor: Tensor, made: Tensor) -> Tensor:
+    """In memory as the tensor that it was taken from, channels last perhaps."""
+    for ndim, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if tensor.ndim == ndim and tensor.is_contiguous(memory_format=layout):
+            return made if tensor.is_contiguous() else made.contiguous(memory_format=layout)
+    return made
+
+
 def build(channels: Channels, model: nn.Module, edit: Edit) -> nn.Module:
     """A copy of the model that has only the chosen channels, verified by nobody yet."""
     choice = edit.choice
@@ -31,7 +39,7 @@ def build(channels: Channels, model: nn.Module, edit: Edit) -> nn.Module:
             made = keeping.times(made, dim, factors[labels][taken]) if scaled else made
             if scaled and edit.preserve and channels.reads[labels].any():
                 made = keeping.times(made, dim, 1 / keeping.shares(channels, labels, taken, choice))
-        return made.clone() if made is tensor else made
+        return made.clone() if made is tensor else _laid_out_as(tensor, made)
 
     made = substitute(model, change)
     lengths.adjust(model, made, lambda name, tensor: change(tensor, name, scaled=False))

@@ -85,7 +85,13 @@ class Channels:
         self.reads = np.zeros(self.book.labels.size, bool)  # of a label: summed over by an op
         for axis in self.book.readers:
             self.reads[axis] = True
+        self.twice: set[int] = set()  # groups that lie on both sides of a grid
         self.every = made = _collect(self)
+        twice = [n for n in self.twice if not made[n].frozen]
+        if twice:
+            where = np.isin(self.group_of, twice)
+            self.book.labels.freeze(np.flatnonzero(where), "each channel meets all others")
+            return self.regroup()
         self.groups = tuple(g for g in made if not g.frozen)
         self.frozen = tuple(g for g in made if g.frozen)
         self.number = {id(group): n for n, group in enumerate(made)}
@@ -114,6 +120,8 @@ class Channels:
                 mine = group == number
                 channel = np.where(mine, self.ordinal_of[roots], -1)
                 before = found.get(int(number))
+                if before is not None and ((before >= 0) & mine).any():
+                    self.twice.add(int(number))
                 found[int(number)] = channel if before is None else np.maximum(channel, before)
         self._along[id(labels)] = labels, found
         return found

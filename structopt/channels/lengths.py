@@ -1,7 +1,9 @@
-"""Weights that a model keeps as a direction and a length (weight norm, Salimans & Kingma, 2016).
+"""Weights that a model keeps as a direction and a length, or divides by their largest stretch.
 
-The length of a row is divided by the norm of its direction. When a row loses entries, its length
-has to shrink by as much, or the entries that stay would grow.
+Weight norm (Salimans & Kingma, 2016): the length of a row is divided by the norm of its direction.
+When a row loses entries, its length has to shrink by as much, or those that stay would grow.
+Spectral norm (Miyato et al., 2018): the weight W is divided by u'Wv, its largest singular value as
+buffers u and v remember it. They are set so that this number stays.
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 Pick = Callable[[str, Tensor], Tensor]
@@ -39,3 +43,29 @@ def adjust(old: nn.Module, new: nn.Module, pick: Pick) -> None:
         ratio = torch.norm_except_dim(after[direction].detach(), 2, dim) / pick(length, norms)
         kept = pick(length, before[length].detach())
         after[length].data.copy_(kept * ratio)
+    for was, now in zip(old.modules(), new.modules(), strict=True):
+        for (weight, u, v), (made, u_, v_) in zip(_stretched(was), _stretched(now), strict=True):
+            _keep_stretch(float(u @ weight @ v) if not u.is_meta else 0.0, made, u_, v_)
+
+
+def _stretched(module: nn.Module) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The weight as a matrix and its two vectors, of each weight with a spectral norm."""
+    if parametrize.is_parametrized(module):
+        for held in module.parametrizations.values():  # type: ignore[operator]
+            for norm in held:
+                if type(norm).__name__ == "_SpectralNorm" and held.original.ndim > 1:
+                    matrix = norm._reshape_weight_to_matrix(held.original.detach())
+                    yield matrix, norm._u, norm._v
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, SpectralNorm):  # the older form
+            u, v = (getattr(module, f"{hook.name}_{side}") for side in "uv")
+            original = getattr(module, f"{hook.name}_orig").detach()
+            yield hook.reshape_weight_to_matrix(original), u, v
+
+
+def _keep_stretch(wanted: float, matrix: Tensor, u: Tensor, v: Tensor) -> None:
+    if matrix.is_meta or abs(float(u @ matrix @ v) - wanted) <= 1e-6 * abs(wanted):
+        return
+    left, stretch, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    u.copy_(left[:, 0] * (wanted / stretch[0]))
+    v.copy_(right[0])

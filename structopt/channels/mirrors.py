@@ -214,11 +214,18 @@ def _spread(book: Book, out: Tensor, axis: Vector, picked: list[int]) -> list[tu
 
 
 def _piece(book: Book, index: Vector, axis: Vector) -> None:
-    """One of several equal pieces is tied to the others, as in `chunk`; else it stands apart."""
-    start, count = int(index[0]), len(index)
-    whole = start % count == 0 and len(axis) % count == 0
-    if whole and np.array_equal(index, np.arange(start, start + count)):
-        blocks = axis.reshape(-1, count)
-        book.labels.tie(blocks[1:].ravel(), np.tile(blocks[0], len(blocks) - 1))
-    else:
-        book.pieces.append(axis[index])
+    """Equal pieces are tied, as in `chunk` or in `x[:, ::2]`; another piece stands apart."""
+    start, count, size = int(index[0]), len(index), len(axis)
+    step = int(index[1] - index[0])
+    if size % count == 0 and np.array_equal(index, np.arange(count) * step + start):
+        if step == 1 and start % count == 0:
+            blocks = axis.reshape(-1, count)
+            book.labels.tie(blocks[1:].ravel(), np.tile(blocks[0], len(blocks) - 1))
+            return
+        if step * count == size and start < step:
+            blocks = axis.reshape(count, step).T
+            book.labels.tie(blocks[1:].ravel(), np.tile(blocks[0], step - 1))
+            return
+    if (np.diff(index) != 1).any():
+        book.freeze(axis, "picked by numbers that stay")
+    book.pieces.append(axis[index])

@@ -15,8 +15,8 @@ from structopt.channels.calls import Call, flat, join, rule
 from structopt.channels.mirrors import Mirror, follow
 
 
-@rule("_unsafe_view", "repeat", "roll", "flip", "index_select", "pixel_shuffle", "unfold_copy")
-@rule("pixel_unshuffle", "channel_shuffle", "native_channel_shuffle", "tril", "triu", "im2col")
+@rule("_unsafe_view", "repeat", "roll", "flip", "pixel_shuffle", "unfold_copy")
+@rule("pixel_unshuffle", "tril", "triu")
 @rule("unsafe_split", "unsafe_chunk", "split_with_sizes_copy", "take_along_dim", "_reshape_alias")
 def moves(call: Call) -> Any:
     """Run the op on indices, and look up which label arrived where."""
@@ -43,26 +43,37 @@ def pad(call: Call) -> Mirror:
 
 
 @rule("reflection_pad1d", "reflection_pad2d", "reflection_pad3d")
-@rule("replication_pad1d", "replication_pad2d", "replication_pad3d")
+@rule("replication_pad1d", "replication_pad2d", "replication_pad3d", "im2col")
 def float_moves(call: Call) -> Any:
     """As `moves`, for operators that take no integers."""
     move = lambda index: call.func(index.double(), *call.args[1:], **call.kwargs).long()  # noqa: E731
     return follow(call.book, move, call[0].shape, call.mirror(call[0]))
 
 
-@rule("index", "gather", "_unsafe_index")
+@rule("channel_shuffle", "native_channel_shuffle")
+def shuffle(call: Call) -> Mirror:
+    """A grid of groups and members is read member by member."""
+    groups, mirror = call[1], list(call.mirror(call[0]))
+    axis = mirror[1]
+    if axis is not None:
+        group, _ = call.book.split(axis, (groups, len(axis) // groups))
+        call.book.extent(groups, group, "groups")
+        mirror[1] = axis.reshape(groups, -1).T.ravel()
+    return mirror
+
+
+@rule("index", "gather", "_unsafe_index", "index_select")
 def gather(call: Call) -> Any:
-    """As `moves`, where the indices are known; dimensions of the index itself stay unlabelled."""
+    """As `moves` along the dimensions that no index picks from; it would pick the old numbers."""
     source, *rest = call.args
     known = [i for i in flat(rest) if isinstance(i, Tensor)]
     mirror = list(call.mirror(source))
     for index in known:
         call.freeze_all(call.mirror(index), "used as an index")
     dims = _indexed(call)
-    if any(i.is_meta or id(i) in call.values for i in known):
-        for dim in dims:  # another example would pick others
-            call.book.freeze(mirror[dim], "picked by values that the example decides")
-            mirror[dim] = None
+    for dim in dims:
+        call.book.freeze(mirror[dim], "picked by numbers that stay")
+        mirror[dim] = None
     if any(i.is_meta for i in known):
         return _unknown_places(call, mirror, dims)
     move = lambda grid: call.func(grid, *_cpu(rest), **call.kwargs)  # noqa: E731
@@ -71,7 +82,7 @@ def gather(call: Call) -> Any:
 
 def _unknown_places(call: Call, mirror: Mirror, dims: list[int]) -> Mirror:
     """The dimensions that are not picked from keep their labels; where they are is torch's rule."""
-    if call.book.op == "gather":
+    if call.book.op in ("gather", "index_select"):
         return mirror
     rest = [axis for d, axis in enumerate(mirror) if d not in dims]
     new: Mirror = [None] * (call.out.ndim - len(rest))
@@ -84,6 +95,8 @@ def _indexed(call: Call) -> list[int]:
     if call.book.op == "gather":
         shared = [a == b for a, b in zip(call[0].shape, call[2].shape, strict=True)]
         return [d for d in range(call[0].ndim) if d == call[1] % call[0].ndim or not shared[d]]
+    if call.book.op == "index_select":
+        return [call[1] % max(call[0].ndim, 1)]
     dims, place = list[int](), 0
     for index in call[1]:
         width = index.ndim if index is not None and index.dtype == torch.bool else 1
@@ -135,6 +148,16 @@ def cat(call: Call) -> Mirror:
             call.book.freeze(made, "joined from a dimension of fixed size")
     out[dim] = np.concatenate([a for a in axes if a is not None])
     return out
+
+
+@rule("col2im")
+def fold(call: Call) -> Mirror:
+    """Windows of (channels × places) are added where they overlap; channels stay apart."""
+    *batch, axis, places = call.mirror(call[0])
+    count = call[2][0] * call[2][1]
+    channel, place = call.book.split(axis, (call[0].shape[-2] // count, count))
+    call.freeze_all([place, places], "a size of a kernel")
+    return [*batch, channel, None, None]
 
 
 @rule("stack")

@@ -47,7 +47,7 @@ def _contract(call: Call, a: Tensor, a_dim: int, b: Tensor, b_dim: int, by_width
     call.reads(a, a_dim)
 
 
-@rule("mm", "bmm", "mv", "dot", "matmul")
+@rule("mm", "bmm", "mv", "dot", "vdot", "matmul")
 def product(call: Call) -> Mirror:
     return _product(call, call[0], call[1])
 
@@ -86,6 +86,34 @@ def embedding(call: Call) -> Mirror:
     weight = call.mirror(call[0])
     call.book.freeze(weight[0], "rows that the input names")
     return [*call.mirror(call[1]), weight[1]]
+
+
+@rule("_embedding_bag", "_embedding_bag_forward_only")
+def bag(call: Call) -> Any:
+    weight = call.mirror(call[0])
+    call.book.freeze(weight[0], "rows that the input names")
+    return [[None, weight[1]], None, None, None]
+
+
+@rule("_trilinear")
+def trilinear(call: Call) -> Mirror:
+    """Three tensors are expanded to one shape and multiplied; some dimensions are summed over."""
+    mirrors = []
+    for position in range(3):
+        mirror = list(call.mirror(call[position]))
+        for d in sorted(call[3 + position]):
+            mirror.insert(d, None)
+        mirrors.append(mirror)
+    out: Mirror = []
+    for d, axes in enumerate(zip(*mirrors, strict=True)):
+        met = [a for n, a in enumerate(axes) if d not in call[3 + n]]
+        axis = join(call, met) if met else None
+        if d not in call[6]:
+            out.append(axis)
+        for n in range(3) if d in call[6] else ():
+            if d not in call[3 + n]:
+                call.reads(call[n], d - sum(e < d for e in call[3 + n]))
+    return out
 
 
 @rule("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention")

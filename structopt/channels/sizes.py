@@ -57,7 +57,7 @@ def refresh(channels: Channels, model: nn.Module, edit: Edit) -> None:
     for (path, name, place), new in sizes.items():
         if len(new) == 1:  # else nobody knows which of them the attribute is
             assign(modules[path], name, place, new.pop())
-    for module in modules.values():
+    for module in reversed(modules.values()):  # a whole asks its parts
         _refresh_torch(module)
     flatten(model)
 
@@ -84,6 +84,19 @@ def _refresh_torch(module: nn.Module) -> None:
             values = {"num_embeddings": shape[0], "embedding_dim": shape[1]}
         elif isinstance(module, nn.PReLU):
             values = {"num_parameters": shape[0]}
+        elif isinstance(module, nn.Bilinear):
+            values = dict(zip(("out_features", "in1_features", "in2_features"), shape, strict=True))
+    if isinstance(module, nn.modules.rnn.RNNCellBase):
+        values = {
+            "input_size": module.weight_ih.shape[1],
+            "hidden_size": module.weight_hh.shape[1],
+        }
+    if isinstance(module, nn.Transformer):
+        layer = next(
+            (m for m in module.decoder.modules() if isinstance(m, nn.MultiheadAttention)), None
+        )
+        if layer is not None:
+            values = {"d_model": layer.out_proj.weight.shape[0], "nhead": layer.num_heads}
     if isinstance(module, nn.modules.rnn.RNNBase):
         first = module._flat_weights_names[0]
         values = {

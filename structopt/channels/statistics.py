@@ -127,7 +127,7 @@ def reduction(call: Call) -> Any:
         for d in over:
             call.book.averages(mirror[d])
     elif op not in ("sum", "nansum", "linalg_vector_norm", "norm"):
-        call.freeze_all([mirror[d] for d in over], "an average or a choice among channels")
+        call.owe([mirror[d] for d in over], "an average or a choice among channels")
     out = [None if d in over else axis for d, axis in enumerate(mirror) if keep or d not in over]
     return out if isinstance(call.out, Tensor) else [list(out) for _ in call.out]
 

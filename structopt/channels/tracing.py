@@ -21,6 +21,7 @@ from structopt.channels.shadow import Shadow, plain_kernels
 _PICKED = "_structopt_picked"  # the labels of dimensions that a tensor was picked from by number
 _WEIGHT = "_structopt_weight"  # marks a tensor that is made of parameters only
 _SQUARE = "_structopt_square"  # marks the square of a tensor: its mean belongs to a norm
+_OWED = "_structopt_owed"  # what is frozen once the tensor is used
 _VALUE = "_structopt_value"  # marks a tensor whose values the example or the weights decide
 
 
@@ -51,6 +52,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 call.values.add(id(tensor))
             if hasattr(tensor, _SQUARE):
                 call.squares.add(id(tensor))
+            settle_debts(self.book, tensor)
         self.book.op = func._schema.name.removeprefix("aten::")
         call.out = out = self.compute(func, tuple(args), kwargs)
         for tensor in tensors_of(out) if call.values else ():
@@ -64,8 +66,11 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._pick(call)
         if rules.is_square(call):
             setattr(out, _SQUARE, True)
-        if len(call.weights) == len(call.shapes) and isinstance(out, Tensor):
-            setattr(out, _WEIGHT, True)
+        if call.weights and len(call.weights) == len(call.shapes):
+            for tensor in tensors_of(out):
+                setattr(tensor, _WEIGHT, True)
+        for tensor in tensors_of(out) if call.owed else ():
+            setattr(tensor, _OWED, call.owed)
         return out
 
     def _pick(self, call: Call) -> None:
@@ -217,9 +222,16 @@ def _run(book: Book, shadow: nn.Module, example: Any) -> list[torch.Size]:
     with plain_kernels(), Attributes(book), Shadow(), Tracer(book):  # type: ignore[no-untyped-call]
         out = list(tensors_of(call(shadow, example)))
     for tensor in out:
+        settle_debts(book, tensor)
         for axis in mirror_of(tensor) or ():
             freeze(book, axis, "output of the model")
     return [tensor.shape for tensor in out]
+
+
+def settle_debts(book: Book, tensor: Tensor) -> None:
+    """Freeze what waited for the tensor to be used."""
+    for axis, why in getattr(tensor, _OWED, ()):
+        book.labels.freeze(axis, why)
 
 
 def freeze(book: Book, axis: Axis, why: str) -> None:
