@@ -436,6 +436,16 @@ def decoder() -> nn.Module:
     )
 
 
+def correlated() -> nn.Module:
+    """The features of two images, from the same layer, correlated and scaled by their number."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        a, b = self.encode(torch.cat([x, x.flip(3)])).flatten(2).chunk(2)
+        return self.head((a.transpose(1, 2) @ b) / torch.tensor(a.shape[1]).to(x.dtype).sqrt())
+
+    return Fn(forward, encode=conv(3, 8), head=nn.Linear(36, 5))
+
+
 def joined(*layers: nn.Module) -> Callable[[], nn.Module]:
     """Builds a Sequential of copies of the layers."""
     return lambda: copy.deepcopy(nn.Sequential(*layers))
@@ -593,6 +603,7 @@ CASES: dict[str, Case] = {
     "weight norm": images(
         parametrised, group(8, columns("2.parametrizations.weight.original1"), widens=False)
     ),
+    "correlation": images(correlated, group(8, rows("encode.weight"), rows("encode.bias"))),
     "spectral norm": images(spectral, group(8, columns("2.parametrizations.weight.original"))),
     "plain shuffle": images(
         joined(conv(3, 4), nn.ChannelShuffle(2), nn.ReLU(), conv(4, 5)),

@@ -28,7 +28,8 @@ def _folded(channels: Channels, edit: Edit) -> Reals:
     """What the rows of each query are multiplied by, so that scores of attention stay the same.
 
     Python that divides by the root of the width would divide by another number: √(new / old). A
-    channel that is doubled in query and key is counted twice in their product: one half.
+    channel that is doubled in query and key is counted twice in their product: one half. Where the
+    same rows make query and key, each takes the root of that.
     """
     book = channels.book
     found = np.ones(book.labels.size)
@@ -39,14 +40,16 @@ def _folded(channels: Channels, edit: Edit) -> Reals:
             continue
         root = np.sqrt(len(taken) / len(score.labels)) if score.kind in edit.fold else 1.0
         copies = np.bincount(taken, minlength=len(score.labels))
-        for label, count in zip(score.labels, copies, strict=True):
+        for label, key, count in zip(score.labels, score.keys, copies, strict=True):
             rows = book.rows(int(label))
+            same = not score.picked and np.array_equal(rows, book.rows(int(key)))
             for number in score.picked:
                 rows = np.intersect1d(rows, book.rows(number))
             biases = {b for row in rows for b in channels.biases.get(int(row), ())}
             for row in ({*rows.tolist()} | biases) - done:  # one query may meet several keys
                 done.add(row)
-                found[row] = root / (max(count, 1) if edit.preserve else 1)
+                factor = root / (max(count, 1) if edit.preserve else 1)
+                found[row] = np.sqrt(factor) if same else factor
     return found
 
 

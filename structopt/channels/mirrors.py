@@ -48,6 +48,7 @@ class Score:
     labels: Vector
     picked: tuple[int, ...]  # labels that the query was picked by, by number
     kind: str  # the class of module that scales it; "": torch does, by the width
+    keys: Vector  # the labels on the side of the keys
 
 
 @dataclass

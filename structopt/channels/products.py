@@ -37,12 +37,13 @@ def convolution(call: Call) -> Mirror:
 
 def _contract(call: Call, a: Tensor, a_dim: int, b: Tensor, b_dim: int, by_width: bool) -> None:
     """Two dimensions meet and are gone. Between activations, that is a score of attention."""
-    axis = call.book.tie(call.mirror(a)[a_dim], call.mirror(b)[b_dim])
+    query, keys = call.mirror(a)[a_dim], call.mirror(b)[b_dim]
+    axis = call.book.tie(query, keys)
     if not call.weights & {id(a), id(b)}:
         call.book.extent(a.shape[a_dim], axis, "head_dim")
-        if axis is not None:
+        if axis is not None and keys is not None:
             kind = "" if by_width else call.book.kind
-            call.book.scored.append(Score(axis, call.picked.get(id(a), ()), kind))
+            call.book.scored.append(Score(axis, call.picked.get(id(a), ()), kind, keys))
     call.reads(b, b_dim)
     call.reads(a, a_dim)
 

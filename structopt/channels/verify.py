@@ -118,9 +118,15 @@ def _group_norm(func: Any, args: tuple[Any, ...], keep: Vector) -> Any:
 
 @contextlib.contextmanager
 def _repeatable(seed: int = 0) -> Iterator[None]:
+    usual = torch.get_default_dtype()
     with torch.random.fork_rng(), plain_kernels():
         torch.manual_seed(seed)
-        yield
+        if not torch.backends.mps.is_available():  # which has no float64
+            torch.set_default_dtype(torch.float64)  # the root of a whole number has this type
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(usual)
 
 
 def wide(tensor: Tensor) -> Tensor:
