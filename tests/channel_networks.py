@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -530,14 +529,20 @@ CASES: dict[str, Case] = {
     ),
     "residual": images(
         residual,
-        group(8, columns("one.weight"), columns("down.weight"), columns("three.weight")),
+        group(
+            8,
+            columns("one.weight"),
+            columns("down.weight"),
+            columns("three.weight"),
+            scales=True,
+        ),
         group(6, columns("two.weight"), scales=True),
         group(10, columns("head.weight"), scales=True),
         group(4, columns("four.weight"), scales=True),
     ),
     "gate": images(
         gate,
-        group(8, columns("squeeze.weight"), columns("head.weight")),
+        group(8, columns("squeeze.weight"), columns("head.weight"), scales=True),
         group(4, columns("expand.weight"), scales=True),
     ),
     "dense": images(
@@ -550,7 +555,7 @@ CASES: dict[str, Case] = {
         ),
         group(6, columns("head.weight", lambda c: [4 + c]), scales=True),
     ),
-    "chunk": images(chunked, group(8, columns("parted.weight"))),
+    "chunk": images(chunked, group(8, columns("parted.weight"), scales=True)),
     "gated linear": Case(gated_linear, (2, 3), [group(8, columns("2.weight"))]),
     "instance norm": images(instance, group(8, columns("3.weight"), scales=True)),
     "batch norm": Case(
@@ -600,9 +605,7 @@ CASES: dict[str, Case] = {
         group(6, columns("two.weight"), scales=True),
     ),
     "shared": images(repeated, group(6, columns("mix.weight"), columns("head.weight"))),
-    "weight norm": images(
-        parametrised, group(8, columns("2.parametrizations.weight.original1"), widens=False)
-    ),
+    "weight norm": images(parametrised, group(8, columns("2.parametrizations.weight.original1"))),
     "correlation": images(correlated, group(8, rows("encode.weight"), rows("encode.bias"))),
     "spectral norm": images(spectral, group(8, columns("2.parametrizations.weight.original"))),
     "plain shuffle": images(
@@ -738,7 +741,7 @@ for n in (1, 2, 3):
         [
             group(2, columns("2.weight"), scales=True),
             group(3, columns("4.weight", every(3, 12)), scales=True),
-            group(4, columns("4.weight", each(3))),
+            group(4, columns("4.weight", each(3)), scales=True),
         ],
     )
     CASES[f"transposed {n}d"] = Case(
@@ -747,7 +750,7 @@ for n in (1, 2, 3):
         [
             group(2, rows("2.weight", every(2, 8)), scales=True),
             group(3, rows("4.weight", every(3, 12)), scales=True),
-            group(4, rows("4.weight", each(3))),
+            group(4, rows("4.weight", each(3)), scales=True),
         ],
     )
 for kind in (nn.LSTM, nn.GRU, nn.RNN):
@@ -766,28 +769,6 @@ for kind in (nn.LSTM, nn.GRU, nn.RNN):
         ],
         "words",
     )
-
-
-# ------------------------------------------------------------------ what is not done yet
-
-# Part of a test's name -> what the engine cannot do yet. Strict: what passes leaves the list.
-OPEN = {
-    "is_refused[cpu-transposed": "groups of a transposed convolution are not widened",
-    "scaling_keeps_the_function[cpu-depthwise": "no scale through grouped layers",
-    "scaling_keeps_the_function[cpu-channel shuffle]": "no scale through grouped layers",
-    "scaling_keeps_the_function[cpu-grouped": "no scale through grouped layers",
-    "scaling_keeps_the_function[cpu-transposed": "no scale through grouped layers",
-    "scaling_keeps_the_function[cpu-masks]": "no scale through torch's masks",
-    "test_pruning_masks_stay_masks": "widening divides the mask instead of the weight",
-}
-
-
-@pytest.fixture(autouse=True)
-def still_open(request: pytest.FixtureRequest) -> None:
-    name = request.node.name.replace("[cuda", "[cpu")
-    for part, reason in OPEN.items():
-        if part in name and not ("explain" in name and "multi-head" in name):
-            request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
 
 
 # ------------------------------------------------------------------ composed at random

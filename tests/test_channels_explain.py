@@ -9,7 +9,7 @@ import re
 import matplotlib.pyplot as plt
 import pytest
 import torch
-from channel_networks import CASES, Attention, still_open  # noqa: F401
+from channel_networks import CASES, Attention
 from torch import nn
 
 from structopt import plots

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from channel_networks import CASES, conv, filled, still_open  # noqa: F401
+from channel_networks import CASES, conv, filled
 from torch import nn
 
 from structopt import checkpoint, files

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from channel_networks import Attention, Fn, conv, filled, still_open  # noqa: F401
+from channel_networks import Attention, Fn, conv, filled
 from torch import nn
 
 from structopt.channels import channel_groups, explain, take

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from channel_networks import CASES, Composed, Fn, conv, filled, still_open  # noqa: F401
+from channel_networks import CASES, Composed, Fn, conv, filled
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from torch import nn
 
 from structopt.channels.attributes import keeper
@@ -86,6 +87,7 @@ class Channels:
         for axis in self.book.readers:
             self.reads[axis] = True
         self.twice: set[int] = set()  # groups that lie on both sides of a grid
+        self.apart: list[tuple[Vector, frozenset[int]]] = []
         self.every = made = _collect(self)
         twice = [n for n in self.twice if not made[n].frozen]
         if twice:
@@ -107,6 +109,15 @@ class Channels:
             if group.name == name:
                 return group
         raise KeyError(f"no group {name!r}; there are {', '.join(g.name for g in self.groups)}")
+
+    def reading(self, number: int) -> npt.NDArray[np.bool_]:
+        """Of each label: is it summed over, across the channels of this group?"""
+        reads = self.reads
+        for axis, numbers in self.apart:
+            if number in numbers:
+                reads = reads.copy() if reads is self.reads else reads
+                reads[axis] = False
+        return reads
 
     def along(self, labels: Vector) -> dict[int, Vector]:
         """For each group that these labels belong to, the channel of each label, or -1."""
@@ -201,10 +212,12 @@ def _build(
     for number, (a, b) in enumerate(itertools.pairwise(bounds)):
         channels.group_of[roots[order[a:b]]] = number
         channels.ordinal_of[roots[order[a:b]]] = np.arange(b - a)
+    channels.apart = [(a, frozenset(channels.along(g))) for a, g in channels.book.apart]
     members: list[list[Member]] = [[] for _ in bounds[:-1]]
     for (name, dim), vector in channels.axes.items():
         for number, channel in channels.along(vector).items():
-            members[number].append(Member(name, dim, channel, bool(channels.reads[vector].any())))
+            reads = bool(channels.reading(number)[vector].any())
+            members[number].append(Member(name, dim, channel, reads))
     averaged = np.zeros(len(members), bool)
     for axis in channels.book.averaged:
         for leaf in labels.leaves(axis).values():

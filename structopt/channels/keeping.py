@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from structopt.channels.groups import Channels, Member
+from structopt.channels.groups import Channels
 from structopt.channels.labels import Vector
 from structopt.channels.rows import Choice, Edit, Reals, rows_of
 
@@ -60,38 +60,39 @@ def shares(channels: Channels, labels: Vector, taken: Vector, choice: Choice) ->
         if number in choice:
             index = choice[number]
             copies = np.bincount(index, minlength=int(channel.max()) + 1)
-            mine = channel[taken] >= 0
+            mine = (channel[taken] >= 0) & channels.reading(number)[labels[taken]]
             found[mine] *= copies[channel[taken][mine]]
     return found
 
 
 def _scaled(channels: Channels, model: nn.Module, edit: Edit) -> Reals:
-    """Multiply what makes a channel and divide what reads it (Nagel et al., 2019).
-
-    Where a batch norm stands in between, its weight and bias make the channel.
-    """
+    """Multiply what makes a channel and divide what reads it (Nagel et al., 2019)."""
     found = np.ones(channels.book.labels.size)
     parameters = dict(model.named_parameters())
     for number, values in edit.scale.items():
-        members = channels.every[number].members
-        normed = any(m.parameter.endswith("running_var") for m in members)
-        by_channel = np.ones(channels.every[number].size)
+        group, powers = channels.every[number], _powers(channels, number)
+        by_channel = np.ones(group.size)
         by_channel[edit.choice[number]] = values
-        for member in members:
+        for member in group.members:
             if member.parameter in parameters:
-                labels, mine = channels.axes[member.parameter, member.dim], member.channel >= 0
-                power = _power(model, member, normed)
-                found[labels[mine]] *= by_channel[member.channel[mine]] ** power
+                mine = member.channel >= 0
+                labels = channels.axes[member.parameter, member.dim][mine]
+                found[labels] *= by_channel[member.channel[mine]] ** powers[labels]
     return found
 
 
-def _power(model: nn.Module, member: Member, normed: bool) -> int:
-    """1: makes the channel as it is read; -1: reads it; 0: what it does is undone or passed on."""
-    path, _, kind = member.parameter.rpartition(".")
-    module = model.get_submodule(path)
-    depthwise = getattr(module, "groups", 1) > 1 and kind == "weight"
-    if isinstance(module, nn.modules.batchnorm._NormBase):
-        return 1
-    if member.reads or depthwise:
-        return -1 if member.reads or normed else 0
-    return 0 if normed else 1
+def _powers(channels: Channels, number: int) -> Reals:
+    """Of each label, 1: makes the channel as it is read; -1: reads it; 0: is scaled anew behind.
+
+    A norm, a grouped layer or a factor takes the scale over from what makes its input.
+    """
+    book = channels.book
+    spent = np.zeros(book.labels.size, bool)
+    for axis, groups in book.spent:
+        if groups is None or number in channels.along(groups):
+            spent[axis] = True
+    count = -1
+    while count != (count := int(spent.sum())):
+        for rows, bias in reversed(book.beside):
+            spent[bias] |= spent[rows]
+    return np.where(channels.reading(number), -1.0, np.where(spent, 0.0, 1.0))

@@ -65,6 +65,8 @@ class Book:
     averaged: list[Vector] = field(default_factory=list)
     scored: list[Score] = field(default_factory=list)
     beside: list[tuple[Vector, Vector]] = field(default_factory=list)  # rows and their bias
+    spent: list[tuple[Vector, Axis]] = field(default_factory=list)  # scaled anew; by these groups
+    apart: list[tuple[Vector, Vector]] = field(default_factory=list)  # readers; not across these
     grids: list[tuple[Vector, int, Vector]] = field(default_factory=list)  # split labels: from what
     starts: list[int] = field(default_factory=list)  # the first label of each grid, ascending
     origins: dict[int, Vector] = field(default_factory=dict)  # what `rows` has found

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from structopt.channels.calls import Call, flat, join, rule
 from structopt.channels.mirrors import Mirror, follow
@@ -171,6 +171,8 @@ def stack(call: Call) -> Mirror:
 
 # ------------------------------------------------------------------ element by element
 
+_PRODUCTS = ("mul", "div", "prelu", "_prelu_kernel")
+
 
 @rule("copy", "clone", "contiguous", "_to_copy", "lerp", "native_dropout", "fill", "zero")
 @rule("bernoulli", "zeros_like", "ones_like", "empty_like", "full_like", "rrelu_with_noise")
@@ -182,13 +184,20 @@ def stack(call: Call) -> Mirror:
 )
 @rule("rand_like", "randn_like", "dropout", "feature_dropout", "threshold")
 def pointwise(call: Call) -> Any:
-    """Tie what meets; a dimension of size 1 is spread over the others and keeps out."""
+    """Tie what meets; a dimension of size 1 is spread over the others and keeps out.
+
+    In a product, the first factor that is not a weight is the one that carries a scale.
+    """
     tensors = [t for t in flat([*call.args, *call.kwargs.values()]) if isinstance(t, Tensor)]
     outputs = [call.out] if isinstance(call.out, Tensor) else list(call.out)
     shape = outputs[0].shape
     result: Mirror = []
     for d in range(-len(shape), 0):
         meet = [t for t in tensors if t.ndim >= -d and t.shape[d] == shape[d]]
+        if call.book.op.rstrip("_") in _PRODUCTS:
+            meet.sort(key=lambda t: (id(t) in call.weights, not isinstance(t, nn.Parameter)))
+            others = [call.mirror(t)[d] for t in meet[1:]]
+            call.book.spent += [(axis, None) for axis in others if axis is not None]
         axes = [call.mirror(t)[d] for t in meet]
         if call.book.op in ("add", "add_") and len(meet) == 2:
             a, b = sorted(meet, key=lambda t: id(t) in call.weights)

@@ -28,6 +28,10 @@ def convolution(call: Call) -> Mirror:
         book.tie(x_member, other if call[6] else wm[1])
         book.extent(groups, group, "groups")
         out = wm[0]
+        if group is not None and xm[1] is not None:
+            book.spent.append((xm[1], group))
+        if call[6] and group is not None and wm[0] is not None:
+            book.apart.append((wm[0], group))
         if call[6]:
             out = book.grid(group, wm[1], (groups, weight.shape[1]))
     if isinstance(bias, Tensor):

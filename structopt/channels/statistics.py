@@ -18,10 +18,13 @@ from structopt.channels.moving import pointwise
 def batch_norm(call: Call) -> Any:
     """Each channel by itself: weight, bias and statistics are tied to dimension 1."""
     mirror = list(call.mirror(call[0]))
-    for position in range(1, 5):
+    given = mirror[1]
+    for position in (4, 3, 2, 1):  # the weight last: what comes out is its
         tensor = call[position]
         if isinstance(tensor, Tensor):
-            mirror[1] = call.book.tie(mirror[1], call.mirror(tensor)[0])
+            mirror[1] = call.add(call.mirror(tensor)[0], mirror[1])
+    if given is not None and isinstance(call[1], Tensor):
+        call.book.spent.append((given, None))
     call.freeze_all(mirror[2:], "a size that a norm averages over")
     return [[mirror[0], mirror[1]] + [None] * (len(mirror) - 2)] + [None] * (len(call.out) - 1)
 
