@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
@@ -71,10 +72,6 @@ class Channels:
         modules = dict(model.named_modules())
         self.extents = _extents(modules, book)
         self.scored = book.scored
-        self.biases: dict[int, set[int]] = {}
-        for rows, bias in book.beside:
-            for row, one in zip(rows.tolist(), bias.tolist(), strict=True):
-                self.biases.setdefault(row, set()).add(one)
         self.regroup()
 
     def regroup(self) -> None:
@@ -109,6 +106,15 @@ class Channels:
             if group.name == name:
                 return group
         raise KeyError(f"no group {name!r}; there are {', '.join(g.name for g in self.groups)}")
+
+    @functools.cached_property
+    def biases(self) -> dict[int, set[int]]:
+        """Of each row of a weight, what is added to its results."""
+        found: dict[int, set[int]] = {}
+        for rows, bias in self.book.beside:
+            for row, one in zip(rows.tolist(), bias.tolist(), strict=True):
+                found.setdefault(row, set()).add(one)
+        return found
 
     def reading(self, number: int) -> npt.NDArray[np.bool_]:
         """Of each label: is it summed over, across the channels of this group?"""

@@ -55,6 +55,8 @@ def rows(channel: Vector, index: Vector) -> Vector | None:
     array([4, 5, 0, 1])
     """
     size = int(channel.max()) + 1
+    if np.array_equal(channel, np.arange(size)):
+        return index
     breaks = np.flatnonzero((np.diff(channel) < 0) | ((channel[:-1] < 0) & (channel[1:] >= 0))) + 1
     pieces = []
     for start, tile in zip(np.r_[0, breaks], np.split(channel, breaks), strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -147,6 +148,9 @@ def substitute(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Modul
                     if isinstance(value, nn.Parameter):
                         made = nn.Parameter(made, requires_grad=value.requires_grad)
                     memo[id(value)] = made
+        for value in vars(module).values():  # ten empty dicts for hooks: quicker than deepcopy
+            if type(value) in (dict, OrderedDict) and not value:
+                memo[id(value)] = type(value)()
     return copy.deepcopy(model, memo)
 
 
