@@ -9,7 +9,7 @@ PAGES := _build/html/.complete
 export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help book test check format notebooks serve bench clean
+.PHONY: help book test check format notebooks serve bench zoo clean
 .DELETE_ON_ERROR:
 
 help:  ## Say what each target does
@@ -43,6 +43,11 @@ serve: book  ## Show the book at http://127.0.0.1:8000 (PORT=...)
 
 bench: $(STAMP)  ## Measure again what the benchmarks page shows
 	$(PY) tests/benchmarks
+
+zoo: $(STAMP)  ## Halve every network of the zoo anew (hours; goes on where it was interrupted)
+	$(PY) -c "import timm, torch_pruning, transformers" || $(PY) -m pip install --editable '.[zoo]'
+	PYTHONPATH=tests:$$PYTHONPATH $(PY) -m zoo
+	PYTHONPATH=tests:$$PYTHONPATH $(PY) -m zoo.speed
 
 clean:  ## Remove the built pages; .venv stays
 	rm -rf _build .mypy_cache .ruff_cache .hypothesis build dist

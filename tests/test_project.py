@@ -19,6 +19,7 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 PINS = {r.name: r for r in map(Requirement, PROJECT["optional-dependencies"]["dev"])}
+ZOO = {r.name: r for r in map(Requirement, PROJECT["optional-dependencies"]["zoo"])}
 ALLOWED = {"README.md", "_config.yml", "environment.yml", "book", "structopt", "tests"}
 ALLOWED |= {"pyproject.toml", "Makefile", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE"}
 ALLOWED |= {".ci", ".github", ".gitignore"}
@@ -29,7 +30,8 @@ def read(name: str) -> str:
 
 
 def test_every_pin_is_exact_and_installed() -> None:
-    assert [str(pin) for pin in PINS.values() if not str(pin.specifier).startswith("==")] == []
+    both = [*PINS.values(), *ZOO.values()]
+    assert [str(pin) for pin in both if not str(pin.specifier).startswith("==")] == []
     found = {name: Version(version(name)).public for name in PINS}  # 2.14.1+cpu is 2.14.1
     assert [
         str(PINS[name]) for name in PINS if not PINS[name].specifier.contains(found[name])
@@ -64,7 +66,7 @@ def test_no_other_file_has_a_pin_of_its_own() -> None:
 def test_each_dependency_has_its_reason() -> None:
     table = read("CONTRIBUTING.md").split("## Why each dependency is there")[1]
     names = [name for name in PINS if not name.startswith(("sphinx-book", "pydata"))]  # the themes
-    names += [Requirement(need).name for need in PROJECT["dependencies"]]
+    names += [Requirement(need).name for need in PROJECT["dependencies"]] + [*ZOO]
     assert [name for name in names if not re.search(rf"\b{re.escape(name)}\b", table)] == []
 
 

@@ -1,0 +1,210 @@
+"""What finding and editing coupled channels costs: against Torch-Pruning, in length, in memory.
+
+    python -m zoo.speed [--quick]
+
+Processor time of one thread, both libraries taking turns in one run. Torch-Pruning works in place
+and compares nothing; its time holds no copy of the network. This package's holds the copy and the
+comparison of the result with the masked network in double precision. The result goes to
+`tests/benchmarks/results/zoo-speed.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import multiprocessing
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks.common import machine, ratios, summary
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision import models
+from torchvision.models.vision_transformer import VisionTransformer
+from zoo.networks import image
+
+from structopt import files
+from structopt.channels import channel_groups, take
+
+RESULT = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "zoo-speed.json"
+VERSUS = ("resnet50", "densenet121", "densenet201", "mobilenet_v2", "vgg16_bn", "vit_b_16")
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+DEPTHS = (6, 12, 24, 48)
+
+
+class Count(TorchDispatchMode):
+    """How many operators a forward pass calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operators += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operators(model: nn.Module, example: torch.Tensor) -> int:
+    with torch.no_grad(), Count() as count:
+        model(example)
+    return count.operators
+
+
+def ours(model: nn.Module, example: torch.Tensor) -> tuple[float, float]:
+    start = time.process_time()
+    channels = channel_groups(model, example)
+    found = time.process_time() - start
+    take(model, {group: range(0, group.size, 2) for group in channels})
+    return found, time.process_time() - start
+
+
+def theirs(model: nn.Module, example: torch.Tensor) -> tuple[float, float]:
+    import torch_pruning as tp
+
+    model = copy.deepcopy(model)
+    last = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == 1000]
+    heads = {m: m.num_heads for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    start = time.process_time()
+    pruner = tp.pruner.BasePruner(
+        model,
+        example,
+        importance=tp.importance.RandomImportance(),
+        pruning_ratio=0.5,
+        ignored_layers=last,
+        num_heads=heads,
+        in_channel_groups={},
+        out_channel_groups={},  # its defaults are shared between pruners
+    )
+    found = time.process_time() - start
+    pruner.step()
+    return found, time.process_time() - start
+
+
+def versus(name: str, rounds: int) -> dict[str, Any]:
+    model, example = models.get_model(name, weights=None).eval(), image(224)
+    seconds: dict[str, list[tuple[float, float]]] = {"structopt": [], "torch-pruning": []}
+    both: list[tuple[str, Callable[..., tuple[float, float]]]]
+    both = [("structopt", ours), ("torch-pruning", theirs)]
+    for turn in range(rounds + 1):
+        for library, measure in both if turn % 2 else reversed(both):
+            taken = measure(model, example)
+            if turn:  # the first warms up
+                seconds[library].append(taken)
+    found: dict[str, Any] = {
+        library: {
+            "discovery": summary([row[0] for row in taken]),
+            "discovery and removal": summary([row[1] for row in taken]),
+        }
+        for library, taken in seconds.items()
+    }
+    for place, what in enumerate(("discovery", "discovery and removal")):
+        pair = [[row[place] for row in taken] for taken in seconds.values()]
+        found[f"times as fast, {what}"] = ratios(pair[1], pair[0])
+    return found
+
+
+def length(model: nn.Module, example: torch.Tensor, rounds: int) -> dict[str, Any]:
+    taken = [ours(model.eval(), example)[0] for _ in range(rounds + 1)][1:]
+    count = operators(model, example)
+    each = [1e3 * seconds / count for seconds in taken]
+    return {
+        "operators": count,
+        "seconds": summary(taken),
+        "milliseconds an operator": summary(each),
+    }
+
+
+def vit(depth: int) -> nn.Module:
+    return VisionTransformer(32, 8, depth, 6, 192, 384)
+
+
+def apart(task: Callable[[], Any]) -> dict[str, Any]:
+    """What a task gives, its seconds, and how much the memory of its process grew at the most."""
+    ours_, its = multiprocessing.Pipe()
+
+    def child() -> None:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        start = time.process_time()
+        said = task()
+        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        its.send(
+            {
+                "seconds": round(time.process_time() - start, 2),
+                "grew by MB": round((after - before) * 1024 / 1e6, 1),
+                "process MB": round(after * 1024 / 1e6),
+                "said": said,
+            }
+        )
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    its.close()
+    found: dict[str, Any] = ours_.recv()
+    process.join()
+    return found
+
+
+def memory(name: str) -> dict[str, Any]:
+    model, example = models.get_model(name, weights=None).eval(), image(224, batch=8)
+
+    def forward() -> None:
+        with torch.no_grad():
+            model(example)
+
+    def discovery() -> None:
+        channel_groups(model, example)
+
+    one, found = apart(forward), apart(discovery)
+    return {
+        "weights MB": round(sum(p.nbytes for p in model.parameters()) / 1e6, 1),
+        "forward pass MB": one["grew by MB"],
+        "discovery MB": found["grew by MB"],
+    }
+
+
+def llama() -> dict[str, Any]:
+    """A transformer of seven billion parameters that has shapes and no values."""
+    import transformers
+
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(use_cache=False))
+        words = torch.zeros(1, 8, dtype=torch.long)
+    channels = channel_groups(model, {"input_ids": words})
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "groups": len(channels),
+        "free": round(channels.freedom(), 3),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What coupled channels cost to find and to edit.")
+    parser.add_argument("--quick", action="store_true", help="one round; keeps no figures")
+    rounds = 1 if parser.parse_args().quick else 5
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    result: dict[str, Any] = {
+        "benchmark": "zoo-speed",
+        "machine": machine(torch.device("cpu")),
+        "clock": "processor time of one thread",
+        "seven billion parameters on meta": apart(llama),
+        "memory": {name: memory(name) for name in ("resnet50", "densenet121", "vit_b_16")},
+        "versus": {name: versus(name, rounds) for name in VERSUS},
+        "length": {n: length(models.get_model(n), image(64), rounds) for n in RESNETS}
+        | {f"ViT, {d} blocks": length(vit(d), image(32), rounds) for d in DEPTHS},
+    }
+    text = json.dumps(result, indent=1) + "\n"
+    sys.stdout.write(text)
+    if rounds > 1:
+        files.write_atomically(RESULT, lambda file: file.write(text.encode()))
+
+
+if __name__ == "__main__":
+    main()
