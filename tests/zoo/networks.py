@@ -1,23 +1,20 @@
 """The networks of the zoo: how each is built, with random weights, and a small input for it.
 
-torchvision: every network but the quantisable ones. timm: of each module the member with the
-fewest parameters (`timm.json`, made by `python tests/zoo/networks.py`). transformers: ten classes
-in tiny configurations. Small ones come first.
+torchvision: every network but the quantisable ones. timm: of each module one small
+member (`timm.json`, made by `python tests/zoo/networks.py`). transformers: ten classes in tiny
+configurations. Small ones come first.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 Entry = tuple[Callable[[], nn.Module], Any]  # what builds the network, what it is called with
 TIMM = Path(__file__).with_name("timm.json")
@@ -81,8 +78,7 @@ def torchvision_entry(name: str) -> Entry:
 
 
 def timm_names() -> list[str]:
-    rows = sorted(json.loads(TIMM.read_text()), key=lambda row: row["parameters"])
-    return [row["name"] for row in rows]
+    return sorted((row["name"] for row in json.loads(TIMM.read_text())), key=promise)
 
 
 def timm_entry(name: str) -> Entry:
@@ -181,43 +177,24 @@ FAMILIES: dict[str, tuple[Callable[[], list[str]], Callable[[str], Entry]]] = {
 }
 
 
-class _NoInit(TorchFunctionMode):
-    """Skips the filling of weights, which nobody reads when parameters are only counted."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        if name.endswith("_") and not name.startswith("_") and name != "requires_grad_":
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
+SIZES = "test zepto atto femto pico nano xxtiny xxt xxs xt xs tiny ti t mini micro lite small s"
 
 
-BIG = re.compile(r"base|large|huge|giant|so\d+m|xl|_(b|l|g|h|e|m|\d*[1-9]b)(_|\d*$|\d\d)")
+def promise(name: str) -> tuple[int, int, int, str]:
+    """A key that puts first the names that promise a small network."""
+    words = re.findall(r"[a-z]+|\d+", name)
+    ranks = [SIZES.split().index(word) for word in words if word in SIZES.split()]
+    numbers = [int(word) for word in words if word.isdigit() and int(word) not in (8, 16, 224)]
+    return min(ranks, default=99), min(numbers, default=99), len(name), name
 
 
-def pick_timm() -> list[dict[str, Any]]:
-    """Of each module of timm the member with the fewest parameters.
-
-    Where timm has tiny ones for its own tests these are looked at, else those whose name says
-    nothing of size, else all.
-    """
+def pick_timm() -> list[dict[str, str]]:
+    """Of each module of timm the network whose name promises the smallest."""
     import timm
 
-    rows = []
-    for module in timm.list_modules():
-        sizes: list[tuple[int, str]] = []
-        every = timm.list_models(module=module)
-        tiny = [name for name in every if name.startswith("test_")]
-        for name in tiny or [name for name in every if not BIG.search(name)] or every:
-            with _NoInit(), torch.no_grad():
-                model = timm.create_model(name, pretrained=False)
-            sizes.append((sum(p.numel() for p in model.parameters()), name))
-        if sizes:
-            parameters, name = min(sizes)
-            rows.append({"module": module, "name": name, "parameters": parameters})
-            sys.stderr.write(f"{module}: {name}, {parameters:,} of {len(sizes)}\n")
-    return rows
+    names = {module: timm.list_models(module=module) for module in timm.list_modules()}
+    return [{"module": m, "name": min(n, key=promise)} for m, n in names.items() if n]
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
     TIMM.write_text(json.dumps(pick_timm(), indent=1) + "\n")

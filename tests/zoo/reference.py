@@ -146,14 +146,16 @@ def _group_norm(args: tuple[Any, ...], kept: Tensor) -> Any:
 
 
 def run(model: nn.Module, example: Any, mode: Reference) -> list[Tensor]:
-    fast = torch.backends.mha.get_fastpath_enabled()
+    fast, usual = torch.backends.mha.get_fastpath_enabled(), torch.get_default_dtype()
     torch.backends.mha.set_fastpath_enabled(False)  # one op for a whole layer, norms inside
+    torch.set_default_dtype(torch.float64)  # of numbers that a network makes tensors of
     try:
         torch.manual_seed(0)
         with torch.no_grad(), mode:
             return list(tensors(call(model.eval(), example)))
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+        torch.set_default_dtype(usual)
 
 
 def zero_(model: nn.Module, lost: Lost) -> None:
