@@ -12,22 +12,41 @@ from structopt.compression.adjusting import correct_biases_, equalize
 from structopt.compression.codes import Coded, Codes, put_, quantize_weights, share_weights
 from structopt.compression.coding import decode, encode, entropy_bits
 from structopt.compression.container import Report, Row, load, save
+from structopt.compression.folding import fold_batch_norms, merge_layers
 from structopt.compression.gptq import gptq, gptq_weights
 from structopt.compression.granularity import Granularity, PerAxis, PerBlock, PerGroup, PerTensor
 from structopt.compression.grids import MSE, Fit, Grid, MinMax, Percentile, Steps
 from structopt.compression.huffman import canonical_words, huffman_lengths
 from structopt.compression.inputs import RoundInput, calibrate, round_inputs
+from structopt.compression.lowrank import factorize, spectra
+from structopt.compression.merging import merge_branches, merge_pair
 from structopt.compression.qat import PACT, QAT, LearnedClip, LearnedStep, prepare_qat
 from structopt.compression.quantize import Quantized, fake_quantize, fit, quantize
+from structopt.compression.ranks import (
+    SVD,
+    Depthwise,
+    Energy,
+    Error,
+    Form,
+    Spatial,
+    Target,
+    Tucker,
+    Weights,
+)
 from structopt.compression.sharing import Shared, Tie, share, tie
 
 __all__ = [
     "MSE",
     "PACT",
     "QAT",
+    "SVD",
     "Coded",
     "Codes",
+    "Depthwise",
+    "Energy",
+    "Error",
     "Fit",
+    "Form",
     "Granularity",
     "Grid",
     "LearnedClip",
@@ -43,8 +62,12 @@ __all__ = [
     "RoundInput",
     "Row",
     "Shared",
+    "Spatial",
     "Steps",
+    "Target",
     "Tie",
+    "Tucker",
+    "Weights",
     "calibrate",
     "canonical_words",
     "correct_biases_",
@@ -52,12 +75,17 @@ __all__ = [
     "encode",
     "entropy_bits",
     "equalize",
+    "factorize",
     "fake_quantize",
     "fit",
+    "fold_batch_norms",
     "gptq",
     "gptq_weights",
     "huffman_lengths",
     "load",
+    "merge_branches",
+    "merge_layers",
+    "merge_pair",
     "prepare_qat",
     "put_",
     "quantize",
@@ -66,5 +94,6 @@ __all__ = [
     "save",
     "share",
     "share_weights",
+    "spectra",
     "tie",
 ]

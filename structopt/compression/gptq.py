@@ -119,24 +119,23 @@ def gptq_weights(
     for layer in dict.fromkeys(order):
         name = f"{layer}.weight".lstrip(".")
         with naming(name):
-            hessian = _hessian(rounded, batches, layers, layer)
+            hessian = hessian_of(rounded, batches, layer)
             own = gptq(rounded.get_parameter(name), hessian, grid, damp=damp)
         put_(rounded, {name: own})
         made[name] = own
     return made
 
 
-def _hessian(
-    model: nn.Module, batches: Iterable[Any], layers: dict[str, nn.Module], name: str
-) -> Tensor:
-    found: list[Tensor] = []
+def hessian_of(model: nn.Module, batches: Iterable[Any], name: str) -> Tensor:
+    """The sum of x xᵀ over what the rows of a layer's weight multiply, (groups, n, n)."""
+    layer, found = model.get_submodule(name), list[Tensor]()
 
     def see(name: str, given: Tensor, made: Tensor) -> None:
-        x = _columns(layers[name], given)  # (groups, n, inputs)
+        x = _columns(layer, given)  # (groups, n, inputs)
         product = x @ x.mT
         found[:] = [found[0] + product if found else product]
 
-    watch(model, batches, {name: layers[name]}, see)
+    watch(model, batches, {name: layer}, see)
     return found[0]
 
 

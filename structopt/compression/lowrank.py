@@ -1,0 +1,167 @@
+"""Layers as products of smaller layers: singular values, Tucker-2, spatial and depthwise."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structopt.compression.codes import naming
+from structopt.compression.evidence import readers
+from structopt.compression.gptq import hessian_of
+from structopt.compression.quantize import as_finite
+from structopt.compression.ranks import SVD, Form, Ranks, Target, chosen_ranks
+
+LAYERS = (nn.Linear, nn.Conv2d)
+
+
+def spectra(
+    model: nn.Module, form: Form | None = None, batches: Iterable[Any] | None = None
+) -> dict[str, list[Tensor]]:
+    """The singular values of each layer that can be factorised, for each rank that it has.
+
+    Their squares add up to the squared weights; with ``batches``, to the squared outputs (without
+    bias) over all that the layer reads there. What the values beyond a rank add up to is lost.
+
+    >>> from structopt.compression import SVD
+    >>> [len(values) for values in spectra(nn.Linear(5, 3), SVD())[""]]
+    [3]
+    """
+    form = SVD() if form is None else form
+    batches = None if batches is None else list(batches)
+    made = {}
+    for name, layer in _layers(model).items():
+        with naming(name):
+            weight = as_finite(layer.get_parameter("weight"))
+            made[name] = form.spectra(weight, _root(model, batches, name, form))
+    return made
+
+
+def factorize(
+    model: nn.Module,
+    target: Target | Mapping[str, int | tuple[int, ...]],
+    *,
+    form: Form | None = None,
+    batches: Iterable[Any] | None = None,
+) -> nn.Module:
+    """A copy of the model in which layers are products of smaller ones, in an ``nn.Sequential``.
+
+    ``target`` says how much may be lost or spent, and layers that would not become smaller stay as
+    they are; or it gives the ranks of the layers by name. ``form`` is the kind of product: by
+    default :class:`structopt.compression.SVD`. At full rank it is exact. With ``batches``, what is
+    kept is what matters for the inputs of the layer in them (for SVD).
+
+    Linear layers and two-dimensional convolutions without groups take part. Raises ValueError for
+    other layers that are named, for ranks out of range, and for weights that are not finite.
+
+    >>> from structopt.compression import Energy
+    >>> weight = torch.randn(30, 2) @ torch.randn(2, 40)
+    >>> model = nn.Sequential(nn.Linear(40, 30))
+    >>> _ = model[0].weight.data.copy_(weight)
+    >>> factorize(model, Energy(0.999))[0]
+    Sequential(
+      (0): Linear(in_features=40, out_features=2, bias=False)
+      (1): Linear(in_features=2, out_features=30, bias=True)
+    )
+    """
+    form = SVD() if form is None else form
+    batches = None if batches is None else list(batches)
+    layers = _layers(model)
+    if isinstance(target, Mapping):
+        ranks = {name: _given(name, rank, layers, form) for name, rank in target.items()}
+    else:
+        shapes = {name: layer.get_parameter("weight").shape for name, layer in layers.items()}
+        ranks = chosen_ranks(spectra(model, form, batches), shapes, form, target)
+    made = copy.deepcopy(model)
+    for name, rank in ranks.items():
+        product = _product(layers[name], rank, form, _root(model, batches, name, form))
+        if not name:
+            return product
+        parent, _, key = name.rpartition(".")
+        setattr(made.get_submodule(parent), key, product)
+    return made
+
+
+def _layers(model: nn.Module) -> dict[str, nn.Module]:
+    return {
+        name: layer
+        for name, layer in readers(model).items()
+        if isinstance(layer, nn.Linear)
+        or (isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros")
+    }
+
+
+def _given(
+    name: str, rank: int | tuple[int, ...], layers: Mapping[str, nn.Module], form: Form
+) -> Ranks:
+    if name not in layers:
+        raise ValueError(f"{name!r} is not among the layers to factorise: {', '.join(layers)}")
+    full = form.full(layers[name].get_parameter("weight").shape)
+    ranks = (rank,) * len(full) if isinstance(rank, int) else tuple(rank)
+    if len(ranks) != len(full) or not all(1 <= r <= f for r, f in zip(ranks, full, strict=True)):
+        raise ValueError(f"{form} of {name} has ranks from 1 to {full}, not {ranks}")
+    return ranks
+
+
+def _root(model: nn.Module, batches: Iterable[Any] | None, name: str, form: Form) -> Tensor | None:
+    """L with L Lᵀ = the sum of x xᵀ over what the layer reads, and a little of its mean."""
+    if batches is None or not form.sees_inputs:
+        return None
+    hessian = hessian_of(model, batches, name)[0].double()
+    hessian.diagonal().add_(1e-6 * hessian.diagonal().mean() + 1e-30)
+    made: Tensor = torch.linalg.cholesky(hessian)
+    return made
+
+
+@torch.no_grad()
+def _product(layer: nn.Module, ranks: Ranks, form: Form, root: Tensor | None) -> nn.Sequential:
+    """The layers of the product, on the device and in the type of the layer."""
+    weight = layer.get_parameter("weight")
+    bias = layer.bias if isinstance(layer.bias, nn.Parameter) else None
+    parts = form.parts(weight.detach().double(), ranks, root)
+    made = nn.Sequential()
+    for place, (tensor, settings) in enumerate(parts):
+        last = place == len(parts) - 1
+        kind = {"device": weight.device, "dtype": weight.dtype}
+        own: nn.Module
+        if isinstance(layer, nn.Linear):
+            own = nn.Linear(tensor.shape[1], len(tensor), last and bias is not None, **kind)
+        else:
+            assert isinstance(layer, nn.Conv2d)
+            own = _convolution(layer, tensor, settings, last and bias is not None, kind)
+        own.get_parameter("weight").copy_(tensor)
+        if last and bias is not None:
+            own.get_parameter("bias").copy_(bias)
+        made.append(own)
+    return made.train(layer.training)
+
+
+def _convolution(
+    layer: nn.Conv2d, weight: Tensor, settings: str, bias: bool, kind: dict[str, Any]
+) -> nn.Conv2d:
+    """A convolution that takes from ``layer`` the stride, padding and dilation along "y", "x"."""
+    size = tuple(weight.shape[2:])
+    along = ["y" in settings, "x" in settings]
+    pads = layer.padding
+    if isinstance(pads, str):  # "same": what lies over goes to the right, as torch does it
+        if pads == "same" and any(
+            (k - 1) * d % 2 for k, d in zip(layer.kernel_size, layer.dilation, strict=True)
+        ):
+            raise ValueError("a kernel of even size with padding='same' is padded unevenly")
+        same = [(k - 1) * d // 2 for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
+        pads = tuple(same) if pads == "same" else (0, 0)
+    groups = layer.in_channels if "groups" in settings else 1
+    return nn.Conv2d(
+        weight.shape[1] * groups,
+        len(weight),
+        (size[0], size[1]),
+        stride=tuple(s if on else 1 for s, on in zip(layer.stride, along, strict=True)),  # type: ignore[arg-type]
+        padding=tuple(p if on else 0 for p, on in zip(pads, along, strict=True)),  # type: ignore[arg-type]
+        dilation=tuple(d if on else 1 for d, on in zip(layer.dilation, along, strict=True)),  # type: ignore[arg-type]
+        groups=groups,
+        bias=bias,
+        **kind,
+    )

@@ -1,0 +1,177 @@
+"""Layers that vanish: the same function, or left as they are."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from structopt import compression
+from structopt.networks import LeNet300, ResNet20
+
+
+def used(model):
+    """Statistics and weights of norms as after training."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2)
+                if module.affine:
+                    module.weight.normal_()
+                    module.bias.normal_()
+    return model
+
+
+def norms(model):
+    return sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+
+
+def test_every_norm_of_a_resnet_is_folded(device):
+    model = used(ResNet20()).to(device).eval()
+    x = torch.randn(4, 1, 28, 28, device=device)
+    before = copy.deepcopy(model)
+    made = compression.fold_batch_norms(model, x)
+    assert norms(made) == 0
+    torch.testing.assert_close(
+        made.double()(x.double()), before.double()(x.double()), rtol=1e-4, atol=1e-4
+    )
+    assert norms(model) > 0, "the model given is untouched"
+
+
+@pytest.mark.parametrize("kind", ["1d", "2d", "3d", "linear"])
+def test_norms_behind_each_kind_of_layer(kind, device):
+    conv, norm, shape = {
+        "1d": (nn.Conv1d(3, 6, 2, groups=3, bias=False), nn.BatchNorm1d(6), (2, 3, 7)),
+        "2d": (nn.Conv2d(3, 6, 2, stride=2), nn.BatchNorm2d(6, affine=False), (2, 3, 7, 7)),
+        "3d": (nn.Conv3d(3, 6, 2), nn.BatchNorm3d(6), (2, 3, 4, 4, 4)),
+        "linear": (nn.Linear(3, 6), nn.BatchNorm1d(6), (2, 3)),
+    }[kind]
+    model = used(nn.Sequential(conv, norm, nn.ReLU())).to(device).double().eval()
+    x = torch.randn(shape, device=device).double()
+    made = compression.fold_batch_norms(model, x)
+    assert norms(made) == 0
+    torch.testing.assert_close(made(x), model(x))
+
+
+class Shared(nn.Module):
+    """What the norm reads is read elsewhere too, or the layer runs twice."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.conv, self.norm = kind, nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        y = self.conv(x)
+        if self.kind == "read twice":
+            return self.norm(y) + y
+        if self.kind == "run twice":
+            return self.norm(self.conv(y))
+        if self.kind == "over other axes":
+            return self.norm(y.transpose(1, 2)).transpose(1, 2)
+        return self.norm(y.relu())
+
+
+@pytest.mark.parametrize("kind", ["read twice", "run twice", "over other axes", "activated"])
+def test_what_is_not_exact_is_left(kind):
+    model, x = used(Shared(kind)).eval(), torch.randn(2, 3, 3, 3)
+    made = compression.fold_batch_norms(model, x)
+    assert norms(made) == 1
+    assert torch.equal(made(x), model(x))
+    frozen = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, track_running_stats=False))
+    assert norms(compression.fold_batch_norms(frozen, torch.randn(4, 3))) == 1
+
+
+@given(
+    kernels=st.tuples(*[st.integers(1, 3)] * 4),
+    strides=st.tuples(*[st.integers(1, 3)] * 2),
+    dilations=st.tuples(*[st.integers(1, 2)] * 2),
+    padding=st.integers(0, 2),
+    biases=st.tuples(st.booleans(), st.booleans()),
+    size=st.tuples(st.integers(16, 20), st.integers(16, 20)),
+)
+def test_a_pair_of_convolutions_is_one(kernels, strides, dilations, padding, biases, size):
+    first = nn.Conv2d(2, 5, kernels[:2], strides[0], padding, dilations[0], bias=biases[0]).double()
+    second = nn.Conv2d(5, 3, kernels[2:], strides[1], 0, dilations[1], bias=biases[1]).double()
+    x = torch.randn(2, 2, *size).double()
+    merged = compression.merge_pair(first, second)
+    torch.testing.assert_close(merged(x), second(first(x)))
+
+
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(0, 2), st.integers(14, 18))
+def test_a_padded_second_one_behind_one_place(stride, kernel, padding, size):
+    first = nn.Conv2d(2, 5, 1, stride, bias=False).double()
+    second = nn.Conv2d(5, 3, kernel, stride, padding).double()
+    x = torch.randn(2, 2, size, size + 1).double()
+    torch.testing.assert_close(compression.merge_pair(first, second)(x), second(first(x)))
+
+
+def test_linear_layers_and_what_does_not_merge(device):
+    first, second = nn.Linear(4, 9).to(device), nn.Linear(9, 3, bias=False).to(device)
+    x = torch.randn(5, 4, device=device)
+    torch.testing.assert_close(
+        compression.merge_pair(first, second)(x), second(first(x)), rtol=1e-4, atol=1e-5
+    )
+    conv, padded = nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 3, padding=1)
+    with pytest.raises(ValueError, match="the first one has places beside it"):
+        compression.merge_pair(conv, padded)
+    with pytest.raises(ValueError, match="the first one adds a bias"):
+        compression.merge_pair(nn.Conv2d(2, 4, 1), padded)
+    with pytest.raises(ValueError, match="the first one pads too"):
+        compression.merge_pair(nn.Conv2d(2, 4, 1, padding=1, bias=False), padded)
+    with pytest.raises(ValueError, match="has groups"):
+        compression.merge_pair(conv, nn.Conv2d(4, 4, 1, groups=2))
+    with pytest.raises(ValueError, match="does not pad with zeros"):
+        compression.merge_pair(nn.Conv2d(2, 4, 3, padding=1, padding_mode="reflect"), conv)
+    with pytest.raises(ValueError, match="Linear and Conv2d do not merge"):
+        compression.merge_pair(first, conv)
+
+
+def test_layers_of_a_model_with_an_activation_removed():
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.Identity(), nn.Conv2d(8, 4, 3), nn.ReLU(),
+        nn.Flatten(), nn.Linear(144, 30), nn.Linear(30, 20), nn.Identity(), nn.Linear(20, 5),
+    )  # fmt: skip
+    x = torch.randn(2, 1, 8, 8)
+    made = compression.merge_layers(model, x)
+    layers = [m for m in made if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert [str(layer) for layer in layers] == [
+        "Conv2d(1, 4, kernel_size=(5, 5), stride=(1, 1), padding=(1, 1))",
+        "Linear(in_features=144, out_features=5, bias=True)",
+    ]
+    torch.testing.assert_close(made(x), model(x), rtol=1e-4, atol=1e-5)
+    lenet = LeNet300()
+    assert str(compression.merge_layers(lenet, torch.zeros(1, 1, 28, 28))) == str(lenet)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_parallel_branches_are_one_convolution(groups, device):
+    branches = used(nn.ModuleList([
+        nn.Conv2d(4, 4, 3, padding=1, groups=groups),
+        nn.Sequential(nn.Conv2d(4, 4, 1, groups=groups, bias=False), nn.BatchNorm2d(4)),
+        nn.Conv2d(4, 4, (5, 1), padding=(2, 0), groups=groups),
+        nn.Conv2d(4, 4, 3, padding=2, dilation=2, groups=groups),
+        nn.BatchNorm2d(4), nn.Identity(),
+    ])).double().to(device).eval()  # fmt: skip
+    x = torch.randn(2, 4, 7, 6, device=device).double()
+    merged = compression.merge_branches(list(branches))
+    assert merged.kernel_size == (5, 5)
+    torch.testing.assert_close(merged(x), sum(branch(x) for branch in branches))
+
+
+def test_branches_that_do_not_fit_are_named():
+    conv = nn.Conv2d(4, 4, 3, padding=1)
+    with pytest.raises(ValueError, match="another middle"):
+        compression.merge_branches([conv, nn.Conv2d(4, 4, 1, padding=1)])
+    with pytest.raises(ValueError, match="differ in stride"):
+        compression.merge_branches([conv, nn.Conv2d(4, 4, 1, stride=2)])
+    with pytest.raises(ValueError, match="Identity keeps 4 channels"):
+        compression.merge_branches([nn.Conv2d(4, 6, 1), nn.Identity()])
+    with pytest.raises(ValueError, match="not ReLU"):
+        compression.merge_branches([conv, nn.ReLU()])
+    with pytest.raises(ValueError, match="no branch has a convolution: Identity"):
+        compression.merge_branches([nn.Identity()])
+    with pytest.raises(ValueError, match="depends on its batch"):
+        compression.merge_branches([conv, nn.BatchNorm2d(4, track_running_stats=False)])
