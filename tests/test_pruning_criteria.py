@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 
-from structopt import pruning
+from structopt import networks, pruning
 from structopt.channels import channel_groups, take
 from structopt.training import supervised
 
@@ -162,6 +162,14 @@ def test_hessian_estimate_converges_to_the_diagonal(device):
     assert (found - expected).norm() < 0.1 * expected.norm()
 
 
+def test_second_derivatives_pass_through_attention(device):
+    """The fused kernels have none."""
+    model = networks.TinyTransformer(dim=16, depth=1).to(device)
+    batch = torch.randn(4, 1, 28, 28, device=device), torch.randint(0, 10, (4,), device=device)
+    scores = pruning.score(model, pruning.hessian, [batch])
+    assert any(one.any() for one in scores.values())
+
+
 def test_batch_norm_scale_is_that_of_the_norms(device):
     model = network(device, norm=True)
     nn.init.normal_(model[1].weight)
@@ -278,6 +286,43 @@ def test_channel_scores_are_sums_over_all_weights_of_the_channel(device):
     close(scores[channels["3"]], makes + reads)
     largest = pruning.channel_scores(channels, pruning.score(model), lambda parts: parts.amax(0))
     close(largest[channels["3"]], torch.maximum(makes, reads))
+
+
+class Joined(nn.Module):
+    """Two layers side by side, read by a third."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right, self.reader = nn.Linear(2, 3), nn.Linear(2, 4), nn.Linear(7, 2)
+
+    def forward(self, x):
+        return self.reader(torch.cat([self.left(x), self.right(x)], 1))
+
+
+def test_a_layer_that_reads_two_groups_counts_in_each_with_its_own_columns(device):
+    model = Joined().to(device)
+    channels = channel_groups(model, torch.ones(1, 2, device=device))
+    found = pruning.channel_scores(channels, pruning.score(model))
+    reads = model.reader.weight.detach().abs().sum(0)
+    for name, columns in (("left", reads[:3]), ("right", reads[3:])):
+        makes = model.get_parameter(f"{name}.weight").detach().abs().sum(1)
+        close(found[channels[name]], makes + columns)
+
+
+def test_sums_in_half_precision_are_taken_in_single(device):
+    """In bfloat16, 256 + 1 = 256."""
+    model = nn.Sequential(nn.Linear(257, 2), nn.Linear(2, 1)).to(device, torch.bfloat16)
+    for p in model.parameters():
+        nn.init.ones_(p)
+    channels = channel_groups(model, torch.ones(1, 257, device=device, dtype=torch.bfloat16))
+    found = pruning.channel_scores(channels, pruning.score(model))
+    assert found[channels["0"]].tolist() == [258, 258]
+    tokens = torch.ones(9, 257, device=device, dtype=torch.bfloat16)
+    last = nn.Sequential(model[0]).to(device)
+    sums = pruning.score(
+        last, pruning.activation_mean, [tokens] * 57, objective=lambda m, b: m(b).sum()
+    )
+    assert (sums["0.weight"] == 1).all()  # 513 ones over 513
 
 
 def test_scores_along_which_nothing_changes_say_nothing(device):

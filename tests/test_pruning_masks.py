@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from structopt import checkpoint, pruning, training
 from structopt.pruning import (
@@ -113,6 +114,18 @@ def test_normalising_makes_layers_of_different_size_of_weights_equals(device):
     )
     equal = pruning.find_masks(scores, 0.5, scope=Global(normalise=True))
     assert abs(pruning.sparsity_of({"small": equal["small"]}) - 0.5) < 0.05
+
+
+def test_normalising_divides_by_the_mean_of_the_layer(device):
+    scores = {
+        "even": torch.rand(20, 10, device=device, dtype=torch.float64),
+        "peaked": torch.rand(20, 10, device=device, dtype=torch.float64) ** 9 * 100,
+    }
+    masks = pruning.find_masks(scores, 0.3, scope=Global(normalise=True))
+    every = torch.cat([(s / s.mean()).flatten() for s in scores.values()])
+    expected = torch.ones(400, dtype=torch.bool, device=device)
+    expected[every.argsort()[:120]] = False
+    assert torch.equal(torch.cat([m.flatten() for m in masks.values()]), expected)
 
 
 @given(sparsities=st.lists(SPARSITIES, min_size=2, max_size=4).map(sorted), ties=st.booleans())
@@ -233,6 +246,14 @@ def batches(device, count=4):
     return [one() for _ in range(count)]
 
 
+def test_applying_a_mask_multiplies_by_it(device):
+    model = network(device)
+    plain, masks = copy.deepcopy(model), pruning.find_masks(pruning.score(model), 0.7)
+    assert pruning.apply_masks_(model, {n: m.cpu() for n, m in masks.items()}) is model
+    for name, p in plain.named_parameters():
+        assert torch.equal(model.get_parameter(name), p * masks[name] if name in masks else p)
+
+
 OPTIMIZERS = {
     "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
@@ -271,8 +292,10 @@ def test_the_model_stays_an_ordinary_one(device, tmp_path):
     assert list(model.state_dict()) == names
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     example = torch.randn(2, 1, 8, 8, device=device)
-    twin = copy.deepcopy(model)
-    after(twin)  # another model, the same masks
+    twin, plain = copy.deepcopy(model), network(device)
+    after(plain)  # another model, the same masks
+    assert all(not plain.get_parameter(n)[~m].any() for n, m in masks.items())
+    after(twin)
     assert torch.equal(twin.eval()(example), model.eval()(example))
     checkpoint.save(model, tmp_path / "sparse.safetensors")
     loaded = checkpoint.load(tmp_path / "sparse.safetensors", network(device)).eval()
@@ -295,6 +318,28 @@ def test_holding_follows_a_model_that_moves_or_changes_its_layout(device):
         weight = model.get_parameter(name).cpu()
         assert not weight[~mask].any()
         assert weight[mask].all()
+
+
+class Log(TorchDispatchMode):
+    """Every operation that runs inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_holding_is_one_product_that_reads_no_number_back(device):
+    """So that a GPU never waits: no copy to the CPU, no `item`."""
+    model = network(device)
+    after = pruning.hold(pruning.find_masks(pruning.score(model), 0.5))
+    after(model)
+    with Log() as log:
+        after(model, 2)
+    assert log.names == ["aten._foreach_mul_.List"]
 
 
 def test_gradual_pruning_while_training_nests_and_ends_exactly(device):
@@ -323,7 +368,7 @@ def test_a_resumed_run_holds_the_same_masks(device, tmp_path):
         torch.manual_seed(1)
         model = network(device)
         optimizer = OPTIMIZERS["adamw"](model.parameters())
-        after = pruning.PruneWhileTraining(Gradual(0.8, 1, 6, every=1))
+        after = pruning.PruneWhileTraining(Gradual(0.8, 1, 4, every=1))  # done before the break
         torch.manual_seed(2)
         data = batches(device)
         training.train(
