@@ -363,6 +363,22 @@ def test_gradual_pruning_while_training_nests_and_ends_exactly(device):
     assert pruning.sparsity_of(after.masks) == pytest.approx(0.8, abs=1 / size)
 
 
+def test_what_is_gone_stays_gone_whatever_later_scores_say(device):
+    model = network(device)
+    after = pruning.PruneWhileTraining(
+        Iterative(0.8, rounds=4, every=1), score=lambda m: pruning.score(m, pruning.random)
+    )
+    found = []
+    for step in (1, 2, 3, 4):
+        after(model, step)
+        found.append(after.masks)
+    for earlier, later in pairwise(found):
+        assert all(not (later[name] & ~earlier[name]).any() for name in later)
+    twin = copy.deepcopy(after)
+    assert all(torch.equal(m, twin.masks[n]) for n, m in after.masks.items())
+    assert (twin.schedule, twin.score, twin.scope) == (after.schedule, after.score, after.scope)
+
+
 def test_a_resumed_run_holds_the_same_masks(device, tmp_path):
     def run(epochs, path=None):
         torch.manual_seed(1)
