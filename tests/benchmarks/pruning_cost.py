@@ -7,7 +7,7 @@ from torchvision.models import resnet50
 
 from structopt import descent, networks, pruning, training
 
-SPARSITY, BATCH, STEPS = 0.9, 128, 10
+SPARSITY, BATCH, STEPS = 0.9, 128, 3
 NETWORKS = {"LeNet-300-100": networks.LeNet300, "ResNet-20": networks.ResNet20}
 
 
@@ -58,7 +58,7 @@ def scoring(rounds: int, device: torch.device) -> dict[str, object]:
 
 def main() -> None:
     options = arguments(__doc__).parse_args()
-    device, rounds = torch.device(options.device), 2 if options.quick else 30
+    device, rounds = torch.device(options.device), 2 if options.quick else 20
     result = {
         "machine": machine(device),
         "hold": {name: holding(make(), rounds, device) for name, make in NETWORKS.items()},
