@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from channel_networks import CASES, Composed, Fn, conv, filled
+from channel_networks import CASES, Composed, Fn, Llama, conv, filled
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -364,6 +364,35 @@ def test_the_sizes_of_a_whole_transformer_follow_its_parts(device):
     narrow = take(model, {heads: [1]})
     assert (narrow.whole.d_model, narrow.whole.nhead) == (4, 1)
     assert narrow.whole.encoder.layers[0].self_attn.num_heads == 1
+
+
+def test_the_root_of_a_whole_number_is_taken_in_double_precision_too(device):
+    """Torch makes it float32, so that two such roots would differ by 1e-8."""
+
+    def forward(self, x):
+        a, b = self.encode(x), self.encode(x.flip(1))
+        return self.head(a @ b.transpose(1, 2) / torch.sqrt(torch.tensor(a.shape[-1])))
+
+    model = Fn(forward, encode=nn.Linear(3, 8), head=nn.Linear(5, 2)).double().to(device)
+    x = torch.randn(2, 5, 3, dtype=torch.float64, device=device)
+    (group,) = channel_groups(model, x)
+    before = torch.get_default_dtype()
+    assert take(model, {group: [0, 3, 4]}).encode.out_features == 3
+    assert torch.get_default_dtype() is before
+
+
+def test_labels_are_as_many_as_channels():
+    """Ten for each row or column of a weight at most, so that 7 billion weights need 3 million."""
+    for wide in (1, 4, 16):
+        with torch.device("meta"):
+            model = Llama(4 * wide, 2 * wide, 8, 8 * wide)
+        channels = channel_groups(model, torch.zeros(1, 4, dtype=torch.long))
+        axes = sum(sum(p.shape) for p in model.parameters())
+        assert channels.book.labels.size < 10 * axes
+        assert len(channels) == 4
+        half = take(model, {group: range(group.size // 2) for group in channels})
+        assert half.q.weight.shape == (8 * wide, 4 * wide)
+        assert half.q.weight.is_meta
 
 
 def test_what_cannot_change_is_frozen_not_refused(device):
