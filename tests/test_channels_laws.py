@@ -366,6 +366,25 @@ def test_the_sizes_of_a_whole_transformer_follow_its_parts(device):
     assert narrow.whole.encoder.layers[0].self_attn.num_heads == 1
 
 
+def test_a_model_that_finds_nothing_is_verified_inside(device):
+    """A detector without detections gives empty outputs, whatever was edited."""
+
+    def forward(self, x):
+        y = self.head(self.mid(self.a(x).tanh()))
+        return y[y > 1e9]
+
+    model = Fn(forward, a=nn.Linear(3, 8), mid=nn.Linear(8, 6), head=nn.Linear(6, 2)).to(device)
+    channels = channel_groups(model, torch.randn(4, 3, device=device))
+    group, factors = channels["a"], torch.rand(8) + 0.5
+    with pytest.raises(ValueError, match="outputs differ"):
+        take(model, {group: range(8)}, scale={group: factors})
+    every = {g: range(g.size) for g in channels}
+    with pytest.raises(ValueError, match="outputs differ"):
+        take(model, every, scale={group: factors})
+    narrow = take(model, {g: range(g.size // 2) for g in channels})
+    assert (narrow.a.out_features, narrow.mid.out_features) == (4, 3)
+
+
 def test_the_root_of_a_whole_number_is_taken_in_double_precision_too(device):
     """Torch makes it float32, so that two such roots would differ by 1e-8."""
 

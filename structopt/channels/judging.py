@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,18 @@ from structopt.channels.tracing import call, map_tensors, substitute
 Judge = Callable[[Edit], str]  # what goes wrong, or nothing
 
 
+class Expected(NamedTuple):
+    """An example, what has to come out, and the layers whose output is compared as well."""
+
+    example: Any
+    outputs: list[Tensor]
+    watched: tuple[str, ...]
+
+
 def by_value(channels: Channels, model: nn.Module) -> Judge:
     """The outputs of an edited copy have to equal those of the model with channels masked."""
     wide = substitute(model, verify.wide)
-    known: dict[tuple[int, ...], list[tuple[Any, list[Tensor]]]] = {}
+    known: dict[tuple[int, ...], list[Expected]] = {}
 
     changes = functools.cache(lambda: verify.changes(wide, channels.example))
 
@@ -31,9 +39,9 @@ def by_value(channels: Channels, model: nn.Module) -> Judge:
         if key not in known:
             known.clear()
             known[key] = _expected(channels, wide, edit.choice)
-        for example, expected in known[key]:
+        for example, expected, watched in known[key]:
             try:
-                found = verify.outputs(build(channels, wide, edit), example)
+                found = verify.outputs(build(channels, wide, edit), example, watched=watched)
             except Exception as failure:
                 return _failure(failure)
             error = verify.difference(expected, found)
@@ -49,20 +57,35 @@ def by_value(channels: Channels, model: nn.Module) -> Judge:
     return judge
 
 
-def _expected(
-    channels: Channels, model: nn.Module, choice: Choice
-) -> list[tuple[Any, list[Tensor]]]:
+def _expected(channels: Channels, model: nn.Module, choice: Choice) -> list[Expected]:
     """Examples, and what the model gives for each when the channels not chosen are masked."""
-    pairs = [(channels.example, verify.reference(channels, model, choice, channels.example))]
+    watched: tuple[str, ...] = ()
+    expected = verify.reference(channels, model, choice, channels.example)
+    if not any(t.numel() for t in expected):  # as where no object is found
+        watched = _untouched(channels, model, choice)
+        expected = verify.reference(channels, model, choice, channels.example, watched)
+    found = [Expected(channels.example, expected, watched)]
     other = lively(model, channels.example)
     if other is not None:
         try:
-            expected = verify.reference(channels, model, choice, other)
+            expected = verify.reference(channels, model, choice, other, watched)
         except Exception:  # not every model takes random numbers; the example itself it took
-            return pairs
+            return found
         if all(bool(t.isfinite().all()) for t in expected):
-            pairs.append((other, expected))
-    return pairs
+            found.append(Expected(other, expected, watched))
+    return found
+
+
+def _untouched(channels: Channels, model: nn.Module, choice: Choice) -> tuple[str, ...]:
+    """Layers whose output stays, though what they read may change."""
+    layers = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    names = [n for n, m in model.named_modules() if isinstance(m, layers)]
+    made = {n: channels.axes.get((f"{n}.weight" if n else "weight", 0)) for n in names}
+    return tuple(
+        name
+        for name, labels in made.items()
+        if labels is not None and not channels.along(labels).keys() & choice.keys()
+    )
 
 
 def lively(model: nn.Module, example: Any) -> Any:

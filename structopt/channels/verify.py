@@ -140,7 +140,9 @@ def tolerance(outputs: Sequence[Tensor]) -> float:
     return 1e-4 if any(t.device.type == "mps" for t in outputs) else 1e-10
 
 
-def reference(channels: Channels, model: nn.Module, choice: Choice, example: Any) -> list[Tensor]:
+def reference(
+    channels: Channels, model: nn.Module, choice: Choice, example: Any, watched: Sequence[str] = ()
+) -> list[Tensor]:
     """What the model computes when the channels that were not chosen are masked."""
     gone = np.zeros(sum(len(v) for v in channels.axes.values()), bool)
     for labels in channels.axes.values():
@@ -161,20 +163,31 @@ def reference(channels: Channels, model: nn.Module, choice: Choice, example: Any
     full = substitute(model, zeroed).eval()
     lengths.adjust(model, full, lambda _, tensor: wide(tensor))
     if not gone.any():
-        return outputs(full, example)
+        return outputs(full, example, watched=watched)
     flatten(full)
     book = Book()
     label_parameters(book, full)
     with _repeatable(), _Wide(), Masked(book, gone):  # type: ignore[no-untyped-call]
-        return list(tensors_of(call(full, map_tensors(example, wide))))
+        return _run(full, example, watched)
 
 
-def outputs(model: nn.Module, example: Any, seed: int = 0) -> list[Tensor]:
-    """What a model computes in double precision, in evaluation mode."""
+def _run(model: nn.Module, example: Any, watched: Sequence[str]) -> list[Tensor]:
+    seen: list[Any] = []
+    for name in watched:
+        model.get_submodule(name).register_forward_hook(
+            lambda _, __, out: seen.append(map_tensors(out, torch.clone))
+        )
+    return [*tensors_of(call(model, map_tensors(example, wide))), *tensors_of(seen)]
+
+
+def outputs(
+    model: nn.Module, example: Any, seed: int = 0, watched: Sequence[str] = ()
+) -> list[Tensor]:
+    """What a model, and layers of it, compute in double precision, in evaluation mode."""
     copy = substitute(model, wide).eval()
     flatten(copy)
     with _repeatable(seed), _Wide():  # type: ignore[no-untyped-call]
-        return list(tensors_of(call(copy, map_tensors(example, wide))))
+        return _run(copy, example, watched)
 
 
 def changes(model: nn.Module, example: Any) -> bool:
