@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ class DeepSupervision(nn.Module):
 
     def __init__(
         self,
-        heads: dict[str, nn.Linear],
+        heads: Mapping[str, nn.Module],
         *,
         weight: float,
         share: float,
