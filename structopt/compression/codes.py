@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -21,7 +21,7 @@ Codes = dict[str, Coded]
 
 
 def quantize_weights(
-    model: nn.Module, grid: Grid, names: Collection[str] | None = None
+    model: nn.Module, grid: Grid, names: Sequence[str] | None = None
 ) -> dict[str, Quantized]:
     """Round weights to the nearest code, each tensor by itself; the model stays as it is.
 
@@ -43,7 +43,7 @@ def share_weights(
     model: nn.Module,
     values: int,
     per: Granularity | None = None,
-    names: Collection[str] | None = None,
+    names: Sequence[str] | None = None,
 ) -> dict[str, Shared]:
     """:func:`structopt.compression.share` for the weights of a model, as :func:`quantize_weights`.
 
@@ -68,7 +68,7 @@ def put_(model: nn.Module, codes: Mapping[str, Coded]) -> nn.Module:
     >>> put_(model, quantize_weights(model, Grid(1))).weight.abs().unique().numel()
     1
     """
-    weights = chosen(model, codes)
+    weights = chosen(model, list(codes))
     for name, weight in weights.items():
         value = codes[name].dequantize()
         if value.shape != weight.shape:
@@ -80,7 +80,7 @@ def put_(model: nn.Module, codes: Mapping[str, Coded]) -> nn.Module:
     return model
 
 
-def chosen(model: nn.Module, names: Collection[str] | None) -> dict[str, Tensor]:
+def chosen(model: nn.Module, names: Sequence[str] | None) -> dict[str, Tensor]:
     """The parameters of these names; None: all with two dimensions or more."""
     parameters = dict(model.named_parameters())
     if names is None:

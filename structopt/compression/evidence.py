@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ See = Callable[[str, Tensor, Tensor], object]
 """Called with the name of a layer, its input and its output."""
 
 
-def readers(model: nn.Module, names: Collection[str] | None = None) -> dict[str, nn.Module]:
+def readers(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, nn.Module]:
     """The linear layers and convolutions of these names; None: all of them."""
     found: dict[str, nn.Module] = {
         name: m for name, m in model.named_modules() if isinstance(m, READERS)

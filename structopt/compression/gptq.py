@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -91,7 +91,7 @@ def gptq_weights(
     model: nn.Module,
     batches: Iterable[Any],
     grid: Grid,
-    names: Collection[str] | None = None,
+    names: Sequence[str] | None = None,
     *,
     damp: float = 0.01,
 ) -> dict[str, Quantized]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ SAMPLE = 1 << 16  # numbers kept of each input in each batch, its extremes among
 
 
 def calibrate(
-    model: nn.Module, batches: Iterable[Any], grid: Grid, names: Collection[str] | None = None
+    model: nn.Module, batches: Iterable[Any], grid: Grid, names: Sequence[str] | None = None
 ) -> dict[str, Steps]:
     """Lay a grid over what each linear layer and convolution reads in these batches.
 
@@ -70,7 +70,7 @@ def round_inputs(
     model: nn.Module,
     grid: Grid,
     steps: Mapping[str, Steps] | None = None,
-    names: Collection[str] | None = None,
+    names: Sequence[str] | None = None,
 ) -> nn.Module:
     """A copy of the model whose linear layers and convolutions read rounded numbers.
 

@@ -64,7 +64,7 @@ def merge_pair(first: nn.Module, second: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def merge_branches(branches: Sequence[nn.Module]) -> nn.Conv2d:
+def merge_branches(branches: Sequence[nn.Module]) -> nn.Module:
     """One convolution that computes the sum of the branches of the same input: RepVGG's step.
 
     A branch is a ``Conv2d``, a ``Sequential`` of one and a batch norm, a ``BatchNorm2d``, or an

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +54,7 @@ class LearnedStep(nn.Module):
 
     @property
     def steps(self) -> Steps:
-        """The steps as they are: a scale that training made negative counts by its size."""
+        """The steps as they are; a scale that training made negative counts by its size."""
         assert isinstance(self.zero, Tensor)
         tiny = torch.finfo(self.scale.dtype).tiny
         return Steps(self.scale.detach().abs().clamp(min=tiny), self.zero)
@@ -155,7 +155,7 @@ def prepare_qat(
     *,
     inputs: Grid | PACT | None = None,
     batches: Iterable[Any] | None = None,
-    names: Collection[str] | None = None,
+    names: Sequence[str] | None = None,
 ) -> QAT:
     """A copy of the model to train with rounded weights, in the one loop and with any objective.
 
