@@ -48,8 +48,8 @@ class Bench:
     ) -> None:
         train, self.test = data.fashion_mnist(full=not quick)
         if quick:
-            train, self.test = train[:1500], self.test[:500]
-        self.train, self.held_out = train.split(500 if quick else HELD_OUT)
+            train, self.test = train[:600], self.test[:200]
+        self.train, self.held_out = train.split(200 if quick else HELD_OUT)
         (self.epochs, self.more), self.device, self.folder = epochs, device, folder
         self.example = torch.zeros(1, 1, 28, 28, device=device)
 
@@ -72,9 +72,12 @@ class Bench:
         return model
 
     def recovered(self, model: nn.Module, seed: int, epochs: int) -> nn.Module:
-        more = self.batches(seed + 1000)  # other orders than those of the first training
-        pruning.recover(model, more, epochs=epochs, lr=LR, device=self.device)
-        return model
+        """The recipe of :func:`structopt.pruning.recover`, in other orders than the first training.
+
+        Without its pass over the data before the first step, for the statistics of the norms:
+        they follow within the first of these steps.
+        """
+        return self.fit(model, seed + 1000, epochs)
 
     def accuracy(self, model: nn.Module, examples: Examples) -> float:
         return round(100 * training.evaluate(model, examples, device=self.device), 2)
@@ -167,9 +170,9 @@ def lenet_rows(bench: Bench, lr: float, when: str, epochs: int) -> dict[str, Row
 
     return {
         "dense": lambda seed: (lenet(seed), epochs),
-        "pruned gradually": gradual,
+        "pruned while training": gradual,
         "random mask": random,
-        "dense, as many weights": small,
+        "from scratch, as few weights": small,
     }
 
 
@@ -198,7 +201,7 @@ def choose(bench: Bench, lenet_epochs: int, found: Candidates, save: Callable[[]
         note("rate of LeNet", lr, partial(lenet, "dense", lr, "early"))
     for when in GRADUAL:
         best = best_of(found["rate of LeNet"])
-        note("gradual", when, partial(lenet, "pruned gradually", best, when))
+        note("gradual", when, partial(lenet, "pruned while training", best, when))
 
 
 def best_of(scores: dict[str, float]) -> str:
@@ -248,6 +251,8 @@ def main() -> None:
     result = {} if quick else kept("pruning", device)
     if result.get("budget") != budget or whole(result):
         result = {}  # not an interrupted run of these settings: measure anew
+        for old in options.folder.glob("dense-*.checkpoint"):
+            old.unlink()
     result |= {"benchmark": "pruning", "machine": machine(device), "budget": budget}
 
     def save(last: bool = False) -> None:
