@@ -34,9 +34,14 @@ LIMITS = {
 }
 SPARSITY = 0.95
 LENET = "95 % of the weights"
-GRADUAL = {"early": (0.0, 0.5), "late": (0.25, 0.75)}  # begin and end, as shares of the training
 SAME_WEIGHTS = (16, 16)  # widths of a dense LeNet with as many weights as the sparse one keeps
-LENET_RATES = ("0.001", "0.003", "0.01")
+LENET_CRITERIA = {"magnitude": pruning.magnitude, "lamp": pruning.lamp}
+LENET_CANDIDATES = {  # the learning rate of each row
+    "dense": ("0.001", "0.003", "0.01"),
+    "pruned while training": ("magnitude 0.003", "magnitude 0.01", "lamp 0.003", "lamp 0.01"),
+    "random mask": ("0.003", "0.01"),
+    "from scratch, as few weights": ("0.003", "0.01"),
+}
 HELD_OUT, LR = 5000, 0.01
 
 
@@ -140,40 +145,24 @@ def dense_rows(bench: Bench) -> dict[str, Row]:
     return {"dense": lambda seed: (bench.dense(seed), bench.epochs), "dense, trained on": longer}
 
 
-def lenet_rows(bench: Bench, lr: float, when: str, epochs: int) -> dict[str, Row]:
-    fit = partial(bench.fit, epochs=epochs, lr=lr)
-
-    def lenet(seed: int, **options: Any) -> nn.Module:
-        torch.manual_seed(seed)
-        return fit(networks.LeNet300(), seed, **options)
-
-    def gradual(seed: int) -> tuple[nn.Module, int]:
-        steps = epochs * len(bench.batches(seed))
-        begin, end = (round(share * steps) for share in GRADUAL[when])
-        every = max(1, (end - begin) // 50)
-        schedule = pruning.Gradual(SPARSITY, begin + 1, end, every)
-        whole = pruning.Global(floor=0.01)
-        prune = pruning.PruneWhileTraining(schedule, scope=whole)
-        return lenet(seed, after_step=prune), epochs
-
-    def random(seed: int) -> tuple[nn.Module, int]:
-        torch.manual_seed(seed)
-        model = networks.LeNet300()
+def lenet(bench: Bench, name: str, settings: str, epochs: int, seed: int) -> tuple[nn.Module, int]:
+    """A row of LeNet-300-100; `settings` are of LENET_CANDIDATES."""
+    *criterion, lr = settings.split()
+    torch.manual_seed(seed)
+    model = networks.LeNet300(SAME_WEIGHTS) if "few" in name else networks.LeNet300()
+    after_step: Any = None
+    if name == "pruned while training":
+        end = epochs * len(bench.batches(seed)) // 2
+        after_step = pruning.PruneWhileTraining(
+            pruning.Gradual(SPARSITY, 1, end, max(1, end // 50)),
+            score=partial(pruning.score, criterion=LENET_CRITERIA[criterion[0]]),
+            scope=pruning.Global(floor=0.01),
+        )
+    elif name == "random mask":
         masks = pruning.find_masks(pruning.score(model, pruning.random), SPARSITY)
-        keeps = pruning.hold(masks)
-        keeps(model)
-        return fit(model, seed, after_step=keeps), epochs
-
-    def small(seed: int) -> tuple[nn.Module, int]:
-        torch.manual_seed(seed)
-        return fit(networks.LeNet300(SAME_WEIGHTS), seed), epochs
-
-    return {
-        "dense": lambda seed: (lenet(seed), epochs),
-        "pruned while training": gradual,
-        "random mask": random,
-        "from scratch, as few weights": small,
-    }
+        after_step = pruning.hold(masks)
+        after_step(model)
+    return bench.fit(model, seed, epochs, lr=float(lr), after_step=after_step), epochs
 
 
 Candidates = dict[str, dict[str, float]]
@@ -182,26 +171,22 @@ Candidates = dict[str, dict[str, float]]
 def choose(bench: Bench, lenet_epochs: int, found: Candidates, save: Callable[[], None]) -> None:
     """Accuracy of each candidate on the images held out, seed 0; one epoch of recovery."""
 
-    def note(kind: str, name: str, fitted: Callable[[], nn.Module]) -> None:
+    def note(kind: str, name: str, fit: Callable[[], tuple[nn.Module, int]]) -> None:
         known = found.setdefault(kind, {})
         if name not in known:
-            known[name] = bench.accuracy(fitted(), bench.held_out)
+            known[name] = bench.accuracy(fit()[0], bench.held_out)
             print(kind, name, known[name], flush=True)
             save()
 
-    def channels(how: str) -> nn.Module:
-        return bench.recovered(bench.cut(0, SHARES["2.1 times fewer MACs"], how), 0, 1)
-
-    def lenet(row: str, lr: str, when: str) -> nn.Module:
-        return lenet_rows(bench, float(lr), when, lenet_epochs)[row](0)[0]
+    def channels(how: str) -> tuple[nn.Module, int]:
+        return bench.recovered(bench.cut(0, SHARES["2.1 times fewer MACs"], how), 0, 1), 1
 
     for how in (f"{criterion}, {limits}" for criterion in CRITERIA for limits in LIMITS):
-        note("channels", how, partial(channels, how))
-    for lr in LENET_RATES:
-        note("rate of LeNet", lr, partial(lenet, "dense", lr, "early"))
-    for when in GRADUAL:
-        best = best_of(found["rate of LeNet"])
-        note("gradual", when, partial(lenet, "pruned while training", best, when))
+        note("ResNet-20", how, partial(channels, how))
+    for row, candidates in LENET_CANDIDATES.items():
+        for settings in candidates:
+            fit = partial(lenet, bench, row, settings, lenet_epochs, 0)
+            note(f"LeNet-300-100, {row}", settings, fit)
 
 
 def best_of(scores: dict[str, float]) -> str:
@@ -239,14 +224,14 @@ def main() -> None:
     options = parser.parse_args()
     quick, device = options.quick, torch.device(options.device)
     epochs = (1, 1) if quick else (options.epochs, options.recovery)
-    lenet = 1 if quick else options.lenet_epochs
+    lenet_epochs = 1 if quick else options.lenet_epochs
     bench = Bench(epochs, device, options.folder, quick)
     budget = {
         "training images": len(bench.train),
         "batch": 256,
         "epochs before pruning": epochs[0],
         "epochs after": epochs[1],
-        "epochs of LeNet-300-100": lenet,
+        "epochs of LeNet-300-100": lenet_epochs,
     }
     result = {} if quick else kept("pruning", device)
     if result.get("budget") != budget or whole(result):
@@ -259,11 +244,14 @@ def main() -> None:
         if last or not quick:
             keep("pruning", result, quick)
 
-    choose(bench, lenet, result.setdefault("candidates", {}), save)
+    choose(bench, lenet_epochs, result.setdefault("candidates", {}), save)
     best = {kind: best_of(found) for kind, found in result["candidates"].items()}
     cases = {"dense": dense_rows(bench)}
-    cases |= {name: channel_rows(bench, share, best["channels"]) for name, share in SHARES.items()}
-    cases[LENET] = lenet_rows(bench, float(best["rate of LeNet"]), best["gradual"], lenet)
+    cases |= {name: channel_rows(bench, share, best["ResNet-20"]) for name, share in SHARES.items()}
+    cases[LENET] = {
+        row: partial(lenet, bench, row, best[f"LeNet-300-100, {row}"], lenet_epochs)
+        for row in LENET_CANDIDATES
+    }
     for parts in (["dense", "2.1 times fewer MACs"], [LENET], ["4 times fewer MACs"]):
         for seed in SEEDS[:1] if quick else SEEDS:
             for case in parts:
