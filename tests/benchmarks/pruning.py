@@ -233,16 +233,16 @@ def main() -> None:
         "epochs after": epochs[1],
         "epochs of LeNet-300-100": lenet_epochs,
     }
-    result = {} if quick else kept("pruning", device)
+    result = {} if quick else kept("pruning-accuracy", device)
     if result.get("budget") != budget or whole(result):
         result = {}  # not an interrupted run of these settings: measure anew
         for old in options.folder.glob("dense-*.checkpoint"):
             old.unlink()
-    result |= {"benchmark": "pruning", "machine": machine(device), "budget": budget}
+    result |= {"benchmark": "pruning accuracy", "machine": machine(device), "budget": budget}
 
     def save(last: bool = False) -> None:
         if last or not quick:
-            keep("pruning", result, quick)
+            keep("pruning-accuracy", result, quick)
 
     choose(bench, lenet_epochs, result.setdefault("candidates", {}), save)
     best = {kind: best_of(found) for kind, found in result["candidates"].items()}
