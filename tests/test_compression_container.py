@@ -106,6 +106,23 @@ def checkpoint_of(model, folder):
     return checkpoint.load(folder / "c", LeNet5())
 
 
+def test_rounded_inputs_come_back_too(tmp_path, device):
+    def build():
+        return nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 4)).to(device)
+
+    model, x, path = build(), torch.randn(30, 6, device=device), tmp_path / "x"
+    codes = compression.quantize_weights(model, Grid(8))
+    for grid in Grid(8, False), Grid(4):
+        for steps in compression.calibrate(model, [x], grid), None:
+            rounded = compression.round_inputs(compression.put_(model, codes), grid, steps)
+            compression.save(rounded, path, codes)
+            made = compression.load(path, build())
+            assert torch.equal(made(x), rounded(x))
+            assert not torch.equal(made(x), model(x))
+    compression.save(model, path, codes)
+    assert torch.equal(compression.load(path, made)(x), model(x)), "as the file has it: no rounding"
+
+
 def test_onto_meta_and_into_a_recurrent_network(tmp_path):
     model = nn.LSTM(3, 5, 2)
     compression.save(model, tmp_path / "x")
@@ -283,6 +300,20 @@ def test_bombs_are_refused_by_what_they_declare(file, tmp_path):
     path.write_bytes(rewritten(data, huge))
     _, took = refused(path, r"declares tensors of 4,398,046,\d+ bytes|pass limit=")
     assert took < 5
+
+    for bad in (
+        [["9", 8, True, None]],
+        [["0", 80, True, None]],
+        [["0", 8, True, [1]]],
+        [3],
+        {"0": 1},
+    ):
+
+        def rounding(header, bad=bad):
+            header["inputs"] = bad
+
+        path.write_bytes(rewritten(data, rounding))
+        refused(path, "bomb cannot be loaded")
 
     def wide(header):
         header["tensors"][0][2] = [10**30]

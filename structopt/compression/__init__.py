@@ -11,7 +11,7 @@ True
 from structopt.compression.adjusting import correct_biases_, equalize
 from structopt.compression.codes import Coded, Codes, put_, quantize_weights, share_weights
 from structopt.compression.coding import decode, encode, entropy_bits
-from structopt.compression.container import Report, Row, load, save
+from structopt.compression.container import load, save
 from structopt.compression.folding import fold_batch_norms, merge_layers
 from structopt.compression.gptq import gptq, gptq_weights
 from structopt.compression.granularity import Granularity, PerAxis, PerBlock, PerGroup, PerTensor
@@ -22,18 +22,10 @@ from structopt.compression.lowrank import factorize, spectra
 from structopt.compression.merging import merge_branches, merge_pair
 from structopt.compression.qat import PACT, QAT, LearnedClip, LearnedStep, prepare_qat
 from structopt.compression.quantize import Quantized, fake_quantize, fit, quantize
-from structopt.compression.ranks import (
-    SVD,
-    Depthwise,
-    Energy,
-    Error,
-    Form,
-    Spatial,
-    Target,
-    Tucker,
-    Weights,
-)
+from structopt.compression.ranks import SVD, Depthwise, Form, Spatial, Tucker
+from structopt.compression.report import Report, Row
 from structopt.compression.sharing import Shared, Tie, share, tie
+from structopt.compression.targets import Energy, Error, Target, Weights
 
 __all__ = [
     "MSE",

@@ -13,7 +13,6 @@ import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,6 +24,8 @@ from torch.nn.parameter import is_lazy
 from structopt import checkpoint, files
 from structopt.compression.codes import Coded
 from structopt.compression.forms import DTYPES, Packed, pack, unpack
+from structopt.compression.inputs import attach_, noted, read_hooks
+from structopt.compression.report import Report, Row
 
 MAGIC = b"\x89SOPT\r\n\x1a"
 VERSION = 1
@@ -34,59 +35,14 @@ BLOCK = 1 << 20
 HEADER_AT_MOST = 1 << 26
 
 
-@dataclass(frozen=True)
-class Row:
-    """One tensor in the file. ``entropy``: bytes its codes would take at their entropy alone."""
-
-    name: str
-    form: str
-    numbers: int
-    bytes: int
-    entropy: float | None
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a file weighs, by tensor. ``structure`` counts all that is not a tensor's own."""
-
-    path: Path
-    bytes: int
-    dense: int
-    structure: int
-    rows: tuple[Row, ...]
-
-    @property
-    def times(self) -> float:
-        """How many times larger the tensors are in memory."""
-        return self.dense / self.bytes
-
-    @property
-    def by_form(self) -> dict[str, int]:
-        """Bytes for each form that tensors have in the file."""
-        made: dict[str, int] = {}
-        for row in self.rows:
-            made[row.form] = made.get(row.form, 0) + row.bytes
-        return made
-
-    def __str__(self) -> str:
-        lines = [f"{'tensor':<28}{'form':<10}{'numbers':>10}{'bytes':>10}{'bits each':>11}"]
-        for row in self.rows:
-            bits = f"{8 * row.bytes / row.numbers:.2f}" if row.numbers else "-"
-            lines.append(
-                f"{row.name:<28}{row.form:<10}{row.numbers:>10,}{row.bytes:>10,}{bits:>11}"
-            )
-        lines.append(f"{'structure and checksum':<48}{self.structure:>10,}")
-        lines.append(f"{f'the file, 1/{self.times:.1f} of memory':<48}{self.bytes:>10,}")
-        return "\n".join(lines)
-
-
 def save(model: nn.Module, path: str | Path, codes: Mapping[str, Coded] | None = None) -> Report:
     """Write the model to one file, atomically, each tensor in its smallest form, and weigh it.
 
     Parameters that ``codes`` names are stored as their codes. Any other tensor is stored as it is,
     without loss: as a table and codes where it has at most 256 distinct numbers, as a mask and the
     rest where zeros make that smaller, else byte by byte. Changed structures are stored as by
-    :func:`structopt.checkpoint.save`. Works on one tensor at a time.
+    :func:`structopt.checkpoint.save`, and how ``round_inputs`` rounds too. Works on one tensor at
+    a time.
 
     Raises ValueError where a parameter is not what its codes stand for, for names that the model
     has not, and as ``checkpoint.save``; OSError for a disk that is full or read-only.
@@ -116,7 +72,8 @@ def save(model: nn.Module, path: str | Path, codes: Mapping[str, Coded] | None =
             dense += tensor.numel() * tensor.dtype.itemsize
             row = Row(name, packed.form[0], tensor.numel(), packed.bytes, packed.entropy)
             rows.append(row)
-        text = json.dumps({**notes, "tensors": listed}, separators=(",", ":")).encode()
+        more = {"inputs": inputs} if (inputs := noted(model)) else {}
+        text = json.dumps({**notes, "tensors": listed, **more}, separators=(",", ":")).encode()
         header = zlib.compress(text, 9)
         prelude = PRELUDE.pack(MAGIC, VERSION, len(header), len(text))
         files.write_atomically(path, lambda file: _write(file, [prelude, header], body))
@@ -153,6 +110,9 @@ def load(path: str | Path, into: nn.Module, *, limit: int | None = None) -> nn.M
             )
         if path.stat().st_size != file.tell() + sum(sum(e.parts) for e in listed) + DIGEST:
             raise ValueError("its length is not what its header says")
+        hooks = read_hooks(header.pop("inputs", []))
+        if unknown := [name for name, _ in hooks if name not in header["structure"]]:
+            raise ValueError(f"it rounds the input of {unknown[0]!r}, which it does not have")
         tensors = {entry.name: entry.read(file) for entry in listed}
     with tempfile.TemporaryDirectory() as folder:
         skeleton = {name: _stand_in(tensor) for name, tensor in tensors.items()}
@@ -164,6 +124,7 @@ def load(path: str | Path, into: nn.Module, *, limit: int | None = None) -> nn.M
     for name, tensor in tensors.items():
         place = _tensor(into, name)
         place.data = tensor.to(place.device)
+    attach_(into, hooks)
     for module in into.modules():
         if isinstance(module, nn.RNNBase):
             module.flatten_parameters()

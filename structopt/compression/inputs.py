@@ -96,6 +96,41 @@ def round_inputs(
     return made
 
 
+def noted(model: nn.Module) -> list[list[Any]]:
+    """How inputs are rounded, as JSON holds it: [layer, bits, symmetric, null or [scale, zero]]."""
+    made: list[list[Any]] = []
+    for name, layer in model.named_modules():
+        for hook in layer._forward_pre_hooks.values():
+            if isinstance(hook, RoundInput):
+                steps = hook.steps and [float(part) for part in hook.steps]
+                made.append([name, hook.grid.bits, hook.grid.symmetric, steps])
+    return made
+
+
+def read_hooks(listed: list[list[Any]]) -> list[tuple[str, RoundInput]]:
+    """:func:`noted` undone. Raises ValueError, or any error of unpacking, for anything else."""
+    made = []
+    for name, bits, symmetric, numbers in listed:
+        if not (isinstance(name, str) and isinstance(symmetric, bool)):
+            raise ValueError(f"an input is rounded in no way {name!r}, {symmetric!r}")
+        steps = None
+        if numbers is not None:
+            scale, zero = numbers
+            steps = Steps(torch.tensor([float(scale)]), torch.tensor([float(zero)]))
+        made.append((name, RoundInput(Grid(bits, symmetric), steps)))
+    return made
+
+
+def attach_(model: nn.Module, hooks: list[tuple[str, RoundInput]]) -> None:
+    """Round these inputs, and no others, in place."""
+    for layer in model.modules():
+        for key, hook in list(layer._forward_pre_hooks.items()):
+            if isinstance(hook, RoundInput):
+                del layer._forward_pre_hooks[key]
+    for name, hook in hooks:
+        model.get_submodule(name).register_forward_pre_hook(hook)
+
+
 def _whole(grid: Grid) -> None:
     if grid.per != PerTensor():
         raise ValueError(f"inputs share one step: take a grid with per=PerTensor(), not {grid.per}")

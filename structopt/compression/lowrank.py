@@ -13,7 +13,8 @@ from structopt.compression.codes import naming
 from structopt.compression.evidence import readers
 from structopt.compression.gptq import hessian_of
 from structopt.compression.quantize import as_finite
-from structopt.compression.ranks import SVD, Form, Ranks, Target, chosen_ranks
+from structopt.compression.ranks import SVD, Form, Ranks
+from structopt.compression.targets import Target, chosen_ranks
 
 LAYERS = (nn.Linear, nn.Conv2d)
 
