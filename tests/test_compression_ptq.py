@@ -176,6 +176,31 @@ def test_one_step_a_tensor_serves_equalised_channels(device):
     assert error(compression.equalize(model, x)) < 0.001 * error(model)
 
 
+def test_a_depthwise_network_that_one_step_a_tensor_ruins(device):
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 4, 1),
+    ).double().to(device)  # fmt: skip
+    with torch.no_grad():  # the same function, written with channels of very unlike ranges
+        factors = torch.logspace(-2, 2, 8, device=device, dtype=torch.double)
+        model[0].weight.div_(factors.view(-1, 1, 1, 1))
+        model[0].bias.div_(factors)
+        model[2].weight.mul_(factors.view(-1, 1, 1, 1))
+    x = torch.randn(20, 3, 9, 9, device=device).double()
+    made = compression.equalize(model, x[:1], rounds=8)
+    torch.testing.assert_close(made(x), model(x), rtol=1e-9, atol=1e-12)
+    reach = [made[0].weight.abs().amax((1, 2, 3)), made[2].weight.abs().amax((1, 2, 3))]
+    reach.append(made[4].weight.abs().amax((0, 2, 3)))
+    torch.testing.assert_close(reach[0], reach[1], rtol=0.02, atol=0)
+    torch.testing.assert_close(reach[1], reach[2], rtol=0.02, atol=0)
+
+    def error(net):
+        rounded = copy.deepcopy(net)
+        compression.put_(rounded, compression.quantize_weights(net, Grid(8)))
+        return (rounded(x) - model(x)).square().mean()
+
+    assert error(made) < 0.01 * error(model)
+
+
 def test_equalisation_leaves_alone_what_it_cannot_scale():
     model = nn.Sequential(
         nn.Linear(5, 6), nn.GELU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from structopt.channels import ChannelGroup, channel_groups, take
+from structopt.channels import ChannelGroup, Member, channel_groups, take
 from structopt.compression.evidence import readers, watch
+from structopt.compression.folding import computes_the_same
+
+Vector = npt.NDArray[np.float64]
 
 
 def equalize(model: nn.Module, example: Any, *, rounds: int = 4) -> nn.Module:
@@ -20,8 +25,8 @@ def equalize(model: nn.Module, example: Any, *, rounds: int = 4) -> nn.Module:
     it and r the largest that reads it, and its readers are divided: afterwards both are sqrt(w r),
     so that one step a tensor serves all channels. Groups are taken in turn, some rounds long.
     Only groups whose function stays exactly the same are touched (between linear layers,
-    convolutions and positively homogeneous activations such as ReLU). A depthwise convolution hands
-    the factor on and keeps its own weights. Fold batch norms first: they undo what comes before.
+    convolutions and positively homogeneous activations such as ReLU); a depthwise convolution is
+    made alike with what comes before it, too. Fold batch norms first: they undo what comes before.
 
     Nagel et al., 2019, "Data-free quantization through weight equalization and bias correction".
     Raises ValueError as :func:`structopt.channels.channel_groups`.
@@ -35,33 +40,71 @@ def equalize(model: nn.Module, example: Any, *, rounds: int = 4) -> nn.Module:
     refused: set[str] = set()
     for _ in range(rounds):
         for name in [group.name for group in channel_groups(model, example)]:
-            if name in refused:
-                continue
             group = channel_groups(model, example)[name]
-            factors = _factors(model, group)
-            try:
-                every = {group: range(group.size)}
-                model = take(model, every, scale={group: factors}) if factors else model
-            except ValueError:
-                refused.add(name)
+            factors = _factors(model, group, [m for m in group.members if not _depthwise(model, m)])
+            if name not in refused and factors is not None:
+                try:
+                    model = take(model, {group: range(group.size)}, scale={group: factors.tolist()})
+                except ValueError:
+                    refused.add(name)
+            for place, member in enumerate(group.members):
+                if _depthwise(model, member):
+                    model = _before(model, group, place, example)
     return model
 
 
-def _factors(model: nn.Module, group: ChannelGroup) -> list[float]:
-    """What to multiply each channel by; 1 where a side is zero; none where a side is missing."""
+def _depthwise(model: nn.Module, member: Member) -> bool:
+    """Whether it is the weight of a convolution that keeps its channels apart."""
+    path, _, key = member.parameter.rpartition(".")
+    layer = model.get_submodule(path)
+    return (
+        isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        and key == "weight"
+        and layer.groups == layer.in_channels == layer.out_channels > 1
+    )
+
+
+def _factors(
+    model: nn.Module, group: ChannelGroup, members: Sequence[Member], reader: Member | None = None
+) -> Vector | None:
+    """What to multiply each channel by; 1 where a side is zero; None where a side is missing."""
     reach = {True: np.zeros(group.size), False: np.zeros(group.size)}
-    for member in group.members:
+    for member in members:
         weight = model.get_parameter(member.parameter)
         if weight.ndim > 1:
             largest = weight.detach().abs().movedim(member.dim, 0).flatten(1).amax(1)
             known = member.channel >= 0
             values = largest.double().cpu().numpy()[known]
-            np.maximum.at(reach[member.reads], member.channel[known], values)
+            np.maximum.at(reach[member.reads or member is reader], member.channel[known], values)
     made, read = reach[False], reach[True]
     if not (made.any() and read.any()):
-        return []
+        return None
     both = (made > 0) & (read > 0)
-    return [float(f) for f in np.sqrt(np.where(both, read, 1) / np.where(both, made, 1))]
+    factors: Vector = np.sqrt(np.where(both, read, 1) / np.where(both, made, 1))
+    return factors
+
+
+def _before(model: nn.Module, group: ChannelGroup, place: int, example: Any) -> nn.Module:
+    """What makes the input of a depthwise convolution against its weights, where that is exact."""
+    reader = group.members[place]
+    makers = [member for member in group.members[:place] if not member.reads]
+    factors = _factors(model, group, [*makers, reader], reader)
+    if factors is None:
+        return model
+
+    def scaled(model: nn.Module) -> nn.Module:
+        made = copy.deepcopy(model)
+        for member in [*makers, reader]:
+            weight = made.get_parameter(member.parameter)
+            own = np.where(member.channel >= 0, factors[member.channel], 1)
+            shape = [-1 if dim == member.dim else 1 for dim in range(weight.ndim)]
+            by = torch.from_numpy(own).to(weight).view(shape)
+            weight.data = weight / by if member is reader else weight * by
+        return made
+
+    with torch.no_grad():
+        wide = copy.deepcopy(model).double()
+        return scaled(model) if computes_the_same(wide, scaled(wide), example) else model
 
 
 @torch.no_grad()

@@ -86,7 +86,7 @@ def _replaced(
             joined = _joined(wide, one, two, join)
         except ValueError:
             continue
-        if _same(wide, joined, example):
+        if computes_the_same(wide, joined, example):
             found = _joined(found, one, two, join)
             if once:
                 return found
@@ -140,7 +140,7 @@ def _pairs(model: nn.Module, example: Any, seconds: Kinds) -> list[tuple[str, st
     return [(one, two) for one, two in pairs if calls[one] == calls[two] == 1]
 
 
-def _same(model: nn.Module, other: nn.Module, example: Any) -> bool:
+def computes_the_same(model: nn.Module, other: nn.Module, example: Any) -> bool:
     """Whether both, in double precision, compute the same of random inputs like the example."""
     draw = torch.Generator().manual_seed(0)
 
