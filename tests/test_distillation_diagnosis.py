@@ -89,6 +89,22 @@ def test_a_teacher_trained_with_label_smoothing(
             assert "smoothing of about 0.1" in str(found)
 
 
+@pytest.mark.parametrize(("steady", "ordered"), [(True, False), (False, True), (False, False)])
+def test_smoothing_levels_the_wrong_logits_and_keeps_the_gap(steady: bool, ordered: bool) -> None:
+    """Both are its marks: a teacher that shows one of them alone was not trained with it."""
+    labels = torch.arange(64) % 5
+    right = torch.nn.functional.one_hot(labels, 5).bool()
+    gap = torch.full((64, 1), 4.0) if steady else torch.linspace(2, 8, 64).view(-1, 1)
+    wrong = torch.zeros(64, 5) if ordered else torch.tensor([-1.2, -0.6, 0.0, 0.6, 1.2]) * gap / 2
+    wrong = wrong - (wrong * ~right).sum(1, keepdim=True) / 4
+    logits = torch.where(right, gap, wrong)
+    found = d.diagnose(nn.Identity(), [(logits, labels)], [(logits, labels)], temperature=4.0)
+    assert found.findings == ()
+    level = torch.where(right, torch.tensor(4.0), torch.tensor(0.0))
+    both = d.diagnose(nn.Identity(), [(level, labels)], [(level, labels)], temperature=4.0)
+    assert reasons(both) == ["The teacher was trained with label smoothing"]
+
+
 def test_augmentation_that_the_cached_teacher_did_not_see(
     split: tuple[Examples, Examples], teacher: nn.Module
 ) -> None:

@@ -310,6 +310,7 @@ def test_four_of_twelve_as_in_the_paper() -> None:
     names = [f"layer.{n}" for n in range(1, 13)]
     found = d.map_layers(list("abcd"), names)
     assert list(found.values()) == ["layer.3", "layer.6", "layer.9", "layer.12"]  # g(m) = 3·m
+    assert d.map_layers(["a", "b"], list("12345")) == {"a": "3", "b": "5"}  # rounded up
 
 
 def test_relations_know_no_rotation_of_a_head(device: torch.device) -> None:

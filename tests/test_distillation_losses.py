@@ -342,10 +342,16 @@ def test_maps_of_other_sizes_are_averaged_down(device: torch.device) -> None:
     large = small.repeat_interleave(2, 2).repeat_interleave(2, 3)
     assert d.attention_transfer(small, large).abs() < 1e-6
     assert d.attention_transfer(large, small).abs() < 1e-6
+    other = torch.rand(B, 5, 4, 4, device=device)
+    squares = [x.square().sum(1, keepdim=True) for x in (small, other)]
+    pooled = torch.nn.functional.avg_pool2d(squares[1], 2)  # never the small one stretched
+    want = d.attention_transfer(squares[0], pooled, power=1.0)
+    torch.testing.assert_close(d.attention_transfer(small, other), want)
+    torch.testing.assert_close(d.attention_transfer(other, small), want)
 
 
 def test_relations_of_maps_are_those_of_their_means(device: torch.device) -> None:
-    s, t = (x.float().to(device) for x in MAPS)
+    s, t = torch.randn(B, 3, 4, 4, device=device), torch.randn(B, 6, 2, 2, device=device)
     for loss in (d.relational_distance, d.relational_angle):
         torch.testing.assert_close(loss(s, t), loss(s.mean((2, 3)), t.mean((2, 3))))
 
