@@ -449,6 +449,9 @@ def test_pruning_takes_its_scores_from_where_you_say(device):
     expected = pruning.find_masks(pruning.score(model, pruning.saliency, data), 0.5)
     after(model, 1)
     assert all(torch.equal(mask, expected[name]) for name, mask in after.masks.items())
+    rows = pruning.PruneWhileTraining(Constant(0.5), pattern=Filters())
+    rows(model, 1)
+    assert all(mask.flatten(1).all(1).sum() == len(mask) // 2 for mask in rows.masks.values())
 
 
 def test_masks_hold_under_distributed_data_parallel(tmp_path):
