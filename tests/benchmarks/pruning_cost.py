@@ -7,22 +7,23 @@ from torchvision.models import resnet50
 
 from structopt import descent, networks, pruning, training
 
-SPARSITY, BATCH, STEPS = 0.9, 32, 5
+SPARSITY, STEPS = 0.9, 5
 NETWORKS = {"LeNet-300-100": networks.LeNet300, "ResNet-20": networks.ResNet20}
+BATCHES = {"LeNet-300-100": (32, 128), "ResNet-20": (32,)}
 
 
-def batches(device: torch.device, steps: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def batches(device: torch.device, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [
-        (torch.randn(BATCH, 1, 28, 28, device=device), torch.arange(BATCH, device=device) % 10)
-        for _ in range(steps)
+        (torch.randn(size, 1, 28, 28, device=device), torch.arange(size, device=device) % 10)
+        for _ in range(STEPS)
     ]
 
 
-def holding(model: nn.Module, rounds: int, device: torch.device) -> dict[str, object]:
+def holding(model: nn.Module, size: int, rounds: int, device: torch.device) -> dict[str, object]:
     """Training steps with masks held, over the same steps without; and the call alone."""
     model = model.to(device)
     after = pruning.hold(pruning.find_masks(pruning.score(model), SPARSITY))
-    optimizer, data = descent.fused_adamw(model, 1e-3), batches(device, STEPS)
+    optimizer, data = descent.fused_adamw(model, 1e-3), batches(device, size)
 
     def loop(**options: object) -> None:
         training.train(
@@ -61,9 +62,13 @@ def main() -> None:
     device, rounds = torch.device(options.device), 2 if options.quick else 15
     result = {
         "machine": machine(device),
-        "hold": {name: holding(make(), rounds, device) for name, make in NETWORKS.items()},
+        "hold": {
+            f"{name}, batch {size}": holding(make(), size, rounds, device)
+            for name, make in NETWORKS.items()
+            for size in BATCHES[name]
+        },
         "score and mask globally": scoring(max(1, rounds // 3), device),
-        "settings": {"sparsity": SPARSITY, "batch": BATCH, "steps a loop": STEPS, "rounds": rounds},
+        "settings": {"sparsity": SPARSITY, "steps a loop": STEPS, "rounds": rounds},
     }
     keep("pruning-cost", result, options.quick)
 
