@@ -6,12 +6,11 @@ in one run, as they are, with channels last, and compiled by torch.compile with 
 1 and for 16 pictures. "Of the ideal" is the ratio of times divided by the ratio of MACs.
 
 For MobileNetV2 also where the time goes (by hooks around its layers), and what other widths do.
-Each network's part is written as soon as it is there.
+Each part is written as soon as it is there.
 """
 
 import copy
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -88,16 +87,16 @@ def pictures(count: int, device: torch.device) -> torch.Tensor:
     return torch.randn(count, 3, 224, 224, device=device)
 
 
-def network(name: str, modes: list[str], quick: bool, device: torch.device) -> dict[str, Any]:
+def network(name: str, modes: list[str], quick: bool, device: torch.device) -> Iterator[Any]:
+    """What is known of a network, again after each batch size."""
     dense, half = halve(name, device)
     macs = [measure.cost(model, pictures(1, device)).macs for model in (dense, half)]
     found: dict[str, Any] = {"MACs": macs, "times fewer MACs": round(macs[0] / macs[1], 3)}
     for batch, rounds in ROUNDS.items():
-        if quick and batch > 1:
-            continue
-        images = pictures(batch, device)
-        found[f"batch {batch}"] = compare(dense, half, modes, images, 2 if quick else rounds)
-    return found
+        if not (quick and batch > 1):
+            images = pictures(batch, device)
+            found[f"batch {batch}"] = compare(dense, half, modes, images, 2 if quick else rounds)
+            yield found
 
 
 def kind(layer: nn.Module) -> str:
@@ -178,10 +177,9 @@ def main() -> None:
     }
     for name in NETWORKS:
         if options.network in {None, name} and not (options.quick and name != "MobileNetV2"):
-            begun = time.perf_counter()
-            result.setdefault("networks", {})[name] = network(name, modes, options.quick, device)
-            print(f"{name}: {time.perf_counter() - begun:.0f} s", flush=True)
-            keep("channel-speed", result, options.quick)
+            for found in network(name, modes, options.quick, device):
+                result.setdefault("networks", {})[name] = found
+                keep("channel-speed", result, options.quick)
     if options.network in {None, "depthwise"}:
         result["MobileNetV2"] = depthwise(options.quick, device)
         keep("channel-speed", result, options.quick)
