@@ -86,6 +86,15 @@ def test_what_is_lost_is_what_the_spectrum_says(form):
             assert max(tails) * (1 - 1e-9) <= lost <= sum(tails) * (1 + 1e-9)
 
 
+def test_rounds_bring_tucker_nearer():
+    layer = convolution(padding=(0, 0), bias=False)
+    lost = []
+    for rounds in 0, 1, 5:
+        made = compression.factorize(nn.Sequential(layer), {"0": (2, 2)}, form=Tucker(rounds))
+        lost.append(float((whole(made, layer.weight.shape) - layer.weight).detach().square().sum()))
+    assert lost[0] > lost[1] > lost[2]
+
+
 @pytest.mark.parametrize("conv", [False, True])
 def test_with_inputs_known_no_product_of_that_rank_is_nearer(conv, device):
     draw = torch.Generator().manual_seed(3)

@@ -40,7 +40,8 @@ found = {}
 for path in sys.argv[3:]:
     model = compression.load(path, getattr(networks, sys.argv[1])())
     sets = {"validation": train.split(int(sys.argv[2]))[1], "test": test}
-    found[path] = {k: 100 * training.evaluate(model, v, device="cpu") for k, v in sets.items()}
+    scores = {k: training.evaluate(model, v, device="cpu") for k, v in sets.items()}
+    found[path] = {k: round(100 * score, 2) for k, score in scores.items()}
 print(json.dumps(found))
 """
 
@@ -117,7 +118,7 @@ def table(by_seed: dict[str, dict[str, Any]], dense: int) -> dict[str, Any]:
     for row in next(iter(by_seed.values())):
         cells = [rows[row] for rows in by_seed.values()]
         made[row] = {
-            "bytes": mean_and_spread([c["bytes"] for c in cells]),
+            "bytes": mean_and_spread([float(c["bytes"]) for c in cells]),
             "times smaller": round(dense / statistics.fmean(c["bytes"] for c in cells), 1),
             **{
                 f"{kind} in %": mean_and_spread([c[kind] for c in cells])
