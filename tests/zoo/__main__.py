@@ -31,13 +31,12 @@ ROOT = Path(__file__).resolve().parents[2]
 LINES = ROOT / "_build" / "zoo.jsonl"
 RESULT = ROOT / "tests" / "benchmarks" / "results" / "zoo.json"
 LIBRARIES = {"structopt": "zoo.halves", "torch-pruning": "zoo.baseline"}
-SECONDS = 120  # of processor time, for each network and library
 MEMORY = 16 * 2**30
 
 
-def child(family: str, name: str, library: str, pipe: Connection) -> None:
+def child(family: str, name: str, library: str, seconds: int, pipe: Connection) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 5))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
     try:
         measure: Callable[..., dict[str, Any]] = import_module(LIBRARIES[library]).measure
         row = measure(FAMILIES[family][1](name))
@@ -48,17 +47,17 @@ def child(family: str, name: str, library: str, pipe: Connection) -> None:
     pipe.send(row)
 
 
-def row_of(family: str, name: str, library: str) -> dict[str, Any]:
+def row_of(family: str, name: str, library: str, seconds: int) -> dict[str, Any]:
     """What a process of its own finds out about a network, or how it ended."""
     ours, its = multiprocessing.Pipe()
     process = multiprocessing.get_context("fork").Process(
-        target=child, args=(family, name, library, its)
+        target=child, args=(family, name, library, seconds, its)
     )
     process.start()
     its.close()
     found: dict[str, Any] = {"outcome": "fails"}
     try:
-        if ours.poll(30 * SECONDS):  # by the clock on the wall, on a busy machine
+        if ours.poll(30 * seconds):  # by the clock on the wall, on a busy machine
             found = ours.recv()
         else:
             process.kill()
@@ -67,7 +66,7 @@ def row_of(family: str, name: str, library: str) -> dict[str, Any]:
     process.join()
     if "why" not in found and found["outcome"] == "fails":
         late = process.exitcode in (-24, -9)  # out of processor time, or of memory
-        why = f"no end within {SECONDS} s" if late else f"the process died of {process.exitcode}"
+        why = f"no end within {seconds} s" if late else f"the process died of {process.exitcode}"
         found["why"] = why
     return {"family": family, "name": name, "library": library, **found}
 
@@ -93,7 +92,6 @@ def write(rows: dict[tuple[str, str, str], dict[str, Any]]) -> None:
         | {"autocast": "float64", "threads": 1, "date": time.strftime("%Y-%m-%d")}
         | {"torch": torch.__version__},
         "versions": {name: version(name) for name in packages},
-        "limit in seconds": SECONDS,
         "size of the family": {family: len(names()) for family, (names, _) in FAMILIES.items()},
         "networks": list(both.values()),
     }
@@ -120,6 +118,7 @@ def main() -> None:
     parser.add_argument("family", nargs="?", choices=FAMILIES)
     parser.add_argument("names", nargs="*")
     parser.add_argument("--library", choices=LIBRARIES)
+    parser.add_argument("--seconds", type=int, default=120, help="of processor time for each")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -131,7 +130,9 @@ def main() -> None:
         for name in options.names or FAMILIES[family][0]():
             for library in [options.library] if options.library else LIBRARIES:
                 if options.names or (family, name, library) not in rows:
-                    row = rows[family, name, library] = row_of(family, name, library)
+                    row = rows[family, name, library] = row_of(
+                        family, name, library, options.seconds
+                    )
                     with LINES.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(row) + "\n")
                     sys.stdout.write(f"{json.dumps(row)}\n")
