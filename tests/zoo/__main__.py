@@ -11,13 +11,14 @@ are written to `tests/benchmarks/results/zoo.json`. Weights are random, nothing 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import resource
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from importlib.metadata import version
 from multiprocessing.connection import Connection
@@ -111,6 +112,13 @@ def table(rows: dict[tuple[str, str, str], dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def chosen(family: str | None, names: list[str]) -> Iterator[tuple[str, str]]:
+    """The families take turns, so that a run which is cut short has seen something of each."""
+    listed = {f: names or FAMILIES[f][0]() for f in ([family] if family else FAMILIES)}
+    for turn in itertools.zip_longest(*listed.values()):
+        yield from ((f, name) for f, name in zip(listed, turn, strict=True) if name)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -126,17 +134,16 @@ def main() -> None:
     LINES.parent.mkdir(exist_ok=True)
     for module in LIBRARIES.values():
         import_module(module)  # once, for all processes
-    for family in [options.family] if options.family else FAMILIES:
-        for name in options.names or FAMILIES[family][0]():
-            for library in [options.library] if options.library else LIBRARIES:
-                if options.names or (family, name, library) not in rows:
-                    row = rows[family, name, library] = row_of(
-                        family, name, library, options.seconds
-                    )
-                    with LINES.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(row) + "\n")
-                    sys.stdout.write(f"{json.dumps(row)}\n")
-                    sys.stdout.flush()
+    for family, name in chosen(options.family, options.names):
+        for library in [options.library] if options.library else LIBRARIES:
+            key = family, name, library
+            if options.names or key not in rows:
+                row = rows[key] = row_of(*key, options.seconds)
+                with LINES.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+                write(rows)
+                sys.stdout.write(f"{json.dumps(row)}\n")
+                sys.stdout.flush()
     write(rows)
     sys.stdout.write(f"{table(rows)}\nwritten to {RESULT}\n")
 

@@ -205,5 +205,7 @@ def measure(entry: Entry) -> dict[str, Any]:
     if plain["outcome"] in ("exact", "norms"):
         return {"configured": False, **plain}
     helped = attempt(entry, configured=True)
-    better = helped["outcome"] in ("exact", "norms")
-    return {"configured": True, **helped} if better else {"configured": False, **plain}
+    if helped["outcome"] in ("exact", "norms"):
+        return {"configured": True, **helped}
+    then = {key: helped[key] for key in ("outcome", "why", "error") if key in helped}
+    return {"configured": False, **plain, "when configured": then}
