@@ -61,6 +61,8 @@ def torchvision_entry(name: str) -> Entry:
         options["init_weights"] = False
     if "rcnn" in name or name.startswith(("retinanet", "ssd", "fcos")):
         options["weights_backbone"] = None
+        # Boxes whatever their scores, or nothing comes out with random weights.
+        options["box_score_thresh" if "rcnn" in name else "score_thresh"] = 0.0
         if not name.startswith("ssd"):
             options |= {"min_size": 96, "max_size": 128}
         example = ([image(96)[0]],)
