@@ -88,7 +88,8 @@ def theirs(model: nn.Module, example: torch.Tensor) -> tuple[float, float]:
 
 
 def versus(name: str, rounds: int) -> dict[str, Any]:
-    model, example = models.get_model(name, weights=None).eval(), image(224)
+    options = {"image_size": 64} if name.startswith("vit") else {}
+    model, example = models.get_model(name, **options).eval(), image(64)
     seconds: dict[str, list[tuple[float, float]]] = {"structopt": [], "torch-pruning": []}
     both: list[tuple[str, Callable[..., tuple[float, float]]]]
     both = [("structopt", ours), ("torch-pruning", theirs)]
@@ -152,7 +153,7 @@ def apart(task: Callable[[], Any]) -> dict[str, Any]:
 
 
 def memory(name: str) -> dict[str, Any]:
-    model, example = models.get_model(name, weights=None).eval(), image(224, batch=8)
+    model, example = models.get_model(name).eval(), image(224, batch=2)
 
     def forward() -> None:
         with torch.no_grad():
@@ -187,23 +188,34 @@ def llama() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="What coupled channels cost to find and to edit.")
     parser.add_argument("--quick", action="store_true", help="one round; keeps no figures")
-    rounds = 1 if parser.parse_args().quick else 5
+    rounds = 1 if parser.parse_args().quick else 3
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    parts: dict[str, Callable[[], Any]] = {
+        "seven billion parameters on meta": lambda: apart(llama),
+        "versus": lambda: {name: versus(name, rounds) for name in VERSUS},
+        "length": lambda: (
+            {n: length(models.get_model(n), image(64), rounds) for n in RESNETS}
+            | {f"ViT, {d} blocks": length(vit(d), image(32), rounds) for d in DEPTHS}
+        ),
+        "memory": lambda: {name: memory(name) for name in ("resnet50", "densenet121", "vit_b_16")},
+    }
     result: dict[str, Any] = {
         "benchmark": "zoo-speed",
         "machine": machine(torch.device("cpu")),
         "clock": "processor time of one thread",
-        "seven billion parameters on meta": apart(llama),
-        "memory": {name: memory(name) for name in ("resnet50", "densenet121", "vit_b_16")},
-        "versus": {name: versus(name, rounds) for name in VERSUS},
-        "length": {n: length(models.get_model(n), image(64), rounds) for n in RESNETS}
-        | {f"ViT, {d} blocks": length(vit(d), image(32), rounds) for d in DEPTHS},
     }
-    text = json.dumps(result, indent=1) + "\n"
-    sys.stdout.write(text)
-    if rounds > 1:
-        files.write_atomically(RESULT, lambda file: file.write(text.encode()))
+    for name, part in parts.items():  # written as they come
+        result[name] = part()
+        text = json.dumps(result, indent=1) + "\n"
+        sys.stdout.write(f"{name}: {json.dumps(result[name])}\n")
+        sys.stdout.flush()
+        if rounds > 1:
+            _keep(text)
+
+
+def _keep(text: str) -> None:
+    files.write_atomically(RESULT, lambda file: file.write(text.encode()))
 
 
 if __name__ == "__main__":
