@@ -165,14 +165,14 @@ def test_the_threshold_is_the_best_of_all(device):
     batches = [(x[:40], y[:40]), (x[40:], y[40:])]
     costs = network.macs(x[:1])
     every = []
-    for value in [0.0, *torch.cat([confidence(z) for z in network(x)[:-1]]).tolist(), 1.01]:
+    sure = torch.cat([confidence(z) for z in network(x)[:-1]]).detach().sort().values
+    prices = torch.tensor(costs, dtype=torch.float64, device=device)
+    for value in [0.0, *((sure[1:] + sure[:-1]) / 2).tolist(), 1.01]:
         found = network.answer(x, value)
         right = float((found.logits.argmax(1) == y).double().mean())
-        every.append(
-            (right, float(torch.tensor(costs, device=device)[found.exits].double().mean()))
-        )
+        every.append((right, float(prices[found.exits].mean())))
     best = max(right for right, _ in every)
-    for target in sorted({right for right, _ in every}):
+    for target in sorted({right - 1e-6 for right, _ in every}):  # rounding must not decide
         chosen = choose_threshold(network, batches, accuracy=target)
         assert chosen.accuracy >= target
         assert chosen.macs == pytest.approx(min(m for r, m in every if r >= target))
@@ -182,7 +182,7 @@ def test_the_threshold_is_the_best_of_all(device):
         )
         counts = torch.bincount(found.exits, minlength=3).double() / 60
         assert chosen.left == pytest.approx(tuple(counts.tolist()))
-    for budget in sorted({cost for _, cost in every}):
+    for budget in sorted({cost + 1e-6 for _, cost in every}):
         chosen = choose_threshold(network, batches, macs=budget)
         assert chosen.macs <= budget
         assert chosen.accuracy == pytest.approx(max(r for r, m in every if m <= budget))
