@@ -85,7 +85,8 @@ def test_slices_of_networks_of_every_kind(name, device):
     model, x = case.model(device), case.example(device, seed=3)
     channels = channel_groups(model, x)
     half = Slice(0.5)
-    refused = {"weight norm": "remove_parametrizations", "masks": "prune.remove"}
+    refused = dict.fromkeys(["weight norm", "spectral norm"], "remove_parametrizations")
+    refused["masks"] = "prune.remove"
     if name in refused:  # their weights are computed from all of the wide one's
         with pytest.raises(ValueError, match=refused[name]):
             Slimmable(model, x, [half])

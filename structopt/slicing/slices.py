@@ -81,7 +81,10 @@ def widths_of(channels: Channels, part: Slice) -> dict[ChannelGroup, int]:
 
 
 def _inner(channels: Channels) -> set[ChannelGroup]:
-    """The groups that run faster along an axis that they share with another."""
+    """The groups that run faster along an axis that they share with another.
+
+    Past a channel shuffle each of two groups is the faster one somewhere: then one of them stays.
+    """
     on_axis: dict[tuple[str, int], list[tuple[ChannelGroup, Any]]] = {}
     for group in channels:
         for member in group.members:
@@ -92,6 +95,6 @@ def _inner(channels: Channels) -> set[ChannelGroup]:
             for other, outer in sharing:
                 both = (channel >= 0) & (outer >= 0)
                 fast, slow = (np.diff(c[both]) != 0 for c in (channel, outer))
-                if other is not group and fast.sum() > slow.sum():
+                if other not in {group, *found} and fast.sum() > slow.sum():
                     found.add(group)
     return found
