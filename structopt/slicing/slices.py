@@ -89,7 +89,7 @@ def _inner(channels: Channels) -> set[ChannelGroup]:
     for group in channels:
         for member in group.members:
             on_axis.setdefault((member.parameter, member.dim), []).append((group, member.channel))
-    found = set()
+    found: set[ChannelGroup] = set()
     for sharing in on_axis.values():
         for group, channel in sharing:
             for other, outer in sharing:
