@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "measure": {"devices", "files"},
     "checkpoint": {"files"},
     "distributed": {"devices"},
-    "training": {"devices", "distributed", "files", "losses", "plots"},
+    "training": {"devices", "distributed", "files", "losses", "measure", "plots"},
     "distillation": {"files", "losses", "training"},
     "compression": {"channels", "checkpoint", "files", "losses", "measure", "training"},
     "pruning": {"channels", "descent", "losses", "measure", "training"},

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from structopt.measure.running import call
 from structopt.training import evaluating
-from structopt.training.feeding import move
+from structopt.training.statistics import inputs_of, placed
 
 READERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 See = Callable[[str, Tensor, Tensor], object]
@@ -45,13 +46,11 @@ def watch(
         see(name, given[0].detach(), made.detach())
 
     handles = [layer.register_forward_hook(partial(hook, name)) for name, layer in layers.items()]
-    device, count = next(model.parameters()).device, 0
+    count = 0
     try:
         with evaluating(model):
             for batch in batches:
-                inputs = batch[0] if isinstance(batch, tuple | list) else batch
-                inputs = move(inputs, device, False)
-                model(**inputs) if isinstance(inputs, dict) else model(inputs)
+                call(model, placed(inputs_of(batch), model))
                 count += 1
     finally:
         for handle in handles:

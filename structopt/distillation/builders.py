@@ -138,8 +138,6 @@ def hints(
         Linear(in_features=8, out_features=8, bias=True)
     """
     source = as_source(teacher)
-    if not layers:
-        raise ValueError("name a pair of layers: {student's layer: teacher's layer}")
     ours, theirs = shapes(source, student, layers, example)
     terms = []
     for name, other in layers.items():
@@ -176,6 +174,8 @@ def shapes(
     source: Source, student: nn.Module, layers: Mapping[str, str], example: Any
 ) -> tuple[dict[str, torch.Size], dict[str, torch.Size]]:
     """The shapes of the named layers' features, of student and teacher."""
+    if not layers:
+        raise ValueError("name a pair of layers: {student's layer: teacher's layer}")
     with Watch(student, layers) as found, evaluating(student), torch.no_grad():
         student(example)
         ours = {name: picked(found, name).shape for name in layers}

@@ -108,8 +108,6 @@ def contrast(
         Linear(in_features=8, out_features=128, bias=True)
     """
     source = as_source(teacher)
-    if not layers:
-        raise ValueError("name a pair of layers: {student's layer: teacher's layer}")
     if not temperature > 0:
         raise ValueError(f"temperature is a number above 0, not {temperature}")
     ours, theirs = shapes(source, student, layers, example)

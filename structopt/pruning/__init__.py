@@ -41,13 +41,14 @@ from structopt.pruning.masks import (
 )
 from structopt.pruning.patterns import Block, Filters, NOfM, Pattern, Unstructured
 from structopt.pruning.ranking import Global, PerLayer, PerRow, Scope
-from structopt.pruning.recovery import recalibrate_, recover, with_teacher
+from structopt.pruning.recovery import recover, with_teacher
 from structopt.pruning.regrowth import RegrowWhileTraining
 from structopt.pruning.removal import prune_channels
 from structopt.pruning.schedules import Constant, Gradual, Iterative, OneShot, Schedule
 from structopt.pruning.scoring import Criterion, Scores, channel_scores, score, total
 from structopt.pruning.sensitivity import Curves, mask_channels, sensitivity
 from structopt.pruning.tickets import rewind_
+from structopt.training.statistics import recalibrate_
 
 __all__ = [
     "Block",

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from structopt.measure.running import call
-from structopt.pruning.evidence import inputs_of, placed
 from structopt.training import evaluating
+from structopt.training.statistics import inputs_of, placed
 
 
 def residual_blocks(model: nn.Module, example: Any) -> list[str]:

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from structopt import measure
-from structopt.pruning.recovery import recalibrate_
 from structopt.training import evaluate
+from structopt.training.statistics import recalibrate_
 
 _CALIBRATION = 20  # batches
 

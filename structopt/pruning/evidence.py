@@ -12,17 +12,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
 from structopt.training import Objective, evaluating
+from structopt.training.statistics import placed
 
 Named = dict[str, Tensor]
 Fetch = Callable[[nn.Module, Named, Iterable[Any], Objective], Named]
 
 READERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-def placed(batch: Any, model: nn.Module) -> Any:
-    """The batch on the device of the model."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
 
 
 def rows_of(batch: Any) -> int:
@@ -31,11 +26,6 @@ def rows_of(batch: Any) -> int:
     if not sizes or not sizes[0]:
         raise ValueError("a batch holds no example: leave out empty batches")
     return sizes[0]
-
-
-def inputs_of(batch: Any) -> Any:
-    """The inputs of a batch that is a pair (inputs, targets), or is the inputs."""
-    return batch[0] if isinstance(batch, tuple | list) else batch
 
 
 def _singles(batch: Any) -> Iterator[Any]:

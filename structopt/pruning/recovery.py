@@ -2,60 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from structopt import descent, losses
-from structopt.pruning.evidence import inputs_of, placed
 from structopt.pruning.masks import hold
-from structopt.training import History, Objective, evaluating, supervised, train
-
-_BatchNorm = nn.modules.batchnorm._BatchNorm
-
-
-@torch.no_grad()
-def recalibrate_(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
-    """Take the running statistics of batch norms anew from these batches, in place; no training.
-
-    A pruned layer hands on other means and variances than those that the norm behind it remembers.
-    The new ones are the plain average over the batches (a hundred batches are plenty). Only norms
-    run in training mode, so that dropout rests; the modes are restored. A model without batch
-    norms stays as it is.
-
-    Raises ValueError for no batches, and for batches of one value a channel.
-
-    >>> model = nn.BatchNorm1d(1)
-    >>> recalibrate_(model, [torch.tensor([[1.0], [3.0]])]).running_mean
-    tensor([2.])
-    """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    if not norms:
-        return model
-    momenta, count = [norm.momentum for norm in norms], 0
-    before = [{k: b.clone() for k, b in norm._buffers.items() if b is not None} for norm in norms]
-    try:
-        with evaluating(model):
-            for norm in norms:
-                norm.reset_running_stats()
-                norm.momentum = None  # torch's way to say: the plain average
-                norm.train()
-            for batch in batches:
-                inputs = placed(inputs_of(batch), model)
-                model(**inputs) if isinstance(inputs, dict) else model(inputs)
-                count += 1
-        if not count:
-            raise ValueError("the batches are empty: there is nothing to take statistics from")
-    except Exception:
-        for norm, buffers in zip(norms, before, strict=True):
-            norm.load_state_dict({**norm.state_dict(), **buffers})
-        raise
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-    return model
+from structopt.training import History, Objective, supervised, train
+from structopt.training.statistics import inputs_of, recalibrate_
 
 
 def with_teacher(

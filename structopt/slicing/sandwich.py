@@ -31,7 +31,8 @@ def all_widths(loss: Loss = losses.cross_entropy) -> Objective:
 
     def objective(model: nn.Module, batch: Any) -> Tensor:
         slimmable = _slimmable(model)
-        return _sum([task(_at(slimmable, width), batch) for width in slimmable.widths])
+        first, *others = (task(_at(slimmable, width), batch) for width in slimmable.widths)
+        return sum(others, start=first)
 
     return objective
 
@@ -85,7 +86,7 @@ class Sandwich:
         labelled = supervised(remembered)(slimmable, batch)
         narrow = [slimmable(batch[0], width=width) for width in self.drawn(slimmable.widths)]
         self.batches += 1
-        return _sum([labelled, *(self.teach(output, widest[0]) for output in narrow)])
+        return sum((self.teach(output, widest[0]) for output in narrow), start=labelled)
 
     def drawn(self, widths: tuple[Slice, ...]) -> list[Slice]:
         """The narrow widths of this batch."""
@@ -104,13 +105,6 @@ class Sandwich:
 
 def _at(slimmable: Slimmable, width: Slice) -> Any:
     return lambda inputs: slimmable(inputs, width=width)
-
-
-def _sum(parts: list[Tensor]) -> Tensor:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
 
 
 def _slimmable(model: nn.Module) -> Slimmable:

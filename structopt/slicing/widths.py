@@ -6,14 +6,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch import nn
 
 from structopt.channels import channel_groups
-from structopt.measure.running import call
 from structopt.slicing.cutting import Named, Narrow, named, narrow
 from structopt.slicing.slices import Slice, as_slice
-from structopt.training import evaluating
+from structopt.training.statistics import placed, recalibrate_
 
 _Norm = nn.modules.batchnorm._NormBase
 
@@ -93,11 +91,11 @@ class Slimmable(nn.Module):
         if part in self._narrow:
             made = self._narrow[part].ordinary(self.model, self._private(part).tensors())
         else:
-            example = _placed(self._example, self.model)
+            example = placed(self._example, self.model)
             channels = channel_groups(self.model, example)
             made = narrow(channels, self.model, part).ordinary(self.model, {})
         if batches is not None:
-            _take_statistics(made, batches)
+            recalibrate_(made, batches)
         return made
 
     @torch.no_grad()
@@ -146,30 +144,6 @@ def _running(model: nn.Module) -> Named:
         if isinstance(module, _Norm)
     }
     return {name: tensor for name, tensor in model.named_buffers() if name in names}
-
-
-@torch.no_grad()
-def _take_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
-    norms = [m for m in model.modules() if isinstance(m, _Norm) and m.running_mean is not None]
-    momenta, count = [norm.momentum for norm in norms], 0
-    with evaluating(model):  # dropout rests
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # torch's way to say: the plain average
-            norm.train()
-        for batch in batches:
-            inputs = batch[0] if isinstance(batch, tuple | list) else batch
-            call(model, _placed(inputs, model))
-            count += 1
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    if not count:
-        raise ValueError("the batches are empty: there is nothing to take statistics from")
-
-
-def _placed(tree: Any, model: nn.Module) -> Any:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def _size(cut: Narrow) -> int:
