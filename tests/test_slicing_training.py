@@ -27,8 +27,8 @@ def small(device, widths=(0.25, 0.5, 0.75)):
 def test_instance_norms_keep_their_statistics_when_others_are_taken_anew(device):
     """Torch gives them no plain average: reset, they would stay at mean 0 and variance 1."""
     model = nn.Sequential(
-        nn.Conv2d(3, 8, 1), nn.InstanceNorm2d(8, affine=True, track_running_stats=True), nn.BatchNorm2d(8),
-        nn.ReLU(), nn.Conv2d(8, 2, 1),
+        nn.Conv2d(3, 8, 1), nn.InstanceNorm2d(8, affine=True, track_running_stats=True),
+        nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1),
     ).to(device)  # fmt: skip
     x = torch.randn(4, 3, 5, 5, device=device)
     model[1].running_mean.uniform_()
