@@ -3,8 +3,9 @@
 Students and teachers train on five sixths of the embedded training images. The other sixth
 (split seed 0) chooses the settings of labels, of label smoothing and of two methods, among three
 candidates of TRIAL epochs each; the others have fixed ones, most of them published.
-Test images are seen by the final runs alone. What was measured is kept after each training, and an interrupted
-run goes on from there. ``distillation_cases.py`` adds few labels, an unseen class and the cost.
+Test images are seen by the final runs alone. What was measured is kept after each training, and an
+interrupted run goes on from there. ``distillation_cases.py`` adds few labels, an unseen class and
+the cost.
 """
 
 import contextlib
