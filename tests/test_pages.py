@@ -199,6 +199,17 @@ def test_formulas_are_sources_for_mathjax_which_the_page_loads() -> None:
     sound(problem for name in written_pages() for problem in unread(name))
 
 
+def test_no_line_can_begin_with_the_comma_behind_a_formula() -> None:
+    def loose(name: str) -> Iterator[str]:
+        for formula in article(name).select("span.math"):
+            if re.match(r"[.,;:!?)]", str(formula.next_sibling or "")) and not (
+                isinstance(formula.parent, Tag) and "formula" in formula.parent.get("class", [])
+            ):
+                yield f"{name}: {shown(formula)}{str(formula.next_sibling)[:10]}"
+
+    sound(problem for name in written_pages() for problem in loose(name))
+
+
 def test_tables_name_their_columns() -> None:
     bare = [(name, t) for name in pages() for t in article(name).select("table") if not t.th]
     own = [

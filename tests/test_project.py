@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
+from pybtex.database import parse_file
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -88,6 +90,43 @@ def test_the_workflow_tests_and_publishes() -> None:
     (pages,) = [s for s in steps if "upload-pages-artifact" in s.get("uses", "")]
     assert pages["with"]["path"] == "_build/html"
     assert workflow["jobs"]["publish"]["needs"] == "test"
+
+
+def test_each_work_is_whole_and_stands_once() -> None:
+    works = parse_file(ROOT / "book" / "references.bib").entries  # a key that stands twice raises
+    assert [*works] == sorted(works), "sorted by key, so that two people rarely add at one place"
+    for key, work in works.items():
+        assert work.persons.get("author"), f"{key} has no author"
+        assert {"title", "year"} <= {*work.fields}, f"{key} has no title or no year"
+        assert work.fields["year"] in key, f"{key} is not of {work.fields['year']}"
+
+
+def test_the_changelog_has_the_form_that_it_names() -> None:
+    text = read("CHANGELOG.md")
+    kinds = re.findall(r"^### (.*)$", text, re.MULTILINE)
+    assert set(kinds) <= {
+        "Added",
+        "Changed",
+        "Deprecated",
+        "Removed",
+        "Fixed",
+        "Security",
+    }
+    assert re.findall(r"^## (?!Unreleased$|\d+\.\d+\.\d+ - \d{4}-\d\d-\d\d$).*$", text, re.M) == []
+    entries = re.split(r"^(?:- |#+ .*$)", text, flags=re.MULTILINE)[2:]
+    broken = [e for e in entries if e.strip() and not e.rstrip().endswith((".", ":"))]
+    assert broken == [], "an entry is whole sentences"
+
+
+def test_no_line_of_code_is_cut_at_the_edge_of_a_page() -> None:
+    long = []
+    for path in sorted((ROOT / "book" / "chapters").glob("*.ipynb")):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"][2:]:
+            tags = {*cell["metadata"].get("tags", [])}
+            if cell["cell_type"] == "code" and not tags & {"hide-input", "remove-input"}:
+                lines = "".join(cell["source"]).splitlines()
+                long += [f"{path.stem}: {line}" for line in lines if len(line) > 88]
+    assert long == []
 
 
 STUB = """\

@@ -25,6 +25,13 @@ RULES = [
         re.compile(r'<summary>(?=\s*<span class="toctree-toggle")'),
         '<summary aria-label="Show or hide the pages below">',
     ),
+    # On a narrow screen a line must not begin with the comma behind a formula.
+    (
+        re.compile(
+            r"(\(?)(<span class=\"math notranslate nohighlight\">[^<]*</span>)((?:[.,;:!?)]|’s)*)"
+        ),
+        lambda f: f'<span class="formula">{f[0]}</span>' if f[1] or f[3] else f[0],
+    ),
     # An entry is an item of the list around it.
     (re.compile(r'role="doc-biblioentry"'), 'role="listitem"'),
 ]
