@@ -8,7 +8,9 @@
 True
 """
 
+from structopt.compression.activations import Blend, blend_activations, separate_activations
 from structopt.compression.adjusting import correct_biases_, equalize
+from structopt.compression.bounding import Bounded, clip_activations, threshold_activations
 from structopt.compression.codes import Coded, Codes, put_, quantize_weights, share_weights
 from structopt.compression.coding import decode, encode, entropy_bits
 from structopt.compression.container import load, save
@@ -18,20 +20,27 @@ from structopt.compression.granularity import Granularity, PerAxis, PerBlock, Pe
 from structopt.compression.grids import MSE, Fit, Grid, MinMax, Percentile, Steps
 from structopt.compression.huffman import canonical_words, huffman_lengths
 from structopt.compression.inputs import RoundInput, calibrate, round_inputs
+from structopt.compression.links import removable
 from structopt.compression.lowrank import factorize, spectra
 from structopt.compression.merging import merge_branches, merge_pair
 from structopt.compression.qat import PACT, QAT, LearnedClip, LearnedStep, prepare_qat
 from structopt.compression.quantize import Quantized, fake_quantize, fit, quantize
 from structopt.compression.ranks import SVD, Depthwise, Form, Spatial, Tucker
 from structopt.compression.report import Report, Row
+from structopt.compression.shallower import Linearise, Shallower, shallower
 from structopt.compression.sharing import Shared, Tie, share, tie
+from structopt.compression.slopes import linearising
+from structopt.compression.straight import Link, merge_links
 from structopt.compression.targets import Energy, Error, Target, Weights
+from structopt.compression.zeros import Skipped, SkipZeros, Zeros, input_zeros, skip_zeros
 
 __all__ = [
     "MSE",
     "PACT",
     "QAT",
     "SVD",
+    "Blend",
+    "Bounded",
     "Coded",
     "Codes",
     "Depthwise",
@@ -43,6 +52,8 @@ __all__ = [
     "Grid",
     "LearnedClip",
     "LearnedStep",
+    "Linearise",
+    "Link",
     "MinMax",
     "PerAxis",
     "PerBlock",
@@ -53,15 +64,21 @@ __all__ = [
     "Report",
     "RoundInput",
     "Row",
+    "Shallower",
     "Shared",
+    "SkipZeros",
+    "Skipped",
     "Spatial",
     "Steps",
     "Target",
     "Tie",
     "Tucker",
     "Weights",
+    "Zeros",
+    "blend_activations",
     "calibrate",
     "canonical_words",
+    "clip_activations",
     "correct_biases_",
     "decode",
     "encode",
@@ -74,18 +91,26 @@ __all__ = [
     "gptq",
     "gptq_weights",
     "huffman_lengths",
+    "input_zeros",
+    "linearising",
     "load",
     "merge_branches",
     "merge_layers",
+    "merge_links",
     "merge_pair",
     "prepare_qat",
     "put_",
     "quantize",
     "quantize_weights",
+    "removable",
     "round_inputs",
     "save",
+    "separate_activations",
+    "shallower",
     "share",
     "share_weights",
+    "skip_zeros",
     "spectra",
+    "threshold_activations",
     "tie",
 ]

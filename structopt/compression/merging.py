@@ -19,11 +19,12 @@ def merge_pair(first: nn.Module, second: nn.Module) -> nn.Module:
     """One layer that computes ``second(first(x))``: two linear layers, or two 2-d convolutions.
 
     The kernel of the product is that of the first, spread by its stride, under each place of the
-    second: k₁ + (k₂ - 1) · stride₁ wide, with the product of the strides.
+    second: k₁ + (k₂ - 1) · stride₁ wide, with the product of the strides. Groups that both share
+    stay; other groups are written out with their zeros, as DepthShrinker merges a depthwise layer.
 
-    Raises ValueError for other layers, for groups and padding that is not zeros, and for a second
-    layer that pads, unless the first is 1×1 without padding and bias: else the zeros of the border
-    are not what the first layer would make there.
+    Raises ValueError for other layers, for padding that is not zeros, and for a second layer that
+    pads, unless the first is 1×1 without padding and bias: else the zeros of the border are not
+    what the first layer would make there.
 
     >>> first, second, x = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 2, 3), torch.randn(1, 1, 9, 9)
     >>> merged = merge_pair(first, second)
@@ -39,13 +40,16 @@ def merge_pair(first: nn.Module, second: nn.Module) -> nn.Module:
             f"{_kind(first)} and {_kind(second)} do not merge: two Linear or Conv2d do"
         )
     pads, more = _plain(first), _plain(second)
+    if first.out_channels != second.in_channels:
+        raise ValueError(f"{second} does not read what {first} makes")
     if any(more):
         spread = max(first.kernel_size) > 1
         if spread or any(pads) or first.bias is not None:
             why = "has places beside it" if spread else "pads too" if any(pads) else "adds a bias"
             raise ValueError(f"the second convolution pads with zeros, and the first one {why}")
     size = [(k - 1) * d + 1 for k, d in zip(first.kernel_size, first.dilation, strict=True)]
-    weight = _spread(first.weight, first.dilation)
+    weight = _spread(_ungrouped(first), first.dilation)
+    reader = _ungrouped(second)
     steps = [s * d for s, d in zip(first.stride, second.dilation, strict=True)]
     high, wide = (
         (k - 1) * step + n for k, step, n in zip(second.kernel_size, steps, size, strict=True)
@@ -54,13 +58,16 @@ def merge_pair(first: nn.Module, second: nn.Module) -> nn.Module:
     for y in range(second.kernel_size[0]):
         for x in range(second.kernel_size[1]):
             top, left = y * steps[0], x * steps[1]
-            part = torch.einsum("om,mikl->oikl", second.weight[:, :, y, x], weight)
+            part = torch.einsum("om,mikl->oikl", reader[:, :, y, x], weight)
             merged[:, :, top : top + size[0], left : left + size[1]] += part
-    bias = _bias(first, second, second.weight.sum((2, 3)))
+    bias = _bias(first, second, reader.sum((2, 3)))
+    groups = first.groups if first.groups == second.groups else 1
+    rows = [part.chunk(groups, 1) for part in merged.chunk(groups)]
+    merged = torch.cat([row[place] for place, row in enumerate(rows)])
     # What the second one pads is a border of the first one's output: stride₁ places of its input.
     pads = tuple(p + m * s for p, m, s in zip(pads, more, first.stride, strict=True))
     stride = tuple(a * b for a, b in zip(first.stride, second.stride, strict=True))
-    return _convolution(merged, bias, stride, pads, like=second)
+    return _convolution(merged, bias, stride, pads, like=second, groups=groups)
 
 
 @torch.no_grad()
@@ -86,7 +93,7 @@ def merge_branches(branches: Sequence[nn.Module]) -> nn.Module:
     made = [_as_convolution(branch, first) for branch in branches]
     largest = max(made, key=lambda c: c.kernel_size)
     high, wide = (max(c.kernel_size[k] for c in made) for k in (0, 1))
-    middles = [_plain(one, groups=True) for one in made]
+    middles = [_plain(one) for one in made]
     pads = [max(middle[k] for middle in middles) for k in (0, 1)]
     weight = largest.weight.new_zeros(len(first.weight), first.weight.shape[1], high, wide)
     bias = weight.new_zeros(len(weight))
@@ -110,7 +117,7 @@ def _as_convolution(branch: nn.Module, first: nn.Conv2d) -> nn.Conv2d:
     """A branch as one convolution without dilation; an identity has the channels of ``first``."""
     if isinstance(branch, nn.Conv2d):
         spread = _spread(branch.weight, branch.dilation)
-        pads = _plain(branch, groups=True)
+        pads = _plain(branch)
         return _convolution(spread, branch.bias, branch.stride, pads, like=branch)
     if isinstance(branch, nn.Sequential) and len(branch) == 2:
         conv, norm = branch
@@ -137,13 +144,21 @@ def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
     return made
 
 
-def _plain(conv: nn.Conv2d, *, groups: bool = False) -> tuple[int, ...]:
+def _plain(conv: nn.Conv2d) -> tuple[int, ...]:
     """Its padding, after the complaint about what does not merge."""
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         raise ValueError(f"{conv} does not pad with zeros by numbers")
-    if conv.groups > 1 and not groups:
-        raise ValueError(f"{conv} has groups: only convolutions without merge")
     return tuple(int(p) for p in conv.padding)
+
+
+def _ungrouped(conv: nn.Conv2d) -> Tensor:
+    """The kernel that reads every channel: (out, in, kh, kw), zeros between the groups."""
+    parts = conv.weight.chunk(conv.groups)  # each (out / G, in / G, kh, kw)
+    size = conv.in_channels // conv.groups
+    sides = [(g * size, conv.in_channels - (g + 1) * size) for g in range(conv.groups)]
+    return torch.cat(
+        [F.pad(part, (0, 0, 0, 0, *side)) for part, side in zip(parts, sides, strict=True)]
+    )
 
 
 def _spread(weight: Tensor, dilation: Sequence[int]) -> Tensor:
@@ -172,15 +187,17 @@ def _convolution(
     stride: Sequence[int],
     padding: Sequence[int],
     like: nn.Conv2d,
+    groups: int | None = None,
 ) -> nn.Conv2d:
     size = tuple(weight.shape[2:])
+    groups = like.groups if groups is None else groups
     made = nn.Conv2d(
-        weight.shape[1] * like.groups,
+        weight.shape[1] * groups,
         len(weight),
         (size[0], size[1]),
         stride=(stride[0], stride[1]),
         padding=(padding[0], padding[1]),
-        groups=like.groups,
+        groups=groups,
         bias=bias is not None,
     )
     return _filled(made, weight, bias, like)

@@ -1,0 +1,163 @@
+"""Zeros among the numbers that layers read: counted, and skipped where that is faster."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from structopt.compression.activations import put
+from structopt.compression.evidence import readers, watch
+from structopt.measure import latency
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """The share of exact zeros among what each layer reads.
+
+    ``always``: the share of its inputs (of its channels, if a convolution) that were zero in every
+    example: those can be removed for good.
+    """
+
+    share: dict[str, float]
+    always: dict[str, float]
+
+    def __str__(self) -> str:
+        lines = [f"{'layer':<28}{'zeros':>10}{'always':>10}"]
+        lines += [f"{n:<28}{z:>10.1%}{self.always[n]:>10.1%}" for n, z in self.share.items()]
+        return "\n".join(lines)
+
+
+def input_zeros(
+    model: nn.Module, batches: Iterable[Any], names: Sequence[str] | None = None
+) -> Zeros:
+    """Count the zeros that linear layers and convolutions read in these batches.
+
+    In evaluation mode; a batch is the inputs, or a pair (inputs, targets). Raises ValueError for
+    no batches, and for unknown names.
+
+    >>> model = nn.Sequential(nn.ReLU(), nn.Linear(4, 1))
+    >>> print(input_zeros(model, [torch.tensor([[-1.0, -1, 2, 3], [-1, 1, 2, 3]])]))
+    layer                            zeros    always
+    1                                37.5%     25.0%
+    """
+    layers = readers(model, names)
+    total: dict[str, int] = {}
+    zero: dict[str, int] = {}
+    used: dict[str, Tensor] = {}
+
+    def see(name: str, given: Tensor, made: Tensor) -> None:
+        weight = layers[name].get_parameter("weight")
+        dim = given.ndim - 1 - (weight.ndim - 2)  # channels stand before the places
+        units = (given != 0).movedim(dim, 0).flatten(1)  # (channels, everything else)
+        total[name] = total.get(name, 0) + units.numel()
+        zero[name] = zero.get(name, 0) + units.numel() - int(units.sum())
+        used[name] = units.any(1) | used[name] if name in used else units.any(1)
+
+    watch(model, batches, layers, see)
+    share = {name: zero[name] / max(1, total[name]) for name in total}
+    always = {name: 1 - float(used[name].double().mean()) for name in total}
+    return Zeros(share, always)
+
+
+class SkipZeros(nn.Module):
+    """A linear layer that reads no weight of an input that is zero: y = Σ x_i · W[:, i] + b.
+
+    The weight is kept by columns, (in, out), and only columns with x_i ≠ 0 are read, by the kernel
+    of ``torch.nn.functional.embedding_bag``. The same function up to rounding. At batch 1 a large
+    layer waits for its weights to come from memory: fewer of them, less time. At a large batch the
+    plain product, which reads each weight once for all examples, is faster.
+
+    >>> layer = nn.Linear(4, 2)
+    >>> x = torch.tensor([[0.0, 1.0, 0.0, 2.0]])
+    >>> torch.allclose(SkipZeros(layer)(x), layer(x))
+    True
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.columns = nn.Parameter(layer.weight.detach().T.contiguous())  # (in, out)
+        self.bias = layer.bias if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])  # (B, in)
+        if len(rows) == 1:
+            places = rows[0].nonzero()[:, 0]
+            values, starts = rows[0, places], places.new_zeros(1)
+        else:
+            row, places = rows.nonzero(as_tuple=True)
+            values, starts = rows[row, places], torch.searchsorted(row, _counted(rows))
+        made = F.embedding_bag(places, self.columns, starts, mode="sum", per_sample_weights=values)
+        made = made if self.bias is None else made + self.bias
+        return made.reshape(*x.shape[:-1], made.shape[-1])
+
+
+def _counted(rows: Tensor) -> Tensor:
+    return torch.arange(len(rows), device=rows.device)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A model whose linear layers skip zeros where that is faster.
+
+    ``zeros``: the share of zeros that each linear layer read; ``times``: how many times faster it
+    is with zeros skipped (below 1: slower), medians of turns on real inputs, measured on
+    ``device``; ``names``: the layers that skip.
+    """
+
+    model: nn.Module
+    names: tuple[str, ...]
+    zeros: dict[str, float]
+    times: dict[str, float]
+    device: str
+
+    def __str__(self) -> str:
+        lines = [f"{'linear layer':<28}{'zeros':>8}{'times faster':>14}  {self.device}"]
+        for name, times in self.times.items():
+            kept = "" if name in self.names else "  (left as it was)"
+            lines.append(f"{name:<28}{self.zeros[name]:>8.1%}{times:>14.2f}{kept}")
+        return "\n".join(lines)
+
+
+def skip_zeros(
+    model: nn.Module, batches: Iterable[Any], *, rounds: int = 15, at_least: float = 1.1
+) -> Skipped:
+    """A copy whose linear layers skip the zeros that they read, wherever that is faster here.
+
+    Both forms of each layer take turns on an input that it really reads, ``rounds`` times; it
+    becomes :class:`SkipZeros` where that is ``at_least`` so many times faster. Give batches of the
+    size at which the model will be used, 1 above all. The function stays the same.
+
+    Raises ValueError for a model without linear layers, no batches, and as ``latency``.
+
+    >>> made = skip_zeros(nn.Linear(8, 8), [torch.zeros(1, 8)], rounds=1, at_least=1e9)
+    >>> made.names, made.zeros
+    ((), {'': 1.0})
+    """
+    layers = {n: m for n, m in readers(model).items() if isinstance(m, nn.Linear)}
+    if not layers:
+        raise ValueError(f"this {type(model).__name__} has no linear layer")
+    batches = list(batches)
+    seen: dict[str, Tensor] = {}
+    watch(model, batches, layers, lambda name, given, made: seen.setdefault(name, given))
+    zeros = input_zeros(model, batches, list(seen)).share
+    made, names, times, device = copy.deepcopy(model), [], {}, ""
+    for name, given in seen.items():
+        layer = layers[name]
+        assert isinstance(layer, nn.Linear)
+        skipping = SkipZeros(layer).train(layer.training)
+        found = latency({"all": layer, "skip": skipping}, given, rounds=rounds)
+        times[name] = float(found["all"]) / float(found["skip"])
+        device = found["all"].device
+        if times[name] >= at_least:
+            names.append(name)
+            if not name:
+                made = skipping
+            else:
+                put(made, name, skipping)
+    return Skipped(made, tuple(names), zeros, times, device)
