@@ -79,7 +79,8 @@ def clip_activations(
 
     def end(values: Tensor) -> float:
         steps = fit(values, grid)
-        return float(((grid.codes[1] - steps.zero) * steps.scale)[0])
+        found, largest = ((grid.codes[1] - steps.zero) * steps.scale)[0], values.amax()
+        return float(largest if torch.isclose(found, largest) else found)  # no rounding of its own
 
     return _bounded(model, batches, names, end, lambda bound: nn.Hardtanh(0.0, bound))
 

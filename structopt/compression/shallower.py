@@ -16,7 +16,7 @@ from structopt.compression.activations import blend_activations, put
 from structopt.compression.bounding import changed_by
 from structopt.compression.evidence import readers
 from structopt.compression.folding import fold_batch_norms
-from structopt.compression.links import apart, links_of, removable
+from structopt.compression.links import disjoint, links_of, removable
 from structopt.compression.slopes import Straighten, Watched, blends, linearising
 from structopt.compression.straight import Link, in_type, merge_links, move_padding_, without
 from structopt.measure import Cost, Timing, cost, latency
@@ -79,7 +79,7 @@ class Shallower:
             f"layers        {self.depth[0]} -> {self.depth[1]}",
             f"MACs          {before.macs:,} -> {after.macs:,}",
             f"parameters    {before.parameters:,} -> {after.parameters:,}",
-            f"seconds       {self.times_faster:.2f} times faster on {self.seconds[0].device}",
+            f"speed         {self.times_faster:.2f} times as fast, on {self.seconds[0].device}",
             f"border        moving paddings changed outputs by {self.border:.2%}, then trained on",
             f"merging       changed outputs by {self.difference:.1e} in float64, "
             f"{self.rounding:.1e} as they are",
@@ -98,11 +98,11 @@ def shallower(
 ) -> Shallower:
     """A copy of a trained model with fewer layers: activations are trained away, then merged.
 
-    1. The links that pay, those that save most first and none sharing a layer (:func:`removable`):
-       each of their activations becomes a :class:`Blend` (1 - α) f(x) + α x, and is trained with
-       :func:`linearising`.
-    2. The ``remove`` links with the largest mean slopes are chosen. Where needed, the paddings of a
-       link go to its first layer, which changes the border (:class:`Shallower` says by how much).
+    1. Each activation of the links that pay (:func:`removable`) becomes a :class:`Blend`
+       (1 - α) f(x) + α x, and is trained with :func:`linearising`.
+    2. The ``remove`` links with the largest mean slopes that share no layer are chosen. Where
+       needed, the paddings of a link go to its first layer, which changes the border
+       (:class:`Shallower` says by how much).
     3. Training goes on, with the objective alone, while their slopes are led to 1 and all others
        back to 0, in even steps over the first half.
     4. Norms are folded and the links merged, exactly.
@@ -114,8 +114,8 @@ def shallower(
     Dror et al., 2021, "Layer Folding"; Fu et al., 2022, "DepthShrinker"; Kim et al., 2023,
     "Efficient latency-aware CNN depth compression via two-stage dynamic programming".
 
-    Raises ValueError for more links than there are that pay, for a named one that could not,
-    with the reason, and for batches without a length.
+    Raises ValueError for more links than there are that pay and share no layer, for a named one
+    that could not go, with the reason, and for batches without a length.
 
     >>> model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
     >>> x, y = torch.randn(8, 4), torch.randint(2, (8,))
@@ -134,8 +134,8 @@ def shallower(
         watch = Watched()
         _train(made, batches, linearising(objective, how.strength), how, how.epochs[0], watch)
         slopes = watch.means()
-        gone = sorted(links, key=lambda link: -mean(slopes[n] for n in link.activations))[:remove]
-        gone.sort(key=links.index)
+        links.sort(key=lambda link: -mean(slopes[name] for name in link.activations))
+        gone = disjoint(links, remove) or []
     else:
         gone, later = links, sum(how.epochs)
     before, batch = copy.deepcopy(made), [next(iter(batches))]
@@ -173,15 +173,17 @@ def _candidates(model: nn.Module, example: Any, remove: int | Sequence[str]) -> 
         if not remove:
             raise ValueError("remove names no activation")
         return links_of(model, example, remove)
-    found = apart(removable(model, example))
-    if not 1 <= remove <= len(found):
-        known = "".join(f"\n  {link}" for link in found)
-        raise ValueError(f"remove={remove}: the links that pay are {len(found)}{known}")
+    found = [link for link in removable(model, example) if link.pays]
+    if remove < 1 or disjoint(found, remove) is None:
+        known = "".join(f"\n  {link}" for link in found) or " none"
+        raise ValueError(
+            f"remove={remove}: give 1 or more; links that pay, and share no layer:{known}"
+        )
     return found
 
 
 def _names(links: Sequence[Link]) -> list[str]:
-    return [name for link in links for name in link.activations]
+    return list(dict.fromkeys(name for link in links for name in link.activations))
 
 
 def _train(
