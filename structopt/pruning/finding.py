@@ -51,7 +51,7 @@ def find_masks(
     """
     need_pattern(pattern)
     need_scope(scope)
-    sparsity, scope = _settled(sparsity, pattern, scope)
+    sparsity, scope = settled(sparsity, pattern, scope)
     if not scores:
         raise ValueError("there are no scores: score(model) gives some")
     ranks, shapes = {}, {}
@@ -68,7 +68,8 @@ def find_masks(
     return masks
 
 
-def _settled(sparsity: float | None, pattern: Pattern, scope: Scope) -> tuple[float, Scope]:
+def settled(sparsity: float | None, pattern: Pattern, scope: Scope) -> tuple[float, Scope]:
+    """Sparsity and scope that go with a pattern: N:M sets both itself."""
     if not isinstance(pattern, NOfM):
         if sparsity is None:
             raise ValueError(f"say which sparsity: {pattern} does not set one")

@@ -48,7 +48,7 @@ def score(
     {'0.weight': (3, 2), '2.weight': (1, 3)}
     """
     needs = _needs(criterion)
-    _need_leave(model, leave)
+    need_leave(model, leave)
     found = {n: p for n, p in _weights(model, "scale" in needs) if not matches(n, leave)}
     if not found:
         what = "scale of a norm" if "scale" in needs else "weight"
@@ -78,7 +78,7 @@ def score(
     return made
 
 
-def _need_leave(model: nn.Module, leave: Sequence[str]) -> None:
+def need_leave(model: nn.Module, leave: Sequence[str]) -> None:
     if isinstance(leave, str):  # would be taken for one pattern a letter
         raise ValueError(f"leave is a list of names: leave=[{leave!r}]")
     names = [name for name, _ in model.named_parameters()]
