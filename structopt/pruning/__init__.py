@@ -31,6 +31,13 @@ from structopt.pruning.criteria import (
 from structopt.pruning.depth import block_influence, remove_blocks, residual_blocks
 from structopt.pruning.diagnosis import diagnose
 from structopt.pruning.finding import Masks, find_masks, sparsity_of
+from structopt.pruning.gates import (
+    add_gates_,
+    hard_concrete,
+    open_chance,
+    remove_gates_,
+    with_price,
+)
 from structopt.pruning.masks import (
     Hold,
     PruneWhileTraining,
@@ -39,14 +46,18 @@ from structopt.pruning.masks import (
     hold,
     to_torch_,
 )
+from structopt.pruning.movement import MovementWhileTraining
 from structopt.pruning.patterns import Block, Filters, NOfM, Pattern, Unstructured
 from structopt.pruning.ranking import Global, PerLayer, PerRow, Scope
 from structopt.pruning.recovery import recover, with_teacher
 from structopt.pruning.regrowth import RegrowWhileTraining
 from structopt.pruning.removal import prune_channels
+from structopt.pruning.reordering import permute_channels, to_semi_structured
 from structopt.pruning.schedules import Constant, Gradual, Iterative, OneShot, Schedule
 from structopt.pruning.scoring import Criterion, Scores, channel_scores, score, total
+from structopt.pruning.second_order import prune_and_update, sparse_gpt
 from structopt.pruning.sensitivity import Curves, mask_channels, sensitivity
+from structopt.pruning.shrinking import ShrinkChannels
 from structopt.pruning.tickets import rewind_
 from structopt.training.statistics import recalibrate_
 
@@ -67,6 +78,7 @@ __all__ = [
     "MACs",
     "Masks",
     "Milliseconds",
+    "MovementWhileTraining",
     "NOfM",
     "OneShot",
     "Parameters",
@@ -78,8 +90,10 @@ __all__ = [
     "Schedule",
     "Scope",
     "Scores",
+    "ShrinkChannels",
     "Unstructured",
     "activation_mean",
+    "add_gates_",
     "apoz",
     "apply_masks_",
     "batch_norm_scale",
@@ -91,25 +105,33 @@ __all__ = [
     "fisher",
     "from_torch_",
     "geometric_median",
+    "hard_concrete",
     "hessian",
     "hold",
     "lamp",
     "magnitude",
     "mask_channels",
+    "open_chance",
+    "permute_channels",
+    "prune_and_update",
     "prune_channels",
     "random",
     "recalibrate_",
     "recover",
     "remove_blocks",
+    "remove_gates_",
     "residual_blocks",
     "rewind_",
     "saliency",
     "score",
     "sensitivity",
+    "sparse_gpt",
     "sparsity_of",
     "taylor",
+    "to_semi_structured",
     "to_torch_",
     "total",
     "wanda",
+    "with_price",
     "with_teacher",
 ]

@@ -101,12 +101,14 @@ def _swaps(columns: Tensor, pattern: NOfM) -> list[tuple[int, int]]:
     sets = columns.view(len(columns), -1, m)  # (rows, sets, m)
     kept = sets.topk(n, dim=2).values.sum((0, 2)).repeat_interleave(m)
     others = [[k for k in range(m) if k != i] for i in range(m)]
-    best = sets[:, :, others].topk(n, dim=3).values.flatten(1, 2)  # without the column, (rows, C, n)
+    best = (
+        sets[:, :, others].topk(n, dim=3).values.flatten(1, 2)
+    )  # without the column, (rows, C, n)
     sure, least = best[..., :-1].sum((0, 2)), best[..., -1]
     size = max(1, _PIECE // columns.numel())
     swapped = [  # what the set of column i keeps with column j in its place
         torch.maximum(piece[:, :, None], columns[:, None, :]).sum(0)
-        for piece in least.split(size, dim=1)
+        for piece in torch.split(least, size, dim=1)
     ]
     with_other = sure[:, None] + torch.cat(swapped)
     gain = with_other + with_other.T - kept[:, None] - kept

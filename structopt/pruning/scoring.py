@@ -194,7 +194,7 @@ def channel_scores(
                 )
             if mine.stride(member.dim) == 0 and mine.shape[member.dim] > 1:
                 continue
-            parts.append(_along(mine, member.dim, torch.from_numpy(member.channel), group.size))
+            parts.append(along(mine, member.dim, torch.from_numpy(member.channel), group.size))
         if parts:
             found[group] = combine(torch.stack(parts)).abs()
             if found[group].shape != (group.size,):
@@ -206,7 +206,7 @@ def channel_scores(
     return found
 
 
-def _along(scores: Tensor, dim: int, channel: Tensor, size: int) -> Tensor:
+def along(scores: Tensor, dim: int, channel: Tensor, size: int) -> Tensor:
     """The sum of the scores that lie on each channel of one axis."""
     wide = scores.float() if scores.dtype.itemsize < 4 else scores
     sums = wide.movedim(dim, 0).flatten(1).sum(1) if wide.ndim > 1 else wide

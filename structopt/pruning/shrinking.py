@@ -1,0 +1,126 @@
+"""Channels pressed to zero while training, so that their removal costs nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from structopt.channels import ChannelGroup
+from structopt.pruning.scoring import along
+
+
+class ShrinkChannels:
+    """An `after_step` that trains coupled channels to exactly zero: a growing group lasso.
+
+    The penalty is λ Σ √n ‖w‖₂, w the n entries of all parameters that make or read a channel (Yuan
+    and Lin, 2006; over coupled groups as DepGraph, Fang et al., 2023). It acts after the step of
+    the optimiser, as a proximal step: each channel is multiplied by
+
+    max(0, 1 - τ √n / ‖w‖₂),  τ(step) = strength · min(1, step / end),
+
+    so that a weak channel really arrives at zero, and a strong one loses little. τ is what a step
+    takes from the norm per √n, the learning rate included. It grows (Wang et al., 2021), so that
+    training settles before anything is pressed. What lies in two groups, a row here and a column
+    there, is multiplied by both factors: exact for each group alone, approximate for both.
+
+    Then remove what is zero: ``prune_channels``, whose scores are magnitudes by default. The
+    function stays as long as no more is asked for than :meth:`zeros` counts.
+
+    `groups` are ``channel_groups(model, example)``, or some of them. Raises ValueError for numbers
+    out of range, no groups or those of another model, and a group that is pressed to zero as a
+    whole (looked at every 100 steps, at the first, and at `end`).
+
+    >>> from structopt.channels import channel_groups
+    >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False))
+    >>> model[0].weight.data = torch.tensor([[3.0, 0.0], [0.1, 0.0]])
+    >>> model[1].weight.data = torch.tensor([[4.0, 0.1]])
+    >>> groups = channel_groups(model, torch.zeros(1, 2))
+    >>> after_step = ShrinkChannels(groups, strength=0.1, end=1)
+    >>> after_step(model, 1)
+    >>> model[0].weight.data[:, 0]  # 3 · (1 - 0.1 · √3 / 5), and 0.1 · 0
+    tensor([2.8961, 0.0000])
+    >>> after_step.zeros(model)
+    {'0': 1}
+    """
+
+    def __init__(self, groups: Iterable[ChannelGroup], *, strength: float, end: int) -> None:
+        self.groups = tuple(groups)
+        if not self.groups or any(group.frozen for group in self.groups):
+            raise ValueError("give groups whose channels may go: channel_groups(model, example)")
+        if end < 1 or not 0 < strength < math.inf:
+            raise ValueError(f"end={end} counts steps from 1, strength={strength} is above 0")
+        self.strength, self.end = strength, end
+
+    def pressure(self, step: int) -> float:
+        """τ after this step."""
+        return self.strength * min(1.0, step / self.end)
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module, step: int) -> None:
+        if not self.pressure(step) > 0:
+            return
+        scales: list[tuple[Tensor, Tensor]] = []
+        for group in self.groups:
+            axes = _axes(model, group)
+            squares, count = _squares(axes, group.size)
+            norm = squares.sqrt()
+            rest = norm - self.pressure(step) * count.sqrt()
+            factor = rest.clamp(min=0) / norm.clamp(min=torch.finfo(norm.dtype).tiny)
+            if step in (1, self.end) or step % 100 == 0:
+                _need_some(group, factor)
+            whole = torch.cat([factor, factor.new_ones(1)])  # the last is for entries outside
+            for weight, dim, channel in axes:
+                shape = [-1 if d == dim else 1 for d in range(weight.ndim)]
+                scales.append((weight, whole[channel].view(shape).to(weight.dtype)))
+        for weight, factor in scales:  # after all norms were taken, so that no order matters
+            weight.mul_(factor)
+
+    @torch.no_grad()
+    def zeros(self, model: nn.Module) -> dict[str, int]:
+        """How many channels of each group are exactly zero."""
+        found = {}
+        for group in self.groups:
+            squares, _ = _squares(_axes(model, group), group.size)
+            found[group.name] = int((squares == 0).sum())
+        return found
+
+    def __repr__(self) -> str:
+        return f"ShrinkChannels({len(self.groups)} groups, τ to {self.strength:g} at {self.end})"
+
+
+Axis = tuple[Tensor, int, Tensor]  # a parameter, one of its dimensions, the channel of each entry
+
+
+def _axes(model: nn.Module, group: ChannelGroup) -> list[Axis]:
+    parameters, found = dict(model.named_parameters()), list[Axis]()
+    for member in group.members:
+        weight = parameters.get(member.parameter)
+        if weight is None:  # a running statistic, or of another model
+            if member.parameter not in dict(model.named_buffers()):
+                raise ValueError(f"group {group.name!r} is of another model: no {member.parameter}")
+            continue
+        if member.dim >= weight.ndim or weight.shape[member.dim] != len(member.channel):
+            raise ValueError(
+                f"group {group.name!r} is of another model: dimension {member.dim} of "
+                f"{member.parameter}, {tuple(weight.shape)}, held {len(member.channel)} there"
+            )
+        found.append((weight, member.dim, torch.from_numpy(member.channel).to(weight.device)))
+    return found
+
+
+def _squares(axes: list[Axis], size: int) -> tuple[Tensor, Tensor]:
+    """Of each channel the sum of the squares of its entries, and how many there are."""
+    squares = torch.stack([along(w.square(), dim, c, size) for w, dim, c in axes]).sum(0)
+    counts = [torch.bincount(c[c >= 0], minlength=size) * (w.numel() // len(c)) for w, _, c in axes]
+    return squares, torch.stack(counts).sum(0).to(squares.dtype)
+
+
+def _need_some(group: ChannelGroup, factor: Tensor) -> None:
+    if not (factor > 0).any():
+        raise ValueError(
+            f"every channel of group {group.name!r} is pressed to zero, so that nothing passes any "
+            "more: take less strength, or leave the group out"
+        )
