@@ -467,3 +467,15 @@ def test_masks_hold_under_distributed_data_parallel(tmp_path):
     finally:
         torch.distributed.destroy_process_group()
     assert all(not model.get_parameter(name)[~mask].any() for name, mask in masks.items())
+
+
+def test_what_is_no_dict_of_masks_or_no_choice_of_groups_is_named():
+    model = nn.Linear(4, 2)
+    for call in (pruning.hold, lambda masks: pruning.apply_masks_(model, masks)):
+        for odd in (None, [torch.ones(2, 4, dtype=torch.bool)]):
+            with pytest.raises(
+                ValueError, match=r"masks are a dict of a bool tensor.*not (None|\[)"
+            ):
+                call(odd)
+    with pytest.raises(ValueError, match=r"a choice holds groups, not 'fc1'.*channel_groups"):
+        pruning.mask_channels(model, {"fc1": torch.tensor([0])})

@@ -203,6 +203,8 @@ def test_a_budget_out_of_reach_names_the_nearest():
         (lambda m, x: MACs(1e6, 0.5), "one of at_most and share"),
         (lambda m, x: MACs(share=1.5), r"\(0, 1\]"),
         (lambda m, x: Bytes(-1), "above 0"),
+        (lambda m, x: MACs("5"), "MACs: at_most is a number above 0, not '5'"),
+        (lambda m, x: MACs(share="0.5"), r"share is a number in \(0, 1\], not '0.5'"),
         (lambda m, x: Limits(leave="conv1"), r"leave=\('conv1',\)"),
         (lambda m, x: Limits(ratios={"conv1": 1.0}), "ratio of 'conv1'"),
         (lambda m, x: Limits(multiple_of=0), "multiple_of"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar
 
 from torch import nn
@@ -22,10 +24,11 @@ class Budget:
     def __post_init__(self) -> None:
         if (self.at_most is None) == (self.share is None):
             raise ValueError(f"{type(self).__name__} takes one of at_most and share")
-        if self.at_most is not None and not self.at_most > 0:
-            raise ValueError(f"{self}: at_most is above 0")
-        if self.share is not None and not 0 < self.share <= 1:
-            raise ValueError(f"{self}: share is in (0, 1]")
+        name, most = ("share", 1.0) if self.at_most is None else ("at_most", math.inf)
+        given: object = self.share if self.at_most is None else self.at_most
+        if not (isinstance(given, Real) and 0 < float(given) <= most):
+            limits = "in (0, 1]" if most == 1 else "above 0"
+            raise ValueError(f"{type(self).__name__}: {name} is a number {limits}, not {given!r}")
 
     def cost(self, model: nn.Module, example: Any) -> float:
         raise NotImplementedError

@@ -17,8 +17,16 @@ from structopt.pruning.schedules import Schedule
 from structopt.pruning.scoring import Scores, score
 
 
+def need_mapping(masks: object) -> None:
+    if not isinstance(masks, Mapping):
+        raise ValueError(
+            f"masks are a dict of a bool tensor for each weight, as find_masks gives: not {masks!r}"
+        )
+
+
 def need_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Each masked weight and its mask, after every complaint that can be made."""
+    need_mapping(masks)
     parameters = dict(model.named_parameters())
     pairs: list[tuple[Tensor, Tensor]] = []
     for name, mask in masks.items():
@@ -55,6 +63,7 @@ class Hold:
     """Masks, and the `after_step` that keeps what they remove at zero. Made by :func:`hold`."""
 
     def __init__(self, masks: Mapping[str, Tensor]) -> None:
+        need_mapping(masks)
         self.masks: Masks = dict(masks)
         self._seen: Callable[[], nn.Module | None] = lambda: None
         self._places: list[tuple[dict[str, Any], str]] = []

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from structopt.channels import channel_groups, take
+from structopt.channels import ChannelGroup, channel_groups, take
 from structopt.pruning.choosing import Choice, choose_channels
 from structopt.pruning.scoring import Scores, channel_scores, score
 
@@ -67,6 +67,11 @@ def mask_channels(model: nn.Module, choice: Choice) -> nn.Module:
     >>> mask_channels(model, {groups["0"]: torch.tensor([1])})[1].weight.count_nonzero()
     tensor(1)
     """
+    odd = [group for group in choice if not isinstance(group, ChannelGroup)]
+    if odd:
+        raise ValueError(
+            f"a choice holds groups, not {odd[0]!r}: channel_groups(model, example)[name] is one"
+        )
     if any(group.averaged for group in choice):
         return take(model, choice) if choice else copy.deepcopy(model)
     made = copy.deepcopy(model)

@@ -1,0 +1,251 @@
+"""What training itself decides: channels pressed to zero, movement, and gates that learn."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from structopt import pruning, training
+from structopt.channels import channel_groups, take
+from structopt.pruning import Filters, MovementWhileTraining, NOfM, OneShot, ShrinkChannels
+
+
+def network(device):
+    layers = nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 16, 4)
+    return nn.Sequential(*layers).to(device)
+
+
+def batches(device, count=4):
+    def one():
+        return torch.randn(16, 1, 6, 6, device=device), torch.randint(0, 4, (16,), device=device)
+
+    return [one() for _ in range(count)]
+
+
+def fit(model, data, epochs=1, objective=None, **options):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    where = next(model.parameters()).device
+    training.train(
+        model, data, objective or training.supervised(), optimizer, epochs=epochs, device=where,
+        autocast=None, **options,
+    )  # fmt: skip
+    return model
+
+
+def parts(model, k):
+    """All entries of channel k of the hidden layer, its row, norm and four readers."""
+    reader = model[4].weight.unflatten(1, (6, 16))[:, k]
+    own = model[0].weight[k], model[0].bias[k], model[1].weight[k], model[1].bias[k]
+    return torch.cat([p.detach().flatten() for p in (*own, reader)])
+
+
+@pytest.mark.parametrize("step", [5, 10, 99])
+def test_shrinking_is_the_proximal_step_of_the_penalty(device, step):
+    """v = argmin ½ ‖v - w‖² + τ √n ‖v‖: its conditions, channel by channel."""
+    model = network(device).double()
+    nn.init.normal_(model[1].bias)
+    with torch.no_grad():
+        for p in (model[0].weight, model[0].bias, model[1].weight, model[1].bias):
+            p[2] *= 0.01
+        model[4].weight.unflatten(1, (6, 16))[:, 2] *= 0.01
+    groups = channel_groups(model, torch.zeros(1, 1, 6, 6, device=device, dtype=torch.double))
+    before, after = copy.deepcopy(model), ShrinkChannels(groups, strength=0.02, end=10)
+    after(model, step)
+    tau = 0.02 * min(1.0, step / 10)
+    for k in range(6):
+        old, new = parts(before, k), parts(model, k)
+        price = tau * len(old) ** 0.5
+        if new.any():
+            torch.testing.assert_close(old - new, price * new / new.norm())
+        else:
+            assert old.norm() <= price
+    assert not parts(model, 2).any()
+    assert parts(model, 0).any()
+    assert after.zeros(model) == {"0": 1}
+    assert torch.equal(model[4].bias, before[4].bias)
+    assert torch.equal(model[1].running_var, before[1].running_var)
+
+
+def test_what_lies_in_two_groups_takes_both_factors(device):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(5, 2)).to(device)
+    groups = channel_groups(model, torch.randn(1, 3, device=device))
+    first, second, both = (copy.deepcopy(model) for _ in range(3))
+    ShrinkChannels([groups["0"]], strength=0.05, end=1)(first, 1)
+    ShrinkChannels([groups["1"]], strength=0.05, end=1)(second, 1)
+    ShrinkChannels(groups, strength=0.05, end=1)(both, 1)
+    w = model[1].weight
+    expected = w * (first[1].weight / w) * (second[1].weight / w)
+    torch.testing.assert_close(both[1].weight, expected)
+
+
+def test_channels_trained_to_zero_leave_without_a_trace(device):
+    model, data = network(device), batches(device)
+    groups = channel_groups(model, data[0][0][:1])
+    after = ShrinkChannels(groups, strength=0.02, end=20)
+    fit(model, data, epochs=10, after_step=after)
+    gone = after.zeros(model)["0"]
+    assert 0 < gone < 6
+    small = pruning.prune_channels(model, data[0][0][:1], gone / 6)
+    assert small[0].out_channels == 6 - gone
+    torch.testing.assert_close(small.eval()(data[0][0]), model.eval()(data[0][0]))
+
+
+def test_shrinking_refuses_what_it_cannot_do(device):
+    model = network(device)
+    groups, x = channel_groups(model, torch.zeros(1, 1, 6, 6, device=device)), {"strength": 1e-3}
+    for bad in ({"strength": 0.0, "end": 9}, {"strength": 1e-3, "end": 0}):
+        with pytest.raises(ValueError, match="counts steps from 1"):
+            ShrinkChannels(groups, **bad)
+    for none in ([], groups.frozen[:1]):
+        with pytest.raises(ValueError, match="give groups whose channels may go"):
+            ShrinkChannels(none, end=9, **x)
+    after, before = ShrinkChannels(groups, end=9, **x), copy.deepcopy(model)
+    narrow = take(model, {groups["0"]: [0, 1]})
+    with pytest.raises(ValueError, match=r"of another model: dimension 0 of 0.weight"):
+        after(narrow, 1)
+    with pytest.raises(ValueError, match=r"of another model: no 0.weight"):
+        after(nn.Linear(3, 2).to(device), 1)
+    with pytest.raises(ValueError, match="every channel of group '0' is pressed to zero"):
+        ShrinkChannels(groups, strength=99.0, end=1)(model, 1)
+    assert all(
+        torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters(), strict=True)
+    )
+
+
+def test_movement_is_that_of_the_paper(device):
+    model, data = network(device), batches(device)
+    twin, names = copy.deepcopy(model), ("0.weight", "4.weight")
+    after = MovementWhileTraining(OneShot(0.5, at=4))
+    after(model)
+    fit(model, data, after_step=after)
+    moved = {name: torch.zeros_like(twin.get_parameter(name)) for name in names}
+    weights = dict(twin.named_parameters())
+    speed = {name: torch.zeros_like(p) for name, p in weights.items()}
+    for inputs, targets in data:
+        slopes = torch.autograd.grad(F.cross_entropy(twin(inputs), targets), weights.values())
+        with torch.no_grad():
+            for (name, p), slope in zip(weights.items(), slopes, strict=True):
+                if name in moved:
+                    moved[name] -= p * slope
+                speed[name] = 0.9 * speed[name] + slope
+                p -= 0.1 * speed[name]
+    for name in names:
+        torch.testing.assert_close(after.movement[name], moved[name], rtol=1e-3, atol=1e-5)
+        mask, mine = after.masks[name], after.movement[name]
+        assert int((~mask).sum()) == mask.numel() // 2
+        assert mine[~mask].max() <= mine[mask].min()
+        assert not model.get_parameter(name)[~mask].any()
+    assert any((after.movement[n][after.masks[n]] < 0).any() for n in names) or all(
+        (after.movement[n][~after.masks[n]] < 0).any() for n in names
+    )  # the sign counts
+
+
+def test_movement_goes_on_after_a_break(device, tmp_path):
+    def run(epochs, path=None):
+        torch.manual_seed(1)
+        model = network(device)
+        after = MovementWhileTraining(OneShot(0.6, at=14), leave=("0.*",))
+        after(model)
+        torch.manual_seed(2)
+        return fit(model, batches(device), epochs, after_step=after, checkpoint=path), after
+
+    whole, moved = run(4)
+    run(2, tmp_path / "run")
+    resumed, again = run(4, tmp_path / "run")
+    assert list(moved.masks) == ["4.weight"]
+    for name, p in whole.named_parameters():
+        assert torch.equal(p, resumed.get_parameter(name)), name
+    for twin in (again, copy.deepcopy(again)):
+        assert torch.equal(moved.movement["4.weight"], twin.movement["4.weight"])
+        assert torch.equal(moved.masks["4.weight"], twin.masks["4.weight"])
+
+
+def test_movement_refuses_what_it_cannot_do(device):
+    model = network(device)
+    with pytest.raises(ValueError, match="a schedule is a value"):
+        MovementWhileTraining(0.5)
+    after = MovementWhileTraining(OneShot(0.5, at=1))
+    after(model)
+    with pytest.raises(ValueError, match=r"0.weight has no gradient after step 1"):
+        after(model, 1)
+    with pytest.raises(ValueError, match="no parameter is called 'head'"):
+        MovementWhileTraining(OneShot(0.5, at=1), leave=("head",))(model)
+
+
+def test_gates_are_open_as_often_as_they_are_said_to_be(device):
+    where = torch.tensor([-2.0, 0.0, 1.5], device=device)
+    noise = torch.rand(100_000, 3, device=device).clamp(1e-6, 1 - 1e-6)
+    z = pruning.hard_concrete(where, noise)
+    torch.testing.assert_close(
+        (z > 0).float().mean(0), pruning.open_chance(where), rtol=0, atol=0.01
+    )
+    assert ((z == 1).float().mean(0) > 0.01).all()
+    assert z.min() >= 0
+    assert z.max() <= 1
+
+
+def test_the_price_of_gates_and_its_slope():
+    torch.manual_seed(3)
+    model = pruning.add_gates_(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).double())
+    alphas = [p for n, p in model.named_parameters() if n.endswith("log_alpha")]
+    assert [tuple(a.shape) for a in alphas] == [(4, 3), (2, 4)]
+    for alpha in alphas:
+        nn.init.normal_(alpha)
+    nothing = pruning.with_price(2.0, lambda model, batch: torch.zeros(()).double())
+    expected = 2 * torch.cat([pruning.open_chance(a).flatten() for a in alphas]).mean()
+    torch.testing.assert_close(nothing(model, None), expected)
+    assert torch.autograd.gradcheck(pruning.hard_concrete, (alphas[0], torch.rand(4, 3).double()))
+    assert torch.autograd.gradcheck(pruning.open_chance, (alphas[0],))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "share", "price"), [(pruning.Unstructured(), 0.5, 3.0), (Filters(), 0.9, 0.3)]
+)
+def test_gates_learn_masks_and_leave_exactly(device, pattern, share, price):
+    model, data = network(device), batches(device)
+    pruning.add_gates_(model, pattern=pattern, share=share, leave=["4.*"][: pattern == Filters()])
+    noisy = [model.train()(data[0][0]) for _ in range(2)]
+    assert not torch.equal(*noisy)
+    with pytest.raises(ValueError, match="the model has gates"):
+        pruning.add_gates_(model)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    training.train(
+        model, data, pruning.with_price(price), optimizer, epochs=10, device=device, autocast=None
+    )
+    expected = model.eval()(data[0][0])
+    masks = pruning.remove_gates_(model)
+    assert torch.equal(model(data[0][0]), expected)
+    assert sorted(dict(model.named_parameters())) == sorted(
+        dict(network(device).named_parameters())
+    )
+    assert type(model[0]) is nn.Conv2d
+    assert not model.training
+    assert 0.1 < pruning.sparsity_of(masks) < 0.99
+    for name, mask in masks.items():
+        assert torch.equal(mask, model.get_parameter(name) != 0)
+        rows = mask.flatten(1)
+        assert pattern != Filters() or torch.equal(rows.any(1), rows.all(1))
+
+
+def test_gates_refuse_what_they_cannot_do(device):
+    model = network(device)
+    for words, call in {
+        r"gates are for Unstructured\(\) or Filters\(\)": lambda: pruning.add_gates_(
+            model, pattern=NOfM(2, 4)
+        ),
+        "share=1.0 is where the gates begin": lambda: pruning.add_gates_(model, share=1.0),
+        "no parameter is called 'a'": lambda: pruning.add_gates_(model, leave=["a"]),
+        "strength is the price": lambda: pruning.with_price(0.0),
+        "this Sequential has no gates": lambda: pruning.remove_gates_(model),
+        "this Sequential has no gates: add": lambda: pruning.with_price(1.0)(model, None),
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            call()
+        assert not pruning.gates._gates(model)
+    pruning.add_gates_(model)
+    nn.init.constant_(model[4].parametrizations.weight[0].log_alpha, -9)
+    with pytest.raises(ValueError, match=r"every gate of 4.weight is shut"):
+        pruning.remove_gates_(model)
+    assert len(pruning.gates._gates(model)) == 2
