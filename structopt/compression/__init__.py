@@ -26,6 +26,7 @@ from structopt.compression.merging import merge_branches, merge_pair
 from structopt.compression.qat import PACT, QAT, LearnedClip, LearnedStep, prepare_qat
 from structopt.compression.quantize import Quantized, fake_quantize, fit, quantize
 from structopt.compression.ranks import SVD, Depthwise, Form, Spatial, Tucker
+from structopt.compression.rate import LearnedCode, Rated, RatePenalty, prepare_rate
 from structopt.compression.report import Report, Row
 from structopt.compression.shallower import Linearise, Shallower, shallower
 from structopt.compression.sharing import Shared, Tie, share, tie
@@ -51,6 +52,7 @@ __all__ = [
     "Granularity",
     "Grid",
     "LearnedClip",
+    "LearnedCode",
     "LearnedStep",
     "Linearise",
     "Link",
@@ -61,6 +63,8 @@ __all__ = [
     "PerTensor",
     "Percentile",
     "Quantized",
+    "RatePenalty",
+    "Rated",
     "Report",
     "RoundInput",
     "Row",
@@ -99,6 +103,7 @@ __all__ = [
     "merge_links",
     "merge_pair",
     "prepare_qat",
+    "prepare_rate",
     "put_",
     "quantize",
     "quantize_weights",
