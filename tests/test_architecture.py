@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "distillation": {"files", "losses", "training"},
     "compression": {"channels", "checkpoint", "files", "losses", "measure", "training"},
     "pruning": {"channels", "descent", "losses", "measure", "training"},
-    "slicing": {"channels", "losses", "measure", "training"},
+    "slicing": {"channels", "distributed", "losses", "measure", "training"},
 }
 
 

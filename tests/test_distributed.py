@@ -21,11 +21,11 @@ import train_together as script  # noqa: E402
 Pair = namedtuple("Pair", ["inputs", "targets"])
 
 
-def torchrun(folder: Path, **environment: str) -> None:
+def torchrun_script(script: Path, *arguments: object, **environment: str) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     loopback = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
     process = subprocess.Popen(
-        [*command, str(SCRIPT), str(folder)],
+        [*command, str(script), *map(str, arguments)],
         env={**os.environ, **loopback, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -38,6 +38,10 @@ def torchrun(folder: Path, **environment: str) -> None:
         if process.poll() is None:
             os.killpg(process.pid, 9)
     assert process.returncode == 0, output
+
+
+def torchrun(folder: Path, **environment: str) -> None:
+    torchrun_script(SCRIPT, folder, **environment)
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +93,11 @@ def test_alone_nothing_changes(monkeypatch):
         assert distributed.shard(batches) is batches
         assert distributed.gather("x") == ["x"]
         assert torch.equal(distributed.mean(torch.ones(2)), torch.ones(2))
+
+
+def test_a_timeout_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="timeout=0"), distributed.join(timeout=0):
+        pass
 
 
 @given(total=st.integers(1, 40), world=st.integers(1, 9))

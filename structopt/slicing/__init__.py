@@ -46,6 +46,7 @@ For several processes nothing changes: slices are cut inside the module's own fo
 """
 
 from structopt.slicing.assigning import Assignment, assign_groups
+from structopt.slicing.cutpoints import CutPoint, cut_points
 from structopt.slicing.exits import Answers, Deciding, EarlyExits, confidence
 from structopt.slicing.grouped import (
     Averaged,
@@ -58,10 +59,14 @@ from structopt.slicing.grouped import (
     Shuffled,
 )
 from structopt.slicing.grouping import group_layers
+from structopt.slicing.layers import Layer, measure_layers
 from structopt.slicing.leaving import Threshold, all_exits, choose_threshold
+from structopt.slicing.pipelines import pipeline
+from structopt.slicing.planning import Plan, choose_cuts, pipeline_cost
 from structopt.slicing.sandwich import Sandwich, all_widths
 from structopt.slicing.slices import Slice
 from structopt.slicing.sorting import sort_channels
+from structopt.slicing.stages import Stages, split_stages
 from structopt.slicing.widths import Slimmable
 
 __all__ = [
@@ -70,22 +75,32 @@ __all__ = [
     "Averaged",
     "Averaging",
     "Branches",
+    "CutPoint",
     "Deciding",
     "EarlyExits",
     "GroupedLinear",
+    "Layer",
     "Mixed",
     "Mixing",
+    "Plan",
     "Reorder",
     "Sandwich",
     "Shuffled",
     "Slice",
     "Slimmable",
+    "Stages",
     "Threshold",
     "all_exits",
     "all_widths",
     "assign_groups",
+    "choose_cuts",
     "choose_threshold",
     "confidence",
+    "cut_points",
     "group_layers",
+    "measure_layers",
+    "pipeline",
+    "pipeline_cost",
     "sort_channels",
+    "split_stages",
 ]

@@ -1,0 +1,87 @@
+"""Stages over processes: a thin door to ``torch.distributed.pipelining``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle
+
+from structopt import distributed
+from structopt.slicing.stages import Stages
+
+
+def pipeline(
+    stages: Stages,
+    device: torch.device,
+    *,
+    microbatches: int,
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    schedule: type[PipelineScheduleSingle] = ScheduleGPipe,
+) -> PipelineScheduleSingle:
+    """This process's stage, ready to run; inside :func:`structopt.distributed.join`.
+
+    The engine is torch's, and so is what comes back. Process r holds stage r, moved to ``device``,
+    and drops the others. All call it once for each batch, of a size that never changes:
+
+    - the first process gives the inputs, ``step(inputs)``; the last, the targets,
+      ``step(target=targets)``; those between, ``step()``;
+    - ``eval`` in the place of ``step`` runs forward alone. The last process gets the outputs, and
+      gives targets there too where there is a loss.
+
+    ``step`` adds up the gradients of the loss's mean over micro-batches: those of the unsplit
+    network for the whole batch, where the loss is a mean over examples and no layer (a batch norm
+    in training) looks at the batch as a whole. Then each process's own optimiser steps.
+
+    A process that dies ends the others with a ``RuntimeError`` or ``DistBackendError``, at the
+    latest after the ``timeout`` given to ``join``: give one that a step needs at most.
+
+    Args:
+        stages: from `split_stages`; as many as there are processes.
+        device: of this process, as ``join`` gives it.
+        microbatches: into how many parts, of equal size, each batch is cut.
+        loss: (outputs, targets) -> a mean over examples. None for ``eval`` alone.
+        schedule: torch's ``ScheduleGPipe`` or ``Schedule1F1B``.
+
+    Raises:
+        ValueError: another number of stages than of processes; a weight that two stages share,
+            whose gradient would be split between two processes; fewer micro-batches than 1F1B
+            needs.
+    """
+    world, rank = distributed.world_size(), distributed.rank()
+    if len(stages) != world or world < 2:
+        raise ValueError(
+            f"there are {len(stages)} stages and {world} processes: start one process for each, "
+            f"torchrun --nproc_per_node {len(stages)}, inside structopt.distributed.join()"
+        )
+    if microbatches < 1:
+        raise ValueError(f"microbatches={microbatches}: give at least 1")
+    _check_shared(stages)
+    stage = PipelineStage(stages[rank].to(device), rank, world, device)
+    return schedule(stage, microbatches, None if loss is None else _equal_parts(loss))
+
+
+def _equal_parts(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    def checked(outputs: Tensor, targets: Tensor) -> Tensor:
+        if len(outputs) != len(targets):
+            raise ValueError(
+                f"a micro-batch has {len(targets)} targets and {len(outputs)} outputs: the size of "
+                "each batch must be the same, and divide into micro-batches of equal size"
+            )
+        return loss(outputs, targets)
+
+    return checked
+
+
+def _check_shared(stages: Stages) -> None:
+    holder: dict[nn.Parameter, tuple[int, str]] = {}
+    for number, stage in enumerate(stages):
+        for name, weight in stage.named_parameters():
+            other, its = holder.setdefault(weight, (number, name))
+            if other != number:
+                raise ValueError(
+                    f"stages {other} and {number} share a weight ({its}, {name}): its gradient "
+                    "would be in two processes; cut so that both uses lie in one stage"
+                )

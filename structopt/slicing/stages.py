@@ -1,0 +1,114 @@
+"""A network in consecutive stages, one tensor from each to the next."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from structopt.measure.running import Example, call, tensors_of
+from structopt.slicing.cutpoints import CutPoint, as_it_is, crossing, find, points_of
+from structopt.slicing.tracing import Stage, traced
+
+
+class Stages(nn.Sequential):
+    """Stages one after the other: the first takes what the model takes; made by `split_stages`."""
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """What the whole network gives."""
+        first, *rest = self
+        value = first(*inputs, **named)
+        for stage in rest:
+            value = stage(value)
+        return value
+
+
+def split_stages(
+    model: nn.Module,
+    example: Example,
+    cuts: Sequence[str | CutPoint],
+    *,
+    whole: Collection[str] = (),
+) -> Stages:
+    """Cut a network into ``len(cuts) + 1`` stages that give what it gives, bit for bit.
+
+    The stages hold a copy of the network's own modules under their own names, so that the state
+    dicts of all stages together are the network's. They run the same operations in the same order;
+    the example is tried, and any difference is an error. What the model decides outside of its
+    modules by its ``training`` flag, and all where ``torch.export`` had to trace it, is fixed:
+    such stages refuse to change their mode.
+
+    Args:
+        model: as for `cut_points`, with ``example`` and ``whole``.
+        cuts: the cut points behind which a new stage begins, or their names.
+
+    Raises:
+        ValueError: as `cut_points`; a name that is no cut point; cuts that are not in order; or
+            outputs that differ from the model's, as where the forward pass draws random numbers
+            that tracing has frozen.
+
+    Example:
+        >>> from structopt.networks import ResNet20
+        >>> model, image = ResNet20(width=4).eval(), torch.rand(2, 1, 28, 28)
+        >>> stages = split_stages(model, image, ["stage1", "stage2"])
+        >>> [sum(p.numel() for p in stage.parameters()) for stage in stages]
+        [956, 3312, 13194]
+        >>> torch.equal(stages(image), model(image))
+        True
+    """
+    model = copy.deepcopy(model)
+    graph = traced(model, example, whole)
+    with as_it_is(model):
+        points = points_of(graph, model, example)
+        ends = [find(points, cut).position for cut in cuts]
+        if ends != sorted(set(ends)):
+            names = [point if isinstance(point, str) else point.name for point in cuts]
+            raise ValueError(f"cuts={names}: name each once, in the order in which they run")
+        stages = Stages(*_stages(graph, ends))
+        _verify(model, stages, example)
+    return stages
+
+
+def _stages(whole: Stage, ends: Sequence[int]) -> Iterator[Stage]:
+    """The graph's nodes dealt out to stages; weights are fetched by the stage that reads them."""
+    nodes = list(whole.graph.nodes)
+    start = 0
+    for end in [*ends, len(nodes) - 1]:
+        graph = fx.Graph()
+        env = dict[fx.Node, fx.Node]()
+        last = end == len(nodes) - 1
+        part = nodes[start : end + 1]
+        if start:
+            inside = {node for node in part if node.op != "get_attr"}
+            reads = {n for node in inside for n in node.all_input_nodes if n.op != "get_attr"}
+            (coming,) = reads - inside
+            env[coming] = graph.placeholder("value")
+        for node in part:
+            for value in node.all_input_nodes:
+                if value.op == "get_attr" and value not in env:
+                    env[value] = graph.node_copy(value)
+            if node.op != "get_attr":
+                env[node] = graph.node_copy(node, env.__getitem__)
+        if not last:
+            (passing,) = crossing(nodes)[end]
+            graph.output(env[passing])
+        yield whole.part(graph, first=not start, last=last)
+        start = end + 1
+
+
+def _verify(model: nn.Module, stages: Stages, example: Example) -> None:
+    with torch.no_grad():
+        torch.manual_seed(0)
+        expected = tensors_of(call(model, example))
+        torch.manual_seed(0)
+        found = tensors_of(call(stages, example))
+    same = len(expected) == len(found) and all(map(torch.equal, expected, found))
+    if not same:
+        raise ValueError(
+            f"the stages of {type(model).__name__} do not give what it gives: its forward pass "
+            "holds something that tracing has frozen, such as random numbers or a counter; name "
+            "the module where that is in whole="
+        )

@@ -1,0 +1,148 @@
+"""A network as a graph of operations, by torch's own tracers."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils._pytree import tree_flatten
+
+from structopt.measure.running import Example
+
+
+class Stage(fx.GraphModule):
+    """A piece of a traced network. It holds the network's modules under their own names."""
+
+    def arguments(self, example: Example) -> list[Any]:
+        """The example, in the order of the graph's inputs."""
+        if "exported" in self.meta:
+            return tree_flatten(_call(example))[0]
+        args, named = _call(example)
+        bound = inspect.signature(self.forward).bind(*args, **named)
+        bound.apply_defaults()
+        return list(bound.arguments.values())
+
+    def part(self, graph: fx.Graph, *, first: bool, last: bool) -> Stage:
+        """A stage with the nodes of `graph`, which takes or gives what the whole does."""
+        if "exported" in self.meta:
+            codegen: Any = copy.deepcopy(self.graph._codegen)
+            tree = codegen.pytree_info
+            if not first:
+                (names, spec) = (["value"], tree_flatten(((0,), {}))[1])
+                tree = tree._replace(orig_args=names, in_spec=spec)
+            graph.set_codegen(type(codegen)(tree if last else tree._replace(out_spec=None)))
+        stage = Stage(self, graph)
+        stage.meta.update(self.meta)
+        return stage
+
+    def train(self, mode: bool = True) -> Stage:
+        """As of any module; refused where the mode was fixed when the network was traced."""
+        fixed = self.meta.get("mode", mode)
+        if mode != fixed:
+            raise RuntimeError(
+                f"these stages were traced in {'training' if fixed else 'evaluation'} mode, and "
+                "the network decides by it outside of its modules: set the mode, then cut again"
+            )
+        super().train(mode)
+        return self
+
+
+def traced(model: nn.Module, example: Example, whole: Collection[str]) -> Stage:
+    """The network as one graph; by ``torch.fx``, which keeps its modules, or ``torch.export``."""
+    missing = set(whole) - {name for name, _ in model.named_modules()}
+    if missing:
+        raise ValueError(f"whole={sorted(missing)}: the model has no such modules")
+    try:
+        here, there = (_symbolic(model, example, whole, flip) for flip in (False, True))
+    except Exception as problem:  # whatever a tracer meets inside a network of others
+        return _exported(model, example, problem)
+    stage = Stage(model, here)
+    if str(here) != str(there):
+        stage.meta["mode"] = model.training
+    return stage
+
+
+class _Tracer(fx.Tracer):
+    def __init__(self, whole: Collection[str]) -> None:
+        super().__init__()
+        self.whole = whole
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return module_qualified_name in self.whole or super().is_leaf_module(
+            m, module_qualified_name
+        )
+
+
+def _symbolic(model: nn.Module, example: Example, whole: Collection[str], flip: bool) -> fx.Graph:
+    """What the example leaves out keeps its default."""
+    args, named = _call(example)
+    signature = inspect.signature(model.forward)
+    given = signature.bind(*args, **named).arguments
+    left = {
+        name: parameter.default
+        for name, parameter in signature.parameters.items()
+        if name not in given and parameter.default is not parameter.empty
+    }
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, was in modes:
+            module.training = was != flip
+        return _Tracer(whole).trace(model, concrete_args=left or None)
+    finally:
+        for module, was in modes:
+            module.training = was
+
+
+def _exported(model: nn.Module, example: Example, problem: Exception) -> Stage:
+    args, named = _call(example)
+    try:
+        graph = torch.export.export(model, args, named).module(check_guards=False)
+    except Exception as refusal:
+        raise ValueError(
+            f"{type(model).__name__} cannot be traced: {_first_line(problem)} (torch.fx); "
+            f"{_first_line(refusal)} (torch.export). Control flow that depends on data cannot be "
+            "cut: write it with torch.where, or name the module that holds it in whole="
+        ) from refusal
+    assert isinstance(graph, fx.GraphModule)
+    stage = Stage(graph, graph.graph)
+    stage.meta.update(exported=True, mode=model.training)
+    return stage
+
+
+def _call(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return (example if isinstance(example, tuple) else (example,)), {}
+
+
+def _first_line(problem: Exception) -> str:
+    return (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+
+
+def _path(node: fx.Node) -> list[str]:
+    """The modules in which an operation lies, outermost first."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return [path for path, *_ in stack.values() if path]
+
+
+def aliases(node: fx.Node, following: fx.Node) -> list[str]:
+    """The modules that end with `node`, outermost first; its own name where none does."""
+    inside = _path(following)
+    ended = [path for path in _path(node) if path not in inside]
+    return ended or [node.name]
+
+
+def told(node: fx.Node) -> str:
+    """A value by the name that the network's author knows."""
+    if node.op == "placeholder":
+        return f"the input {node.name!r}"
+    path = _path(node)
+    return (
+        f"the output of {path[-1]}"
+        if path and node.op == "call_module"
+        else (f"{node.name} in {path[-1]}" if path else node.name)
+    )

@@ -1,0 +1,103 @@
+"""Networks in a pipeline of two processes, and what the unsplit networks give."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from slicing_networks import made
+
+from structopt import distributed, files
+from structopt.slicing import pipeline, split_stages
+
+SCHEDULES = {"GPipe": ScheduleGPipe, "1F1B": Schedule1F1B}
+CUTS = {"ResNet-18": "layer2", "MobileNet-V2": "features.7", "TinyTransformer": "layers.0"}
+BATCH, MICRO = 8, 4
+
+
+def network(name, device):
+    """Evaluation mode: the norms of a micro-batch are then those of the batch."""
+    model, x = made(name, device)
+    torch.manual_seed(1)
+    inputs = torch.randn(BATCH, *x.shape[1:], dtype=x.dtype)
+    targets = torch.randint(5, (BATCH,))
+    return model, inputs.to(device), targets.to(device)
+
+
+def alone(name, device):
+    """Outputs, loss and gradients of the unsplit network, all of the batch at once."""
+    model, inputs, targets = network(name, device)
+    outputs = model(inputs)
+    loss = nn.functional.cross_entropy(outputs, targets)
+    loss.backward()
+    found = {name: weight.grad for name, weight in model.named_parameters()}
+    return {**found, "outputs": outputs.detach(), "loss": loss.detach()}
+
+
+def through(name, device, schedule):
+    """What this process has of the same: its gradients, and the outputs and the loss if last."""
+    model, inputs, targets = network(name, device)
+    stages = split_stages(model, inputs[: BATCH // MICRO], [CUTS[name]])
+    rank, loss = distributed.rank(), nn.functional.cross_entropy
+    run = pipeline(stages, device, microbatches=MICRO, loss=loss, schedule=schedule)
+    losses = []
+    outputs = run.eval(inputs) if rank == 0 else run.eval(target=targets)
+    for _ in range(2):  # a second step of the same schedule must not add anything
+        for weight in stages[rank].parameters():
+            weight.grad = None
+        if rank == 0:
+            run.step(inputs)
+        else:
+            losses.clear()
+            run.step(target=targets, losses=losses)
+    found = {name: weight.grad for name, weight in stages[rank].named_parameters()}
+    if rank == 1:
+        found |= {"outputs": outputs.detach(), "loss": torch.stack(losses).mean().detach()}
+    return found
+
+
+def equal(folder, device):
+    for name in CUTS:
+        for label, schedule in SCHEDULES.items():
+            found = through(name, device, schedule)
+            files.save_tensors(folder / f"{name}-{label}-{distributed.rank()}", found, {})
+
+
+def ends(folder, device, how):
+    """The last process dies, or stands still, in the middle of a step."""
+
+    class Ending(nn.Linear):
+        def forward(self, x):
+            if distributed.rank() == 1 and (folder / "warm").exists():
+                if how == "dies":
+                    os._exit(1)
+                time.sleep(100)
+            return super().forward(x)
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), Ending(4, 4))
+    stages = split_stages(model, torch.zeros(2, 4), ["0"], whole=["2"])
+    run = pipeline(stages, device, microbatches=4, loss=nn.functional.mse_loss)
+    for _ in range(2):
+        if distributed.rank() == 0:
+            run.step(torch.zeros(8, 4))
+            (folder / "warm").touch()
+        else:
+            run.step(target=torch.zeros(8, 4))
+        torch.distributed.barrier()
+
+
+def main(folder, what):
+    with distributed.join(timeout=15 if what == "stands" else 60) as device:
+        if what == "equal":
+            equal(folder, device)
+        else:
+            ends(folder, device, what)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

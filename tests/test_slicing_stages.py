@@ -1,0 +1,305 @@
+"""Stages: the same function as the whole, cut where one tensor passes, at the least cost."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from slicing_networks import ALL, made
+from torch import nn
+from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe
+
+from structopt import measure
+from structopt.slicing import (
+    Layer,
+    choose_cuts,
+    cut_points,
+    measure_layers,
+    pipeline,
+    pipeline_cost,
+    split_stages,
+)
+
+
+def small():
+    return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_stages_give_what_the_whole_gives(name, device):
+    model, x = made(name, device)
+    points = cut_points(model, x)
+    stages = split_stages(model, x, points)
+    other = torch.randn(3, *x.shape[1:], dtype=x.dtype, device=device)
+    for inputs in (x, other):
+        assert torch.equal(stages(inputs), model(inputs))
+    value = x
+    for stage, point in zip(stages, points, strict=False):
+        value = stage(value)
+        assert (tuple(value.shape), value.nbytes) == (point.shape, point.bytes)
+
+
+@pytest.mark.parametrize("name", ["ResNet-18", "DenseNet", "TinyTransformer"])
+def test_stages_have_the_weights_and_gradients_of_the_whole(name, device):
+    model, x = made(name, device)
+    model.train()
+    points = cut_points(model, x)
+    stages = split_stages(model, x, points[:: max(1, len(points) // 3)])
+    before = copy.deepcopy(model.state_dict())
+    state = {key: value for stage in stages for key, value in stage.state_dict().items()}
+    assert state.keys() == before.keys()
+    assert all(torch.equal(state[key], before[key]) for key in before)
+    stages(x).square().sum().backward()
+    model(x).square().sum().backward()
+    own = dict(model.named_parameters())
+    for stage in stages:
+        for key, weight in stage.named_parameters():
+            assert weight is not own[key]
+            assert torch.equal(weight.grad, own[key].grad), key
+    after = {key: value for stage in stages for key, value in stage.state_dict().items()}
+    for key, value in model.state_dict().items():  # running statistics too
+        assert torch.equal(after[key], value), key
+
+
+class Exported(nn.Module):
+    """torch.fx cannot trace a decision on a shape; torch.export can."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.scale = nn.Parameter(torch.rand(4))
+        self.rest = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+
+    def forward(self, x, mask=None):
+        if len(x) > 1:
+            x = self.first(x) * self.scale
+        if mask is not None:
+            x = x * mask
+        return {"y": self.rest(x)}
+
+
+@pytest.mark.parametrize("how", ["tensor", "tuple", "dict"])
+def test_what_fx_cannot_trace_export_does(how, device):
+    model = Exported().to(device).eval()
+    x, mask = torch.randn(3, 4, device=device), torch.rand(4, device=device)
+    example = {"tensor": x, "tuple": (x, mask), "dict": {"x": x, "mask": mask}}[how]
+    points = cut_points(model, example)
+    names = {name for point in points for name in point.names}
+    assert names >= {"rest.0", "rest.1"}
+    assert ("first" in names) == (how == "tensor")  # else the mask is carried past it
+    stages = split_stages(model, example, points)
+    x = torch.randn(3, 4, device=device)
+    found = {"tensor": lambda: stages(x), "tuple": lambda: stages(x, mask)}.get(
+        how, lambda: stages(x=x, mask=mask)
+    )()
+    expected = model(x) if how == "tensor" else model(x, mask)
+    assert torch.equal(found["y"], expected["y"])
+    with pytest.raises(RuntimeError, match="traced in evaluation mode"):
+        stages.train()
+
+
+def test_what_the_example_leaves_out_keeps_its_default(device):
+    class Optional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x, mask=None, factor=2.0):
+            x = self.layer(x * factor).tanh()
+            return x if mask is None else x * mask
+
+    model, x = Optional().to(device), torch.randn(3, 4, device=device)
+    for example in (x, (x, torch.rand(4, device=device))):
+        stages = split_stages(model, example, ["layer"])
+        assert torch.equal(
+            measure.running.call(stages, example), measure.running.call(model, example)
+        )
+
+
+def test_a_mode_outside_of_modules_is_fixed():
+    class Dropping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return nn.functional.dropout(self.layer(x), 0.5, self.training).tanh()
+
+    x = torch.randn(3, 4)
+    stages = split_stages(Dropping().eval(), x, ["layer"])
+    with pytest.raises(RuntimeError, match="traced in evaluation mode"):
+        stages.train()
+    assert split_stages(small(), torch.zeros(2, 4), ["1"]).eval().training is False
+
+
+def test_no_cut_where_the_value_is_written_to(device):
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 4)).to(device)
+    points = cut_points(model, torch.zeros(2, 4, device=device))
+    assert [point.name for point in points] == ["1"]
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inside = small()
+
+    def forward(self, x):
+        return x + self.inside(x)
+
+
+def test_a_residual_past_every_cut_is_named():
+    with pytest.raises(ValueError, match=r"the input 'x' is carried past 3 of its 3 places"):
+        cut_points(Residual(), torch.zeros(2, 4))
+
+
+class Deciding(Residual):
+    def forward(self, x):
+        return self.inside(x) if x.sum() > 0 else x
+
+
+def test_control_flow_on_data_is_refused_or_kept_whole():
+    x = torch.randn(2, 4)
+    with pytest.raises(ValueError, match=r"Deciding cannot be traced.*torch\.where.*whole="):
+        cut_points(Deciding(), x)
+    model = nn.Sequential(nn.Linear(4, 4), Deciding(), nn.Linear(4, 4))
+    stages = split_stages(model, x, ["0", "1"], whole=["1"])
+    for inputs in (x, -x):
+        assert torch.equal(stages(inputs), model(inputs))
+
+
+def test_what_tracing_freezes_is_noticed():
+    class Noisy(Residual):
+        def forward(self, x):
+            return self.inside(x + torch.randn(4))
+
+    with pytest.raises(ValueError, match="something that tracing has frozen"):
+        split_stages(Noisy(), torch.zeros(2, 4), ["inside.0"])
+
+
+def test_bad_cuts_are_refused_by_name():
+    model, x = small(), torch.zeros(2, 4)
+    with pytest.raises(ValueError, match=r"'nowhere' is no cut point.*there are"):
+        split_stages(model, x, ["nowhere"])
+    with pytest.raises(ValueError, match="in the order in which they run"):
+        split_stages(model, x, ["1", "0"])
+    with pytest.raises(ValueError, match="no such modules"):
+        cut_points(model, x, whole=["nowhere"])
+    with pytest.raises(ValueError, match="does one thing alone"):
+        cut_points(nn.Linear(4, 4), torch.zeros(2, 4))
+    with pytest.raises(ValueError, match="inplace=True"):
+        cut_points(nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True)), torch.zeros(2, 4))
+
+
+# What it costs
+
+
+def test_layers_add_up_to_the_network(device):
+    model, x = made("ResNet-18", device)
+    layers = measure_layers(model, x, rounds=1)
+    points = cut_points(model, x)
+    assert [layer.name for layer in layers] == [*(point.name for point in points), ""]
+    assert sum(layer.state for layer in layers) == measure.cost(model, x).bytes
+    assert [layer.sent for layer in layers] == [*(point.bytes for point in points), 0]
+    assert all(layer.seconds > 0 and not layer.saved for layer in layers)
+
+
+def test_what_autograd_keeps_is_counted(device):
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).to(device)
+    layers = measure_layers(model, torch.zeros(10, 4, device=device), training=True, rounds=1)
+    assert [layer.state for layer in layers] == [2 * 4 * n for n in (40, 0, 18)]
+    assert [layer.saved for layer in layers] == [4 * 10 * n for n in (4, 8, 8)]
+    assert [layer.sent for layer in layers] == [2 * 4 * 80, 2 * 4 * 80, 0]
+    assert model[0].weight.grad is None
+
+
+pieces = st.lists(st.tuples(*[st.integers(0, 9)] * 4), min_size=1, max_size=6).map(
+    lambda rows: [Layer(str(i), *map(float, r[:1]), *r[1:]) for i, r in enumerate(rows)]
+)
+
+
+@given(
+    layers=pieces,
+    k=st.integers(1, 4),
+    microbatches=st.integers(1, 5),
+    bandwidth=st.sampled_from([0.5, 3.0, math.inf]),
+    memory=st.sampled_from([math.inf, 25.0, 12.0, (30.0, 5.0, 20.0, 9.0)]),
+    schedule=st.sampled_from([ScheduleGPipe, Schedule1F1B]),
+)
+def test_no_cuts_are_better_than_those_chosen(layers, k, microbatches, bandwidth, memory, schedule):
+    settings = {"microbatches": microbatches, "bandwidth": bandwidth, "schedule": schedule}
+    room = memory[:k] if isinstance(memory, tuple) else memory
+    each = room if isinstance(room, tuple) else (room,) * k
+    names = [layer.name for layer in layers[:-1]]
+    plans = [pipeline_cost(layers, c, **settings) for c in itertools.combinations(names, k - 1)]
+    fitting = [p for p in plans if all(m <= r for m, r in zip(p.memory, each, strict=True))]
+    if not fitting:
+        with pytest.raises(ValueError, match=r"cut points|fit into memory"):
+            choose_cuts(layers, k, memory=room, **settings)
+        return
+    found = choose_cuts(layers, k, memory=room, **settings)
+    assert found in fitting
+    assert found.seconds == pytest.approx(min(plan.seconds for plan in fitting))
+
+
+@given(
+    times=st.lists(st.integers(0, 9), min_size=1, max_size=5),
+    links=st.lists(st.integers(0, 9), min_size=5, max_size=5),
+    microbatches=st.integers(1, 6),
+)
+def test_the_formula_is_that_of_a_line_of_machines(times, links, microbatches):
+    layers = [
+        Layer(str(i), float(t), 0, 0, s)
+        for i, (t, s) in enumerate(zip(times, [*links, 0], strict=False))
+    ]
+    cuts = [layer.name for layer in layers[:-1]]
+    plan = pipeline_cost(layers, cuts, microbatches=microbatches, bandwidth=1.0)
+    line = [t for pair in itertools.zip_longest(plan.stages, plan.links, fillvalue=0) for t in pair]
+    done = [0.0] * len(line)  # when each place finished its last micro-batch
+    for _ in range(microbatches):
+        at = 0.0
+        for place, seconds in enumerate(line):
+            at = done[place] = max(at, done[place]) + seconds
+    assert plan.seconds == pytest.approx(done[-1])
+    if plan.seconds:
+        busy = microbatches * sum(times)
+        assert plan.bubble == pytest.approx(1 - busy / (len(times) * done[-1]))
+        assert plan.throughput == pytest.approx(microbatches / done[-1])
+
+
+def test_equal_stages_have_the_bubble_of_the_books():
+    layers = [Layer(str(i), 1.0, 10, 3, 0) for i in range(4)]
+    for microbatches in (1, 4, 12):
+        plan = choose_cuts(layers, 4, microbatches=microbatches)
+        assert plan.bubble == pytest.approx(3 / (microbatches + 3))
+        assert plan.memory == (10 + 3 * microbatches,) * 4
+    plan = choose_cuts(layers, 4, microbatches=12, schedule=Schedule1F1B)
+    assert plan.memory == tuple(10 + 3 * held for held in (4, 3, 2, 1))
+
+
+def test_impossible_plans_are_refused():
+    layers = [Layer("a", 1.0, 10, 0, 1), Layer("", 1.0, 10, 0, 0)]
+    with pytest.raises(ValueError, match=r"k=3.*1 cut points: a"):
+        choose_cuts(layers, 3)
+    with pytest.raises(ValueError, match="k=0"):
+        choose_cuts(layers, 0)
+    with pytest.raises(ValueError, match="no 2 stages fit into memory of 9, 9 bytes"):
+        choose_cuts(layers, 2, memory=9)
+    with pytest.raises(ValueError, match="3 numbers for 2 stages"):
+        choose_cuts(layers, 2, memory=[1, 2, 3])
+    with pytest.raises(ValueError, match="bandwidth=0"):
+        choose_cuts(layers, 2, bandwidth=0)
+    with pytest.raises(ValueError, match="microbatches=0"):
+        pipeline_cost(layers, ["a"], microbatches=0)
+    with pytest.raises(ValueError, match="no such layers; there are a"):
+        pipeline_cost(layers, ["b"])
+    with pytest.raises(ValueError, match="in the order"):
+        pipeline_cost(layers, ["a", "a"])
+
+
+def test_a_pipeline_needs_a_process_for_each_stage():
+    stages = split_stages(small(), torch.zeros(2, 4), ["1"])
+    with pytest.raises(ValueError, match=r"2 stages and 1 processes.*nproc_per_node 2"):
+        pipeline(stages, torch.device("cpu"), microbatches=2)
