@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -46,22 +45,17 @@ def rank() -> int:
 
 
 @contextmanager
-def join(*, timeout: float | None = None) -> Iterator[torch.device]:
+def join() -> Iterator[torch.device]:
     """Join the processes that ``torchrun`` announces, and leave them at the end.
 
     Gives the device of this process: each GPU of the machine serves one process (over nccl), CPUs
-    talk over gloo. Started without ``torchrun`` it does nothing. A process that waits longer than
-    ``timeout`` seconds for another gets an error; without, torch's own default holds, minutes long.
-    Raises ``RuntimeError`` where a machine has more processes than GPUs, ``ValueError`` for a
-    timeout of 0 or less.
+    talk over gloo. Started without ``torchrun`` it does nothing. Raises ``RuntimeError`` where a
+    machine has more processes than GPUs.
 
     >>> with join() as device:
     ...     world_size()
     1
     """
-    if timeout is not None and not timeout > 0:
-        raise ValueError(f"timeout={timeout}: give seconds, above 0")
-    limit = None if timeout is None else timedelta(seconds=timeout)
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         yield devices.best_device()
         return
@@ -73,10 +67,10 @@ def join(*, timeout: float | None = None) -> Iterator[torch.device]:
             raise RuntimeError(f"process {local} has no GPU: start --nproc_per_node {count}")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device, timeout=limit)
+        dist.init_process_group("nccl", device_id=device)
     else:
         device = torch.device("cpu")
-        dist.init_process_group("gloo", timeout=limit)
+        dist.init_process_group("gloo")
     try:
         yield device
     finally:

@@ -108,8 +108,8 @@ def test_what_the_example_leaves_out_keeps_its_default(device):
             self.layer = nn.Linear(4, 4)
 
         def forward(self, x, mask=None, factor=2.0):
-            x = self.layer(x * factor).tanh()
-            return x if mask is None else x * mask
+            x = x * factor if mask is None else x * mask * factor
+            return self.layer(x).tanh()
 
     model, x = Optional().to(device), torch.randn(3, 4, device=device)
     for example in (x, (x, torch.rand(4, device=device))):

@@ -51,6 +51,7 @@ def cut_points(
             message names them.
 
     Example:
+        >>> import torch
         >>> from structopt.networks import ResNet20
         >>> points = cut_points(ResNet20(width=4), torch.zeros(1, 1, 28, 28))
         >>> [point.name for point in points if point.name.startswith("stage")]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
@@ -20,6 +22,7 @@ def pipeline(
     microbatches: int,
     loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     schedule: type[PipelineScheduleSingle] = ScheduleGPipe,
+    timeout: float = 30,
 ) -> PipelineScheduleSingle:
     """This process's stage, ready to run; inside :func:`structopt.distributed.join`.
 
@@ -35,8 +38,8 @@ def pipeline(
     network for the whole batch, where the loss is a mean over examples and no layer (a batch norm
     in training) looks at the batch as a whole. Then each process's own optimiser steps.
 
-    A process that dies ends the others with a ``RuntimeError`` or ``DistBackendError``, at the
-    latest after the ``timeout`` given to ``join``: give one that a step needs at most.
+    Where a process dies, or waits longer than ``timeout`` for another, each of its neighbours gets
+    torch's error, a ``RuntimeError``; none waits for ever.
 
     Args:
         stages: from `split_stages`; as many as there are processes.
@@ -44,6 +47,7 @@ def pipeline(
         microbatches: into how many parts, of equal size, each batch is cut.
         loss: (outputs, targets) -> a mean over examples. None for ``eval`` alone.
         schedule: torch's ``ScheduleGPipe`` or ``Schedule1F1B``.
+        timeout: seconds that a process waits for a message at most.
 
     Raises:
         ValueError: another number of stages than of processes; a weight that two stages share,
@@ -58,8 +62,12 @@ def pipeline(
         )
     if microbatches < 1:
         raise ValueError(f"microbatches={microbatches}: give at least 1")
+    if not timeout > 0:
+        raise ValueError(f"timeout={timeout}: give seconds, above 0")
     _check_shared(stages)
-    stage = PipelineStage(stages[rank].to(device), rank, world, device)
+    group = dist.new_group(timeout=timedelta(seconds=timeout))
+    assert isinstance(group, dist.ProcessGroup)  # this process is in it
+    stage = PipelineStage(stages[rank].to(device), rank, world, device, group=group)
     return schedule(stage, microbatches, None if loss is None else _equal_parts(loss))
 
 
