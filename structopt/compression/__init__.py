@@ -14,6 +14,11 @@ from structopt.compression.bounding import Bounded, clip_activations, threshold_
 from structopt.compression.codes import Coded, Codes, put_, quantize_weights, share_weights
 from structopt.compression.coding import decode, encode, entropy_bits
 from structopt.compression.container import load, save
+from structopt.compression.convert import Conversion, convert, routes_on
+from structopt.compression.convert_ao import TorchAO
+from structopt.compression.convert_onnx import ONNXRuntime
+from structopt.compression.convert_parts import Converted, Route
+from structopt.compression.convert_routes import Float, IntMM, Sparse24
 from structopt.compression.folding import fold_batch_norms, merge_layers
 from structopt.compression.gptq import gptq, gptq_weights
 from structopt.compression.granularity import Granularity, PerAxis, PerBlock, PerGroup, PerTensor
@@ -44,19 +49,24 @@ __all__ = [
     "Bounded",
     "Coded",
     "Codes",
+    "Conversion",
+    "Converted",
     "Depthwise",
     "Energy",
     "Error",
     "Fit",
+    "Float",
     "Form",
     "Granularity",
     "Grid",
+    "IntMM",
     "LearnedClip",
     "LearnedCode",
     "LearnedStep",
     "Linearise",
     "Link",
     "MinMax",
+    "ONNXRuntime",
     "PerAxis",
     "PerBlock",
     "PerGroup",
@@ -67,15 +77,18 @@ __all__ = [
     "Rated",
     "Report",
     "RoundInput",
+    "Route",
     "Row",
     "Shallower",
     "Shared",
     "SkipZeros",
     "Skipped",
+    "Sparse24",
     "Spatial",
     "Steps",
     "Target",
     "Tie",
+    "TorchAO",
     "Tucker",
     "Weights",
     "Zeros",
@@ -83,6 +96,7 @@ __all__ = [
     "calibrate",
     "canonical_words",
     "clip_activations",
+    "convert",
     "correct_biases_",
     "decode",
     "encode",
@@ -109,6 +123,7 @@ __all__ = [
     "quantize_weights",
     "removable",
     "round_inputs",
+    "routes_on",
     "save",
     "separate_activations",
     "shallower",

@@ -35,7 +35,9 @@ def compare(
 
     A ★ marks rows that are Pareto-optimal in metric, MACs and file size: no other row is at least
     as good in all three and better in one. The notes say where a number would mislead; the first
-    row is the reference for "not faster".
+    row is the reference for "not faster". A model with an attribute `runs_on` (as
+    `compression.convert` makes it) has its kernels named there, and its memory is not known; with
+    `on_paper`, a `Cost`, that is shown instead of what a counter cannot see.
 
     Args:
         models: {name: model}, or {name: [model of each seed]}. Several models give the metric as
@@ -66,7 +68,7 @@ def compare(
     rows: dict[str, dict[str, Any]] = {}
     costs: dict[str, Cost] = {}
     for name, group in seeds.items():
-        found = [cost(model, one) for model in group]
+        found = [_on_paper(model, one) for model in group]
         costs[name] = found[0]
         rows[name] = {"model": name, **_columns(group, found, many)}
     timings: dict[int, dict[str, Timing]] = {}
@@ -75,7 +77,8 @@ def compare(
         for name, timing in timings[size].items():
             milliseconds = Measured(1e3 * timing.median, 1e3 * timing.spread)
             rows[name][f"ms (batch {size})"] = milliseconds
-    notes = _words(costs, timings)
+    notes = [f"{n}: runs on {where}" for n, m in first.items() if (where := _runs_on(m))]
+    notes += _words(costs, timings)
     if metric is not None:
         column = getattr(metric, "__name__", "metric").replace("<lambda>", "metric")
         for name, group in seeds.items():
@@ -87,7 +90,10 @@ def compare(
         timed = timings[1][next(iter(first))]
         notes.append(f"timed on {timed.device}, {rounds} interleaved rounds")
         notes += [
-            f"{n}: {w}" for n, m in first.items() for w in free_widths(m, many, rounds=rounds)
+            f"{n}: {w}"
+            for n, m in first.items()
+            if not _runs_on(m)
+            for w in free_widths(m, many, rounds=rounds)
         ]
     return Table(_without_dull_columns(table), notes=tuple(notes), marked=marked)
 
@@ -122,6 +128,8 @@ def _columns(group: Sequence[nn.Module], found: Sequence[Cost], many: Example) -
     sizes, memory = [], []
     for model, its in zip(group, found, strict=True):
         sizes.append(file_bytes(model) / 1000 if isinstance(model, nn.Module) else 0.0)
+        if _runs_on(model):
+            continue  # what other kernels keep for themselves is not seen
         with undisturbed(model, many):
             peak = peak_memory(functools.partial(call, model, many))
         memory.append((its.bytes + peak) / 1000)
@@ -132,6 +140,17 @@ def _columns(group: Sequence[nn.Module], found: Sequence[Cost], many: Example) -
         "file (KB)": _mean(sizes),
         "memory (KB)": _mean(memory),
     }
+
+
+def _runs_on(model: nn.Module) -> str:
+    """The kernels that a model says it runs on; nothing for a plain network."""
+    return str(getattr(model, "runs_on", ""))
+
+
+def _on_paper(model: nn.Module, example: Example) -> Cost:
+    """No counter sees into other kernels: a model that runs on them brings its costs along."""
+    brought = getattr(model, "on_paper", None)
+    return brought if isinstance(brought, Cost) else cost(model, example)
 
 
 def _mean(values: Sequence[float]) -> float | Measured | None:
