@@ -1,0 +1,270 @@
+"""The residual stream of a transformer, turned to its principal axes and narrowed."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structopt.channels import channel_groups, take
+from structopt.channels.judging import lively
+from structopt.channels.tracing import substitute
+from structopt.channels.verify import difference, outputs, tolerance, wide
+from structopt.measure.running import call
+from structopt.slicing.attention import FreeAttention, free_attention
+from structopt.slicing.cutting import named
+from structopt.slicing.streams import Stream, find_stream
+from structopt.training import evaluating
+from structopt.training.statistics import inputs_of, placed
+
+
+@dataclass(frozen=True)
+class Rotated:
+    """A model whose residual stream lies on its principal axes, the largest variance first.
+
+    `model` computes what the model given does. `shares` is the part of the variance of the
+    normalised stream on each axis, (d,), descending; its sum is 1.
+    """
+
+    model: nn.Module
+    shares: Tensor
+    _stream: Stream = field(repr=False)
+    _example: Any = field(repr=False)
+
+    def lost(self, width: float) -> float:
+        """The part of the variance that :meth:`narrow` of this width leaves out."""
+        return float(self.shares[self._kept(width) :].sum())
+
+    def narrow(self, width: float) -> nn.Module:
+        """A copy with the first axes of the stream alone: the share `width` of them, rounded.
+
+        What it computes equals the rotated model in which nobody writes the other axes; norms go
+        on dividing by the root of the full width, by their weight and ε. Heads and perceptrons
+        keep their width.
+
+        Raises ValueError for a width outside (0, 1], one that leaves no axis, and where the width
+        of the stream is fixed by the model's own Python.
+        """
+        kept, size = self._kept(width), self._stream.size
+        if kept == size:
+            return copy.deepcopy(self.model)
+        name, dim = self._stream.writers[0]
+        channels = channel_groups(self.model, placed(self._example, self.model))
+        for group in channels:
+            if any((m.parameter, m.dim) == (name, dim) for m in group.members):
+                break
+        else:
+            why = "; ".join(f"{g.name}: {g.frozen}" for g in channels.frozen[:3])
+            raise ValueError(f"the width of the stream is fixed, {name} cannot change ({why})")
+        made = take(self.model, {group: range(kept)})
+
+        def scaled(model: nn.Module) -> nn.Module:
+            return _as_wide_(model, self._stream, kept)
+
+        def silenced(model: nn.Module) -> nn.Module:
+            tensors = named(model)
+            for writer, axis in self._stream.writers:
+                tensors[writer].data.narrow(axis, kept, size - kept).zero_()
+            return model
+
+        full = silenced(substitute(self.model, wide))
+        _demand_equal(full, scaled(substitute(made, wide)), self._example, "narrowed")
+        return scaled(made)
+
+    def _kept(self, width: float) -> int:
+        if not 0 < width <= 1:
+            raise ValueError(f"a width is a share of the axes, in (0, 1], not {width:g}")
+        kept = int(width * self._stream.size + 0.5)
+        if not kept:
+            raise ValueError(
+                f"width {width:g} leaves none of the {self._stream.size} axes of the stream: take "
+                f"at least {0.5 / self._stream.size:.2g}"
+            )
+        return kept
+
+
+def to_rms_norm(model: nn.Module, example: Any) -> nn.Module:
+    """A copy with the same function whose residual stream is normalised by ``nn.RMSNorm`` alone.
+
+    LayerNorm(x) = γ ⊙ RMSNorm(x - mean x) + β. The mean is taken away where the stream is
+    written, W ← (I - 11ᵀ/d) W, and γ and β go into the layers that read it, W ← W diag(γ),
+    b ← b + W β (Ashkboos et al., 2024, "SliceGPT"). The weights that are left in the norms are 1.
+
+    The copy is compared with the model in double precision, in evaluation mode. Raises ValueError,
+    naming the layer and the reason, where the stream cannot be rotated.
+
+    >>> from structopt.networks import TinyTransformer
+    >>> to_rms_norm(TinyTransformer(dim=8), torch.zeros(1, 1, 28, 28)).layers[0].norm1
+    RMSNorm((8,), eps=1e-05, elementwise_affine=True)
+    """
+    return _converted(model, example)[0]
+
+
+def rotate(model: nn.Module, example: Any, batches: Iterable[Any]) -> Rotated:
+    """Turn the residual stream of a transformer to its principal axes. The function stays.
+
+    RMSNorm(x Q) = RMSNorm(x) Q for an orthogonal Q: what writes the stream is multiplied by Qᵀ,
+    what reads it by Q (Ashkboos et al., 2024, "SliceGPT"). The columns of Q are the eigenvectors of
+    Σ nᵀn over all normalised rows n, (d,), that the norms of the model hand on for these batches.
+    One Q serves the whole depth, so that shortcuts need no matrix and the model keeps its class;
+    the paper takes another Q for each block, and pays with a d × d matrix on each shortcut.
+
+    Args:
+        model: norms first (pre-norm), ``nn.LayerNorm`` or ``nn.RMSNorm``; layer norms are converted
+            by :func:`to_rms_norm`, ``nn.MultiheadAttention`` by :func:`free_attention`.
+        example: what the model is called with, as for `channel_groups`.
+        batches: inputs, or pairs of inputs and targets. Nothing is trained.
+
+    Raises:
+        ValueError: no batches; a stream that meets anything but sums, norms and linear layers
+            (post-norm, a layer scale, a convolution), naming the layer and the op. The model is as
+            it was.
+
+    Example:
+        >>> from structopt.networks import TinyTransformer
+        >>> x = torch.rand(16, 1, 28, 28)
+        >>> rotated = rotate(TinyTransformer(dim=8), x[:1], [x])
+        >>> rotated.narrow(0.5).layers[0].qkv
+        Linear(in_features=4, out_features=24, bias=True)
+    """
+    converted, stream = _converted(model, example)
+    gram = _gram(converted, stream, batches)
+    variances, axes = torch.linalg.eigh(gram)
+    variances, axes = variances.flip(0).clamp(min=0), axes.flip(1)
+    top = axes.gather(0, axes.abs().argmax(0)[None])
+    axes = axes * top.sign()  # the sign of an axis is free: the largest entry is positive
+
+    def turned(model: nn.Module) -> nn.Module:
+        return _turn_(model, stream, axes)
+
+    made = _edited(converted, example, turned, "rotated")
+    return Rotated(made, variances / variances.sum(), stream, example)
+
+
+def _converted(model: nn.Module, example: Any) -> tuple[nn.Module, Stream]:
+    """With free attention and RMS norms, and the stream of that."""
+    free = free_attention(model)
+    stream = find_stream(free, example)
+    attentions = [n for n, m in free.named_modules() if isinstance(m, FreeAttention)]
+    if attentions:
+        _demand_equal(model, free, example, "given free attention")
+    made = _edited(free, example, lambda copy: _fold_norms_(copy, stream), "given RMS norms")
+    return made, stream
+
+
+def _edited(
+    model: nn.Module, example: Any, edit: Callable[[nn.Module], nn.Module], what: str
+) -> nn.Module:
+    """An edited copy, after the same edit has held in double precision."""
+    _demand_equal(model, edit(substitute(model, wide)), example, what)
+    return edit(copy.deepcopy(model))
+
+
+def _demand_equal(model: nn.Module, made: nn.Module, example: Any, what: str) -> None:
+    other = lively(model, example)
+    for one in [example] if other is None else [example, other]:
+        expected = outputs(model, one)
+        error = difference(expected, outputs(made, one))
+        if error > tolerance(expected):
+            raise ValueError(
+                f"the residual stream cannot be {what} exactly: the outputs differ by {error:.1e} "
+                "of their size. The model is as it was"
+            )
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    layer = model.get_submodule(name)
+    assert isinstance(layer, nn.Linear)
+    return layer
+
+
+def _set(tensor: Tensor, values: Tensor) -> None:
+    """In place, so that what is tied stays tied."""
+    tensor.data.copy_(values)
+
+
+@torch.no_grad()
+def _fold_norms_(model: nn.Module, stream: Stream) -> nn.Module:
+    """Scale and shift of the norms into the readers, the mean into the writers."""
+    norms = {name: model.get_submodule(name) for name in stream.norms}
+    for name, through in stream.readers.items():
+        norm: Any = norms.get(through)
+        layer = _linear(model, name)
+        shift = getattr(norm, "bias", None)
+        if shift is not None and shift.any():
+            added = wide(layer.weight) @ wide(shift)
+            if layer.bias is None:
+                layer.bias = nn.Parameter(
+                    torch.zeros_like(layer.weight[:, 0]), layer.weight.requires_grad
+                )
+            _set(layer.bias, wide(layer.bias) + added)
+        if norm is not None and norm.weight is not None:
+            _set(layer.weight, wide(layer.weight) * wide(norm.weight))
+    if any(isinstance(norm, nn.LayerNorm) for norm in norms.values()):
+        tensors = named(model)
+        for writer, dim in stream.writers:
+            values = wide(tensors[writer])
+            _set(tensors[writer], values - values.mean(dim, keepdim=True))
+    for name, norm in norms.items():
+        like = _like(model)
+        made = nn.RMSNorm(stream.size, norm.eps).to(like).train(norm.training)
+        made.requires_grad_(norm.weight is None or norm.weight.requires_grad)
+        model.set_submodule(name, made)
+    return model
+
+
+def _like(model: nn.Module) -> Tensor:
+    return next(p for p in model.parameters() if p.is_floating_point())
+
+
+@torch.no_grad()
+def _turn_(model: nn.Module, stream: Stream, axes: Tensor) -> nn.Module:
+    tensors = named(model)
+    for writer, dim in stream.writers:
+        old = wide(tensors[writer])
+        turned = torch.tensordot(old, axes.to(old), dims=([dim], [0]))
+        _set(tensors[writer], turned.movedim(-1, dim))
+    for name in stream.readers:
+        weight = _linear(model, name).weight
+        old = wide(weight)
+        _set(weight, old @ axes.to(old))
+    return model
+
+
+@torch.no_grad()
+def _as_wide_(model: nn.Module, stream: Stream, kept: int) -> nn.Module:
+    """Norms over the axes kept that divide as those over all axes did."""
+    ratio = stream.size / kept
+    for name in stream.norms:
+        norm: Any = model.get_submodule(name)
+        eps = torch.finfo(norm.weight.dtype).eps if norm.eps is None else norm.eps
+        norm.eps = eps * ratio
+        norm.weight.mul_(math.sqrt(ratio))
+    return model
+
+
+@torch.no_grad()
+def _gram(model: nn.Module, stream: Stream, batches: Iterable[Any]) -> Tensor:
+    """Σ nᵀn over all that the norms hand on, (d, d)."""
+    found = torch.zeros(stream.size, stream.size, dtype=torch.float64)
+
+    def add(_: nn.Module, __: Any, out: Tensor) -> None:
+        rows = out.detach().flatten(0, -2).cpu().double()
+        found.add_(rows.T @ rows)
+
+    handles = [model.get_submodule(name).register_forward_hook(add) for name in stream.norms]
+    try:
+        with evaluating(model):
+            for batch in batches:
+                call(model, placed(inputs_of(batch), model))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not found.any():
+        raise ValueError("the batches are empty: there is nothing to find the axes from")
+    return found
