@@ -181,9 +181,7 @@ def label_parameters(book: Book, model: nn.Module) -> dict[tuple[str, int], Vect
     return axes
 
 
-def trace(
-    book: Book, shadow: nn.Module, example: Any, tracer: Callable[[Book], Tracer] = Tracer
-) -> list[torch.Size]:
+def trace(book: Book, shadow: nn.Module, example: Any) -> list[torch.Size]:
     """Run the labelled model, freeze what comes out, and say what shapes that had.
 
     In evaluation mode first. If some weights were not met, in training mode too: branches that
@@ -191,11 +189,11 @@ def trace(
     """
     follow_modules(book, shadow)
     mark(shadow)
-    shapes = _run(book, shadow.eval(), example, tracer)
+    shapes = _run(book, shadow.eval(), example)
     unmet = [p for p in shadow.parameters() if id(p) not in book.met]
     if unmet:
         with contextlib.suppress(Exception):
-            _run(book, shadow.train(), example, tracer)
+            _run(book, shadow.train(), example)
         for p in unmet:
             if id(p) not in book.met:
                 for axis in mirror_of(p) or ():
@@ -220,14 +218,12 @@ def follow_modules(book: Book, model: nn.Module) -> None:
         module.register_forward_hook(leave)
 
 
-def _run(
-    book: Book, shadow: nn.Module, example: Any, tracer: Callable[[Book], Tracer]
-) -> list[torch.Size]:
+def _run(book: Book, shadow: nn.Module, example: Any) -> list[torch.Size]:
     book.module = ""
     example = map_tensors(example, torch.clone)
     for tensor in tensors_of(example):
         setattr(tensor, _VALUE, True)
-    with plain_kernels(), Attributes(book), Shadow(), tracer(book):  # type: ignore[no-untyped-call]
+    with plain_kernels(), Attributes(book), Shadow(), Tracer(book):  # type: ignore[no-untyped-call]
         out = list(tensors_of(call(shadow, example)))
     for tensor in out:
         settle_debts(book, tensor)

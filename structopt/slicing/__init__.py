@@ -46,6 +46,7 @@ For several processes nothing changes: slices are cut inside the module's own fo
 """
 
 from structopt.slicing.assigning import Assignment, assign_groups
+from structopt.slicing.attention import FreeAttention, free_attention
 from structopt.slicing.cutpoints import CutPoint, cut_points
 from structopt.slicing.exits import Answers, Deciding, EarlyExits, confidence
 from structopt.slicing.grouped import (
@@ -63,6 +64,7 @@ from structopt.slicing.layers import Layer, measure_layers
 from structopt.slicing.leaving import Threshold, all_exits, choose_threshold
 from structopt.slicing.pipelines import pipeline
 from structopt.slicing.planning import Plan, choose_cuts, pipeline_cost
+from structopt.slicing.rotation import Rotated, rotate, to_rms_norm
 from structopt.slicing.sandwich import Sandwich, all_widths
 from structopt.slicing.slices import Slice
 from structopt.slicing.sorting import sort_channels
@@ -78,12 +80,14 @@ __all__ = [
     "CutPoint",
     "Deciding",
     "EarlyExits",
+    "FreeAttention",
     "GroupedLinear",
     "Layer",
     "Mixed",
     "Mixing",
     "Plan",
     "Reorder",
+    "Rotated",
     "Sandwich",
     "Shuffled",
     "Slice",
@@ -97,10 +101,13 @@ __all__ = [
     "choose_threshold",
     "confidence",
     "cut_points",
+    "free_attention",
     "group_layers",
     "measure_layers",
     "pipeline",
     "pipeline_cost",
+    "rotate",
     "sort_channels",
     "split_stages",
+    "to_rms_norm",
 ]

@@ -82,14 +82,14 @@ class FreeAttention(nn.Module):
 
     def _heads(self, x: Tensor) -> Tensor:
         x = x.transpose(0, 1) if self._swapped(x) else x
-        return x.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
+        return x.reshape(*x.shape[:-1], self.heads, -1).transpose(-3, -2)
 
     def _mask(self, q: Tensor, padding: Tensor | None, mask: Tensor | None) -> Tensor | None:
         """Both masks as one that is added to the scores."""
         parts = []
         if mask is not None:  # (T, S), or (B · H, T, S)
             mask = _added(mask, q)
-            parts.append(mask.unflatten(0, q.shape[:-2]) if mask.ndim == 3 else mask)
+            parts.append(mask.reshape(*q.shape[:-1], -1) if mask.ndim == 3 else mask)
         if padding is not None:  # (B, S)
             parts.append(_added(padding, q)[..., None, None, :])
         return sum(parts[1:], start=parts[0]) if parts else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import math
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,16 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structopt.channels import channel_groups, take
+from structopt.channels import ChannelGroup, channel_groups, take
 from structopt.channels.judging import lively
 from structopt.channels.tracing import substitute
 from structopt.channels.verify import difference, outputs, tolerance, wide
-from structopt.measure.running import call
 from structopt.slicing.attention import FreeAttention, free_attention
 from structopt.slicing.cutting import named
 from structopt.slicing.streams import Stream, find_stream
-from structopt.training import evaluating
-from structopt.training.statistics import inputs_of, placed
+from structopt.slicing.turning import divide_as_before_, fold_norms_, gram, turn_
+from structopt.training.statistics import placed
 
 
 @dataclass(frozen=True)
@@ -53,18 +52,10 @@ class Rotated:
         kept, size = self._kept(width), self._stream.size
         if kept == size:
             return copy.deepcopy(self.model)
-        name, dim = self._stream.writers[0]
-        channels = channel_groups(self.model, placed(self._example, self.model))
-        for group in channels:
-            if any((m.parameter, m.dim) == (name, dim) for m in group.members):
-                break
-        else:
-            why = "; ".join(f"{g.name}: {g.frozen}" for g in channels.frozen[:3])
-            raise ValueError(f"the width of the stream is fixed, {name} cannot change ({why})")
-        made = take(self.model, {group: range(kept)})
+        made = take(self.model, {self._group: range(kept)})
 
         def scaled(model: nn.Module) -> nn.Module:
-            return _as_wide_(model, self._stream, kept)
+            return divide_as_before_(model, self._stream, kept)
 
         def silenced(model: nn.Module) -> nn.Module:
             tensors = named(model)
@@ -75,6 +66,18 @@ class Rotated:
         full = silenced(substitute(self.model, wide))
         _demand_equal(full, scaled(substitute(made, wide)), self._example, "narrowed")
         return scaled(made)
+
+    @functools.cached_property
+    def _group(self) -> ChannelGroup:
+        """The axes of the stream, as channels that `take` can cut."""
+        first = self._stream.writers[0]
+        channels = channel_groups(self.model, placed(self._example, self.model))
+        for group in channels.every:
+            if any((member.parameter, member.dim) == first for member in group.members):
+                if not group.frozen:
+                    return group
+                raise ValueError(f"the width of the stream is fixed: {group.frozen}")
+        raise AssertionError(f"{first} lies in no group")
 
     def _kept(self, width: float) -> int:
         if not 0 < width <= 1:
@@ -133,14 +136,14 @@ def rotate(model: nn.Module, example: Any, batches: Iterable[Any]) -> Rotated:
         Linear(in_features=4, out_features=24, bias=True)
     """
     converted, stream = _converted(model, example)
-    gram = _gram(converted, stream, batches)
-    variances, axes = torch.linalg.eigh(gram)
+    products = gram(converted, stream, batches)
+    variances, axes = torch.linalg.eigh(products)
     variances, axes = variances.flip(0).clamp(min=0), axes.flip(1)
     top = axes.gather(0, axes.abs().argmax(0)[None])
     axes = axes * top.sign()  # the sign of an axis is free: the largest entry is positive
 
     def turned(model: nn.Module) -> nn.Module:
-        return _turn_(model, stream, axes)
+        return turn_(model, stream, axes)
 
     made = _edited(converted, example, turned, "rotated")
     return Rotated(made, variances / variances.sum(), stream, example)
@@ -153,7 +156,7 @@ def _converted(model: nn.Module, example: Any) -> tuple[nn.Module, Stream]:
     attentions = [n for n, m in free.named_modules() if isinstance(m, FreeAttention)]
     if attentions:
         _demand_equal(model, free, example, "given free attention")
-    made = _edited(free, example, lambda copy: _fold_norms_(copy, stream), "given RMS norms")
+    made = _edited(free, example, lambda copy: fold_norms_(copy, stream), "given RMS norms")
     return made, stream
 
 
@@ -175,96 +178,3 @@ def _demand_equal(model: nn.Module, made: nn.Module, example: Any, what: str) ->
                 f"the residual stream cannot be {what} exactly: the outputs differ by {error:.1e} "
                 "of their size. The model is as it was"
             )
-
-
-def _linear(model: nn.Module, name: str) -> nn.Linear:
-    layer = model.get_submodule(name)
-    assert isinstance(layer, nn.Linear)
-    return layer
-
-
-def _set(tensor: Tensor, values: Tensor) -> None:
-    """In place, so that what is tied stays tied."""
-    tensor.data.copy_(values)
-
-
-@torch.no_grad()
-def _fold_norms_(model: nn.Module, stream: Stream) -> nn.Module:
-    """Scale and shift of the norms into the readers, the mean into the writers."""
-    norms = {name: model.get_submodule(name) for name in stream.norms}
-    for name, through in stream.readers.items():
-        norm: Any = norms.get(through)
-        layer = _linear(model, name)
-        shift = getattr(norm, "bias", None)
-        if shift is not None and shift.any():
-            added = wide(layer.weight) @ wide(shift)
-            if layer.bias is None:
-                layer.bias = nn.Parameter(
-                    torch.zeros_like(layer.weight[:, 0]), layer.weight.requires_grad
-                )
-            _set(layer.bias, wide(layer.bias) + added)
-        if norm is not None and norm.weight is not None:
-            _set(layer.weight, wide(layer.weight) * wide(norm.weight))
-    if any(isinstance(norm, nn.LayerNorm) for norm in norms.values()):
-        tensors = named(model)
-        for writer, dim in stream.writers:
-            values = wide(tensors[writer])
-            _set(tensors[writer], values - values.mean(dim, keepdim=True))
-    for name, norm in norms.items():
-        like = _like(model)
-        made = nn.RMSNorm(stream.size, norm.eps).to(like).train(norm.training)
-        made.requires_grad_(norm.weight is None or norm.weight.requires_grad)
-        model.set_submodule(name, made)
-    return model
-
-
-def _like(model: nn.Module) -> Tensor:
-    return next(p for p in model.parameters() if p.is_floating_point())
-
-
-@torch.no_grad()
-def _turn_(model: nn.Module, stream: Stream, axes: Tensor) -> nn.Module:
-    tensors = named(model)
-    for writer, dim in stream.writers:
-        old = wide(tensors[writer])
-        turned = torch.tensordot(old, axes.to(old), dims=([dim], [0]))
-        _set(tensors[writer], turned.movedim(-1, dim))
-    for name in stream.readers:
-        weight = _linear(model, name).weight
-        old = wide(weight)
-        _set(weight, old @ axes.to(old))
-    return model
-
-
-@torch.no_grad()
-def _as_wide_(model: nn.Module, stream: Stream, kept: int) -> nn.Module:
-    """Norms over the axes kept that divide as those over all axes did."""
-    ratio = stream.size / kept
-    for name in stream.norms:
-        norm: Any = model.get_submodule(name)
-        eps = torch.finfo(norm.weight.dtype).eps if norm.eps is None else norm.eps
-        norm.eps = eps * ratio
-        norm.weight.mul_(math.sqrt(ratio))
-    return model
-
-
-@torch.no_grad()
-def _gram(model: nn.Module, stream: Stream, batches: Iterable[Any]) -> Tensor:
-    """Σ nᵀn over all that the norms hand on, (d, d)."""
-    found = torch.zeros(stream.size, stream.size, dtype=torch.float64)
-
-    def add(_: nn.Module, __: Any, out: Tensor) -> None:
-        rows = out.detach().flatten(0, -2).cpu().double()
-        found.add_(rows.T @ rows)
-
-    handles = [model.get_submodule(name).register_forward_hook(add) for name in stream.norms]
-    try:
-        with evaluating(model):
-            for batch in batches:
-                call(model, placed(inputs_of(batch), model))
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not found.any():
-        raise ValueError("the batches are empty: there is nothing to find the axes from")
-    return found

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from structopt.channels import rules
-from structopt.channels.labels import Vector
-from structopt.channels.mirrors import Book, Mirror, mirror_of
-from structopt.channels.tracing import (
-    Tracer,
-    flatten,
-    label_parameters,
-    substitute,
-    tensors_of,
-    trace,
-)
+from structopt.channels.labels import Labels, Vector
+from structopt.channels.mirrors import Mirror
+from structopt.slicing.recording import Op, Seen, recorded
 
 NORMS = (nn.LayerNorm, nn.RMSNorm)
-_KEY = "_structopt_key"  # the attribute of a tensor that holds its number
 _PRODUCTS = ("mm", "addmm", "linear", "matmul", "bmm", "baddbmm")
 _COPIES = ("clone", "_to_copy", "contiguous", "detach", "alias", "native_dropout", "dropout", "cat")
 
@@ -42,56 +32,6 @@ class Stream:
     writers: tuple[tuple[str, int], ...]
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """A tensor as an op met it; `source` is the parameter that it is or shows."""
-
-    key: int
-    mirror: Mirror
-    shape: torch.Size
-    source: str
-
-
-@dataclass
-class _Op:
-    name: str
-    module: str
-    moves: bool
-    inputs: list[_Seen]
-    outputs: list[_Seen] = field(default_factory=list)
-    plain: bool = False  # has a number among its arguments
-
-
-class _Recorder(Tracer):
-    """Carries labels as its parent does, and notes every op."""
-
-    def __init__(self, book: Book, ops: list[_Op], sources: dict[int, str]) -> None:
-        super().__init__(book)
-        self.ops, self.sources = ops, sources
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        name = func._schema.name.removeprefix("aten::")
-        given = [self._seen(t) for t in tensors_of((args, kwargs or {}))]
-        op = _Op(name.rstrip("_"), self.book.module, rules.find(func) is rules.moves, given)
-        op.plain = any(isinstance(a, int | float) and not isinstance(a, bool) for a in args[:2])
-        self.ops.append(op)
-        out = super().__torch_dispatch__(func, types, args, kwargs)
-        sources = {one.source for one in given}
-        shown = sources.pop() if op.moves and len(sources) == 1 else ""
-        op.outputs = [self._seen(t, shown) for t in tensors_of(out)]
-        return out
-
-    def _seen(self, tensor: Tensor, source: str = "") -> _Seen:
-        if not hasattr(tensor, _KEY):
-            setattr(tensor, _KEY, len(self.sources))
-            self.sources[len(self.sources)] = source
-        key = getattr(tensor, _KEY)
-        mirror = list(mirror_of(tensor) or [None] * tensor.ndim)
-        return _Seen(key, mirror, tensor.shape, self.sources[key])
-
-
 def find_stream(model: nn.Module, example: Any) -> Stream:
     """The residual stream: the axis that the most norms of the model average over.
 
@@ -100,19 +40,9 @@ def find_stream(model: nn.Module, example: Any) -> Stream:
     rotation: the stream is only moved, added up, scaled as a whole, normalised or read by linear
     layers. Raises ValueError that names the layer and the op where it is not so.
     """
-    book, labelled = Book(), substitute(model, torch.clone)
-    flatten(labelled)
-    axes = label_parameters(book, labelled)
-    ops, sources = list[_Op](), dict[int, str]()
-    for name, tensor in [*labelled.named_parameters(), *labelled.named_buffers()]:
-        setattr(tensor, _KEY, len(sources))
-        sources[len(sources)] = name
-    try:
-        trace(book, labelled, example, lambda book: _Recorder(book, ops, sources))
-    except Exception as problem:
-        first = (str(problem).splitlines() or [""])[0]
-        raise ValueError(f"the model does not accept the example: {first}") from problem
-    return _Follower(model, book, axes, ops).stream()
+    labels, axes, ops, given = recorded(model, example)
+    follower = _Follower(model, labels, axes, ops)
+    return follower.stream(given)
 
 
 class _Follower:
@@ -122,9 +52,13 @@ class _Follower:
     """
 
     def __init__(
-        self, model: nn.Module, book: Book, axes: Mapping[tuple[str, int], Vector], ops: list[_Op]
+        self,
+        model: nn.Module,
+        labels: Labels,
+        axes: Mapping[tuple[str, int], Vector],
+        ops: list[Op],
     ) -> None:
-        self.labels, self.axes, self.ops, self.why = book.labels, axes, ops, book.labels.reasons
+        self.labels, self.axes, self.ops = labels, axes, ops
         self.modules = dict(model.named_modules())
         self.norms = {n for n, m in self.modules.items() if type(m) in NORMS}
         self.roots = self._stream_roots()
@@ -133,11 +67,11 @@ class _Follower:
         self.passed: list[str] = []
         self.tables: set[str] = set()
 
-    def stream(self) -> Stream:
+    def stream(self, given: Sequence[Mirror]) -> Stream:
+        """What the ops leave to say, where nothing on the stream leaves the model."""
         for op in self.ops:
             self._follow(op)
-        reason = self.why[self.labels.reason[self.roots[0]]]
-        if reason == "output of the model":
+        if any(self._on(axis) for mirror in given for axis in mirror):
             _refuse("the model", "the stream itself is what the model gives, with no layer behind")
         read = {(f"{name}.weight".lstrip("."), 1) for name in self.readers}
         writers = [
@@ -176,10 +110,10 @@ class _Follower:
     def _on(self, axis: Vector | None) -> bool:
         return axis is not None and np.array_equal(self.labels.find(axis), self.roots)
 
-    def _dims(self, one: _Seen) -> list[int]:
+    def _dims(self, one: Seen) -> list[int]:
         return [d for d, axis in enumerate(one.mirror) if self._on(axis)]
 
-    def _follow(self, op: _Op) -> None:
+    def _follow(self, op: Op) -> None:
         before = [one for one in op.inputs if self._dims(one)]
         after = [one for one in op.outputs if self._dims(one)]
         if not before and not after:
@@ -195,11 +129,11 @@ class _Follower:
         for one in after:
             self.state[one.key] = state
 
-    def _states(self, seen: Sequence[_Seen]) -> set[str]:
+    def _states(self, seen: Sequence[Seen]) -> set[str]:
         return {self.state.get(one.key, "") for one in seen}
 
-    def _product(self, op: _Op) -> str:
-        """A linear layer reads the stream, writes it, or both; a convolution or embedding writes."""
+    def _product(self, op: Op) -> str:
+        """Only a linear layer may read the stream; convolutions and embeddings may write it."""
         for one in op.inputs:
             if op.name == "embedding" and one.source:
                 self.tables.add(one.source.rpartition(".")[0])
@@ -219,13 +153,13 @@ class _Follower:
                 _refuse(layer, "reads the stream through two norms")
         return ""
 
-    def _norm(self, op: _Op, before: Sequence[_Seen]) -> str:
+    def _norm(self, op: Op, before: Sequence[Seen]) -> str:
         if not self._states([one for one in before if not one.source]) <= {"", op.module}:
             _refuse(op, "normalises what another norm gave")
         self.passed.append(op.module)
         return op.module
 
-    def _linear(self, op: _Op, before: Sequence[_Seen]) -> str:
+    def _linear(self, op: Op, before: Sequence[Seen]) -> str:
         """What may be done to the stream on the way: nothing that prefers some of its axes."""
         states = self._states(before)
         if not before:
@@ -248,7 +182,8 @@ class _Follower:
         _refuse(op, "does not treat all axes of the stream alike")
 
 
-def _refuse(where: _Op | str, reason: str) -> NoReturn:
-    if isinstance(where, _Op):
-        where, reason = where.module or "the model", f"the op {where.name} {reason}"
+def _refuse(where: Op | str, reason: str) -> NoReturn:
+    if isinstance(where, Op):
+        reason = f"the op {where.name} {reason}"
+        where = where.module or "the model"
     raise ValueError(f"the residual stream cannot be rotated: in {where}, {reason}")

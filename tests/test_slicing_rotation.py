@@ -1,0 +1,357 @@
+"""A stream that is turned keeps the function; a narrowed one is a projection, no more."""
+
+import copy
+
+import pytest
+import torch
+import torchvision.models as tv
+from channel_networks import filled
+from torch import nn
+
+from structopt import checkpoint, data, networks
+from structopt.channels import channel_groups, take
+from structopt.slicing import (
+    FreeAttention,
+    Slice,
+    Slimmable,
+    free_attention,
+    rotate,
+    sort_channels,
+    to_rms_norm,
+)
+from structopt.training import evaluate, supervised, train
+
+
+class Words(nn.Module):
+    """An encoder of torch's own layers, between an embedding and a head without a bias."""
+
+    def __init__(self, norm_first=True, norm=nn.LayerNorm, batch_first=True):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(
+            8, 2, 12, activation="gelu", norm_first=norm_first, batch_first=batch_first
+        )
+        self.embed, self.positions = nn.Embedding(11, 8), nn.Parameter(torch.randn(5, 8))
+        self.encoder = nn.TransformerEncoder(layer, 2, norm(8), enable_nested_tensor=False)
+        self.head = nn.Linear(8, 3, bias=False)
+
+    def forward(self, words):
+        return self.head(self.encoder(self.embed(words) + self.positions).mean(1))
+
+
+class Gated(nn.Module):
+    """RMS norms as in language models; the head reads the stream without one."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(11, 8), nn.RMSNorm(8)
+        self.register_buffer("positions", torch.randn(5, 8))
+        self.gate, self.up = nn.Linear(8, 12, bias=False), nn.Linear(8, 12, bias=False)
+        self.down, self.head = nn.Linear(12, 8, bias=False), nn.Linear(8, 3)
+        self.last = nn.RMSNorm(8, elementwise_affine=False)
+        self.answer = nn.Linear(8, 3)
+
+    def forward(self, words):
+        x = 2 * self.embed(words) + self.positions
+        inner = self.norm(x)
+        x = x + self.down(self.up(inner) * self.gate(inner).sigmoid())
+        return self.head(x[:, 0] / 3) + self.answer(self.last(x).mean(1))
+
+
+NETWORKS = {
+    "TinyTransformer": lambda: networks.TinyTransformer(dim=8, depth=2, heads=2),
+    "ViT": lambda: tv.VisionTransformer(16, 8, 2, 2, 8, 12, num_classes=5),
+    "encoder": Words,
+    "RMS": Gated,
+}
+
+
+def made(name, device, count=6):
+    torch.manual_seed(0)
+    model = filled(NETWORKS[name]().double()).to(device).eval()
+    if name in ("encoder", "RMS"):
+        return model, torch.randint(11, (count, 5), device=device)
+    shape = (1, 28, 28) if name == "TinyTransformer" else (3, 16, 16)
+    return model, torch.randn(count, *shape, dtype=torch.float64, device=device)
+
+
+def norms(model):
+    return [n for n, m in model.named_modules() if isinstance(m, nn.LayerNorm | nn.RMSNorm)]
+
+
+def assert_close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def normalised(model, x):
+    """What each norm hands on, one matrix of rows a norm."""
+    rows = []
+    hooks = [
+        model.get_submodule(name).register_forward_hook(
+            lambda _, __, out: rows.append(out.detach().flatten(0, -2))
+        )
+        for name in norms(model)
+    ]
+    model(x)
+    for hook in hooks:
+        hook.remove()
+    return rows
+
+
+# ------------------------------------------------------------------ the function stays
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_layer_norms_become_rms_norms_exactly(name, device):
+    model, x = made(name, device)
+    state = copy.deepcopy(model.state_dict())
+    converted = to_rms_norm(model, x[:1])
+    assert_close(converted(x), model(x))
+    with torch.no_grad():  # where torch would take its fused path
+        assert_close(converted(x), model(x))
+    assert all(type(converted.get_submodule(n)) is nn.RMSNorm for n in norms(model))
+    assert all((converted.get_submodule(n).weight == 1).all() for n in norms(model))
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_turned_stream_keeps_the_function_and_lies_on_its_principal_axes(name, device):
+    model, x = made(name, device)
+    rotated = rotate(model, x[:1], [x[:2], (x[2:], None)])
+    assert_close(rotated.model(x), model(x))
+    rows = torch.cat(normalised(rotated.model, x))
+    gram = rows.T @ rows
+    assert_close(gram / gram.trace(), torch.diag(rotated.shares.to(device)))
+    assert (rotated.shares.diff() <= 1e-12).all()
+    assert_close(rotated.narrow(1.0)(x), model(x))
+    assert rotated.lost(1.0) == 0
+    if name != "RMS":  # no layer norm sees the mean: one axis costs nothing
+        assert rotated.lost(7 / 8) < 1e-12
+        assert_close(rotated.narrow(7 / 8)(x), model(x))
+
+
+# ------------------------------------------------------------------ what narrowing leaves
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_narrow_stream_is_a_projection(name, device):
+    """Reference: the full network, its stream projected wherever it is read."""
+    model, x = made(name, device)
+    full = to_rms_norm(model, x[:1])
+    rows = torch.cat(normalised(full, x))
+    axes = torch.linalg.eigh(rows.T @ rows)[1].flip(1)[:, :4]
+    for module in full.modules():
+        if isinstance(module, nn.RMSNorm):
+            module.register_forward_pre_hook(lambda _, given: (given[0] @ axes @ axes.T,))
+    if name == "RMS":
+        full.head.register_forward_pre_hook(lambda _, given: (given[0] @ axes @ axes.T,))
+    rotated = rotate(model, x[:1], [x])
+    narrow = rotated.narrow(0.5)
+    assert_close(narrow(x), full(x))
+    sizes = {p.shape[-1] for n, p in narrow.named_parameters() if n.removesuffix(".weight") in
+             norms(narrow)}  # fmt: skip
+    assert sizes == {4}
+    assert narrow.training == model.training
+
+
+@torch.no_grad()
+def test_the_error_is_bounded_by_the_variance_left_out(device):
+    """With one norm and a head that keeps lengths; a row at an angle φ to what is kept of it is
+    off by 2 - 2 cos φ, of which sin² φ was left out.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(40, 8), nn.LayerNorm(8, 1e-14), nn.Linear(8, 8, bias=False))
+    model = model.double().to(device)
+    nn.init.orthogonal_(model[2].weight)
+    x = torch.arange(40, device=device)[None]
+    rotated, full, errors = rotate(model, x, [x]), model(x), []
+    rows = normalised(rotated.model, x)[0]
+    for kept in range(1, 9):
+        wrong = (rotated.narrow(kept / 8)(x) - full).square().sum() / full.square().sum()
+        cosine, lost = rows[:, :kept].norm(dim=1) / rows.norm(dim=1), rotated.lost(kept / 8)
+        assert float(wrong) == pytest.approx(float(2 - 2 * cosine.mean()), rel=1e-9, abs=1e-12)
+        assert float((1 - cosine.square()).mean()) == pytest.approx(lost, rel=1e-9, abs=1e-12)
+        assert lost - 1e-12 <= float(wrong) <= 2 * lost + 1e-12
+        errors.append(float(wrong))
+    assert errors[:7] == sorted(errors[:7], reverse=True)  # the last axis holds nothing
+
+
+def test_the_first_reader_misses_what_its_own_rows_have_on_the_other_axes(device):
+    model, x = made("TinyTransformer", device)
+    rotated = rotate(model, x[:1], [x])
+    rows, narrow = (normalised(m, x)[0] for m in (rotated.model, rotated.narrow(0.5)))
+    full = rows.square().sum()
+    missed = float(rows[:, 4:].square().sum() / full)
+    error = float((rows - nn.functional.pad(narrow, (0, 4))).square().sum() / full)
+    assert missed <= error <= 2 * missed
+    assert 0 < missed < rotated.lost(0.5) * len(norms(model))
+
+
+def test_a_trained_network_loses_less_than_by_channels(device):
+    sample = data.fashion_mnist()[0]
+    learn = data.Examples(sample.inputs[:1000], sample.targets[:1000])
+    held = data.Examples(sample.inputs[1000:2000], sample.targets[1000:2000])
+    torch.manual_seed(0)
+    model = networks.TinyTransformer(dim=16, depth=2, patch=14)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.005)
+    batches = data.batches(learn, 50, seed=0)
+    train(model, batches, supervised(), optimizer, epochs=4, device=device, autocast=None)
+    x = learn.inputs[:1].to(device)
+    rotated = rotate(model, x, [learn.inputs[:500]])
+    by_channel = Slimmable(sort_channels(model, x), x, [])
+    rows = []
+    for width in (0.25, 0.5, 0.75):
+        narrow = by_channel.extract(Slice(shares={"embed": width}))
+        rows.append([evaluate(rotated.narrow(width), held), evaluate(narrow, held)])
+    turned, channels = torch.tensor(rows).T
+    assert (turned > channels).all()
+    assert (turned - channels).mean() > 0.1
+    assert evaluate(rotated.model, held) == pytest.approx(evaluate(model, held), abs=0.002)
+
+
+# ------------------------------------------------------------------ free attention
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("weights", [True, False])
+def test_free_attention_is_torchs(batch_first, weights, device):
+    torch.manual_seed(0)
+    layer = nn.MultiheadAttention(8, 2, batch_first=batch_first, bias=weights).double().to(device)
+    layer, free = filled(layer), free_attention(layer)
+    query, key = (torch.randn(3, n, 8, dtype=torch.float64, device=device) for n in (4, 5))
+    if not batch_first:
+        query, key = query.transpose(0, 1), key.transpose(0, 1)
+    causal = torch.ones(4, 4, device=device).triu(1).bool()
+    each = torch.randn(6, 4, 5, dtype=torch.float64, device=device)
+    ends = torch.tensor([[0, 0, 0, 1, 1], [0] * 5, [0, 0, 0, 0, 1]], device=device).bool()
+    for given, how in (
+        ((query, query, query), {}),
+        ((query, query, query), {"attn_mask": causal, "is_causal": True}),
+        ((query, key, key), {"key_padding_mask": ends, "average_attn_weights": False}),
+        ((query, key, key + 1), {"attn_mask": each > 1, "key_padding_mask": ends}),
+        ((query, key, key), {"attn_mask": each}),
+        ((query[0], key[0], key[0]), {}),
+    ):
+        expected, found = (one(*given, need_weights=weights, **how) for one in (layer, free))
+        assert_close(found[0], expected[0])
+        assert (found[1] is None) == (expected[1] is None)
+        if weights:
+            assert_close(found[1], expected[1])
+
+
+def test_free_attention_drops_and_refuses_as_torchs():
+    layer = nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True)
+    free, x = free_attention(layer), torch.ones(1, 4, 8)
+    assert isinstance(free, FreeAttention)
+    for weights in (True, False):
+        runs = [free(x, x, x, need_weights=weights)[0] for _ in range(2)]
+        assert not torch.equal(*runs)
+    with pytest.raises(ValueError, match="give the mask too"):
+        free(x, x, x, is_causal=True)
+    odd = nn.Sequential(nn.MultiheadAttention(8, 2, kdim=4))
+    with pytest.raises(ValueError, match="0 reads keys or values of another width"):
+        free_attention(odd)
+
+
+# ------------------------------------------------------------------ afterwards
+
+
+def test_a_narrow_network_is_saved_and_loaded(device, tmp_path):
+    for name, fresh in (("TinyTransformer", lambda m: m), ("ViT", free_attention)):
+        model, x = made(name, device)
+        narrow = rotate(model, x[:1], [x]).narrow(0.5)
+        checkpoint.save(narrow, tmp_path / "narrow.safetensors")
+        into = fresh(NETWORKS[name]().double())
+        loaded = checkpoint.load(tmp_path / "narrow.safetensors", into=into)
+        assert_close(loaded.to(device).eval()(x), narrow(x))
+
+
+def test_number_format_and_what_is_trained_stay(device):
+    model, x = made("encoder", device)
+    model = model.float().train()
+    model.embed.weight.requires_grad_(False)
+    rotated = rotate(model, x[:1], [x])
+    narrow = rotated.narrow(0.5)
+    assert narrow.training
+    for one in (rotated.model, narrow):
+        assert {p.dtype for p in one.parameters()} == {torch.float32}
+        assert [n for n, p in one.named_parameters() if not p.requires_grad] == ["embed.weight"]
+    torch.testing.assert_close(rotated.model.eval()(x), model.eval()(x), rtol=1e-4, atol=1e-5)
+    inner = channel_groups(narrow, x[:1])["encoder.layers.0.linear1"]
+    take(narrow, {inner: range(6)})(x).sum().backward()  # it is pruned as any other network
+
+
+# ------------------------------------------------------------------ what cannot be turned
+
+
+class Wrong(nn.Module):
+    """A residual network that does one thing to its stream that a rotation does not allow."""
+
+    def __init__(self, act, norm=None, head=None):
+        super().__init__()
+        self.embed, self.norm = nn.Linear(3, 4), norm or nn.LayerNorm(4)
+        self.inner, self.scale = nn.Linear(4, 4), nn.Parameter(torch.ones(4))
+        self.act, self.head = act, head or nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.act(self, self.embed(x))
+        x = x + self.inner(self.norm(x))
+        return self.head(self.norm(x))
+
+
+class OwnNorm(nn.LayerNorm):
+    pass
+
+
+WRONG = {
+    "the op relu does not treat": Wrong(lambda m, x: x.relu()),
+    "the op mul does not treat": Wrong(lambda m, x: x * m.scale),
+    "the op add does not treat": Wrong(lambda m, x: x + 1.0),
+    "the op slice takes the axes": Wrong(lambda m, x: torch.cat([x[..., 2:], x[..., :2]], -1)),
+    "the op mean takes the axes": Wrong(lambda m, x: x - x.mean(-1, keepdim=True)),
+    r"the op add adds what a norm gave": Wrong(lambda m, x: x + m.norm(x)),
+    "in inner, reads the stream through two norms": Wrong(lambda m, x: x + m.inner(x)),
+    "no residual stream is found": Wrong(lambda m, x: x, norm=OwnNorm(4)),
+    "in head.1, the op convolution reads the stream, and is no nn.Linear": Wrong(
+        lambda m, x: x, head=nn.Sequential(nn.Unflatten(-1, (4, 1)), nn.Conv1d(4, 2, 1))
+    ),
+    "is what the model gives": Wrong(lambda m, x: x, head=nn.Identity()),
+}
+
+
+@pytest.mark.parametrize("reason", WRONG)
+def test_what_cannot_be_turned_is_refused_with_the_reason(reason):
+    model, x = WRONG[reason], torch.randn(2, 3)
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=reason):
+        rotate(model, x, [x])
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert type(model.norm) in (nn.LayerNorm, OwnNorm)
+
+
+def test_networks_of_torch_that_cannot_be_turned():
+    words, image = torch.zeros(1, 5).long(), torch.zeros(1, 3, 32, 32)
+    with pytest.raises(ValueError, match=r"in encoder.layers.0, .* \(post-norm"):
+        to_rms_norm(Words(norm_first=False), words)
+    with pytest.raises(ValueError, match="no residual stream"):
+        to_rms_norm(tv.resnet18(num_classes=2), image)
+    tied = Words()
+    tied.head.weight = tied.embed.weight
+    with pytest.raises(ValueError, match="in embed, one weight writes the stream and reads it"):
+        to_rms_norm(tied, words)
+    mixed = Words(norm=nn.RMSNorm)
+    with pytest.raises(ValueError, match="some norms subtract the mean"):
+        to_rms_norm(mixed, words)
+
+
+def test_what_is_wrong_is_named():
+    model, x = networks.TinyTransformer(dim=8, depth=1), torch.zeros(1, 1, 28, 28)
+    with pytest.raises(ValueError, match="the batches are empty"):
+        rotate(model, x, [])
+    with pytest.raises(ValueError, match="does not accept the example"):
+        rotate(model, torch.zeros(1, 3, 28, 28), [])
+    rotated = rotate(model, x, [torch.randn(2, 1, 28, 28)])
+    for width in (0, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=r"in \(0, 1\], not"):
+            rotated.narrow(width)
+    with pytest.raises(ValueError, match="leaves none of the 8 axes of the stream: take at least"):
+        rotated.lost(0.01)
