@@ -62,12 +62,14 @@ from structopt.slicing.grouped import (
 from structopt.slicing.grouping import group_layers
 from structopt.slicing.layers import Layer, measure_layers
 from structopt.slicing.leaving import Threshold, all_exits, choose_threshold
+from structopt.slicing.messages import pack, unpack
 from structopt.slicing.pipelines import pipeline
 from structopt.slicing.planning import Plan, choose_cuts, pipeline_cost
 from structopt.slicing.rotation import Rotated, rotate, to_rms_norm
 from structopt.slicing.sandwich import Sandwich, all_widths
 from structopt.slicing.slices import Slice
 from structopt.slicing.sorting import sort_channels
+from structopt.slicing.splitting import Remote, bottleneck, serve, split_latency
 from structopt.slicing.stages import Stages, split_stages
 from structopt.slicing.widths import Slimmable
 
@@ -86,6 +88,7 @@ __all__ = [
     "Mixed",
     "Mixing",
     "Plan",
+    "Remote",
     "Reorder",
     "Rotated",
     "Sandwich",
@@ -97,6 +100,7 @@ __all__ = [
     "all_exits",
     "all_widths",
     "assign_groups",
+    "bottleneck",
     "choose_cuts",
     "choose_threshold",
     "confidence",
@@ -104,10 +108,14 @@ __all__ = [
     "free_attention",
     "group_layers",
     "measure_layers",
+    "pack",
     "pipeline",
     "pipeline_cost",
     "rotate",
+    "serve",
     "sort_channels",
+    "split_latency",
     "split_stages",
     "to_rms_norm",
+    "unpack",
 ]

@@ -1,0 +1,94 @@
+"""Messages over a socket: a length, a version and a checksum before the bytes; no pickle.
+
+A message is 18 bytes of header, all little-endian, then its payload::
+
+    4 bytes "SPLT" · version 1 (1 byte) · kind (1 byte) · length (8 bytes) · CRC-32 (4 bytes)
+
+where kind 0 is a tensor and kind 1 an error in words, UTF-8.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import time
+import zlib
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+HEADER = struct.Struct("<4sBBQI")
+MAGIC, VERSION, TENSOR, ERROR = b"SPLT", 1, 0, 1
+
+
+def pack(value: Tensor) -> bytes:
+    """One tensor of any type and shape as bytes, in the safetensors format.
+
+    >>> import torch
+    >>> unpack(pack(torch.tensor([1.5, 2.5])))
+    tensor([1.5000, 2.5000])
+    """
+    return save({"value": value.detach().cpu().contiguous()})
+
+
+def unpack(data: bytes) -> Tensor:
+    """The tensor of :func:`pack`, on the CPU. ValueError where the bytes hold no such thing."""
+    try:
+        return load(data)["value"]
+    except (SafetensorError, KeyError, ValueError) as problem:
+        raise ValueError(f"{len(data)} bytes hold no tensor: {problem}") from problem
+
+
+def send(connection: socket.socket, kind: int, payload: bytes) -> None:
+    """Send one message whole, or raise an OSError."""
+    header = HEADER.pack(MAGIC, VERSION, kind, len(payload), zlib.crc32(payload))
+    connection.sendall(header + payload)
+
+
+def receive(connection: socket.socket, limit: int, timeout: float) -> tuple[int, bytes] | None:
+    """The next message's kind and payload, within `timeout` seconds; None where the peer has left.
+
+    Raises ConnectionError for what is no message, or not all of one, TimeoutError for a slow peer.
+    No more than `limit` bytes are ever set aside, whatever the header claims.
+    """
+    end = time.monotonic() + timeout
+    header = _exactly(connection, HEADER.size, end, may_end=True)
+    if not header:
+        return None
+    magic, version, kind, length, checksum = HEADER.unpack(header)
+    if magic != MAGIC:
+        raise ConnectionError(f"the peer does not speak this language: it begins with {magic!r}")
+    if version != VERSION or kind not in (TENSOR, ERROR):
+        raise ConnectionError(
+            f"a message of version {version}, kind {kind}: this side reads version {VERSION}; "
+            "update the older side"
+        )
+    if length > limit:
+        raise ConnectionError(f"a message of {length:,} bytes: at most limit={limit:,} are read")
+    payload = _exactly(connection, length, end)
+    if zlib.crc32(payload) != checksum:
+        raise ConnectionError(
+            f"a message of {length:,} bytes arrived damaged: its checksum differs"
+        )
+    return kind, payload
+
+
+def _exactly(connection: socket.socket, size: int, end: float, *, may_end: bool = False) -> bytes:
+    parts, missing = [], size
+    while missing:
+        left = end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError(f"{missing:,} of {size:,} bytes have not come in time")
+        connection.settimeout(left)
+        try:
+            part = connection.recv(min(missing, 1 << 20))
+        except TimeoutError:
+            continue
+        if not part:
+            if may_end and missing == size:
+                return b""
+            raise ConnectionError(f"the peer closed with {missing:,} of {size:,} bytes missing")
+        parts.append(part)
+        missing -= len(part)
+    return b"".join(parts)

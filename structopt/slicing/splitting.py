@@ -1,0 +1,222 @@
+"""One network on two machines: the first stages on a device, the others on a server."""
+
+from __future__ import annotations
+
+import math
+import socket
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from structopt.slicing.layers import Layer
+from structopt.slicing.messages import ERROR, TENSOR, pack, receive, send, unpack
+
+LIMIT = 64_000_000
+
+
+def serve(
+    stage: Callable[[Tensor], Tensor],
+    listener: socket.socket,
+    *,
+    decode: Callable[[bytes], Tensor] = unpack,
+    limit: int = LIMIT,
+    timeout: float = 30,
+    connections: int | None = None,
+) -> None:
+    """Answer each message with what the stage makes of it, one peer after the other.
+
+    A message that cannot be decoded, or that the stage refuses, is answered with the error in
+    words. A peer that sends half a message, something else, more than ``limit`` bytes, or nothing
+    for ``timeout`` seconds, is hung up on; the next is served. There is no encryption and no
+    password: listen where only those you trust can reach.
+
+    Args:
+        stage: the rest of the network, run without gradients.
+        listener: a listening socket, ``socket.create_server(("127.0.0.1", 0))``.
+        decode: bytes -> tensor, as the device's ``encode`` made them.
+        limit: the longest message in bytes.
+        timeout: seconds for a message, or between two.
+        connections: how many peers are served; all that come by default.
+
+    Example:
+        >>> import threading
+        >>> listener = socket.create_server(("127.0.0.1", 0))
+        >>> settings = {"connections": 1}
+        >>> thread = threading.Thread(target=serve, args=(torch.exp, listener), kwargs=settings)
+        >>> thread.start()
+        >>> with Remote(listener.getsockname()) as remote:
+        ...     remote(torch.zeros(2))
+        tensor([1., 1.])
+        >>> thread.join(); listener.close()
+    """
+    served = 0
+    while connections is None or served < connections:
+        connection, _ = listener.accept()
+        served += 1
+        with connection:
+            try:
+                while message := receive(connection, limit, timeout):
+                    send(connection, *_answer(stage, decode, message[1]))
+            except OSError:  # of this peer alone
+                continue
+
+
+def _answer(
+    stage: Callable[[Tensor], Tensor], decode: Callable[[bytes], Tensor], payload: bytes
+) -> tuple[int, bytes]:
+    try:
+        with torch.no_grad():
+            return TENSOR, pack(stage(decode(payload)))
+    except Exception as problem:  # whatever it is, the device must hear of it
+        return ERROR, f"{type(problem).__name__}: {problem}".encode()
+
+
+class Remote:
+    """The stages on the server, called from the device like a function: Tensor -> Tensor.
+
+    Args:
+        address: (host, port) of the server.
+        encode: tensor -> bytes; the server's ``decode`` reads them.
+        limit: the longest answer in bytes.
+        timeout: seconds to connect, and for each answer.
+
+    Raises:
+        ConnectionError: nobody listens there; the server hangs up, or sends no whole message.
+        TimeoutError: no answer in time.
+        RuntimeError: the server's stage refused what was sent; its error in words.
+
+    After an error of the connection, make a new one. Example: see `serve`.
+    """
+
+    def __init__(
+        self,
+        address: tuple[str, int],
+        *,
+        encode: Callable[[Tensor], bytes] = pack,
+        limit: int = LIMIT,
+        timeout: float = 30,
+    ) -> None:
+        self.encode, self.limit, self.timeout = encode, limit, timeout
+        self.sent = 0
+        """Bytes of payload sent so far."""
+        self._connection = socket.create_connection(address, timeout)
+
+    def __call__(self, value: Tensor) -> Tensor:
+        """What the server makes of it, on the CPU."""
+        payload = self.encode(value)
+        try:
+            self._connection.settimeout(self.timeout)
+            send(self._connection, TENSOR, payload)
+            self.sent += len(payload)
+            answer = receive(self._connection, self.limit, self.timeout)
+            if answer is None:
+                raise ConnectionError("the server closed the connection in place of an answer")
+            kind, data = answer
+            if kind == TENSOR:
+                return unpack(data)
+        except (OSError, ValueError):
+            self.close()
+            raise
+        raise RuntimeError(f"the server could not answer: {data.decode(errors='replace')}")
+
+    def close(self) -> None:
+        """Hang up."""
+        self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_problem: Any) -> None:
+        self.close()
+
+
+def bottleneck(values: Tensor, width: int) -> tuple[nn.Module, nn.Module]:
+    """Two layers for a cut: one that narrows what passes to `width` channels, one that restores it.
+
+    They begin as the best linear pair for the values given, the projection on their principal
+    axes; with all channels they change nothing. Put one at the end of the device's stages, the
+    other before the server's, and train the whole on (Matsubara et al., 2019, "Distilled split deep
+    neural networks for edge-assisted real-time systems", train such bottlenecks).
+
+    Args:
+        values: what passes the cut for some examples: (N, C, H, W), tokens (N, T, C), or (N, C).
+        width: how many channels pass, 1 to C.
+
+    Raises:
+        ValueError: another shape, whole numbers, or a width outside of 1 to C.
+
+    Example:
+        >>> narrow, restore = bottleneck(torch.randn(10, 6, 4, 4), 2)
+        >>> narrow(torch.zeros(1, 6, 4, 4)).shape, restore(torch.zeros(1, 2, 4, 4)).shape
+        (torch.Size([1, 2, 4, 4]), torch.Size([1, 6, 4, 4]))
+    """
+    if values.ndim not in (2, 3, 4) or not values.is_floating_point():
+        raise ValueError(
+            f"values of shape {tuple(values.shape)}, {values.dtype}: give real numbers of shape "
+            "(N, C, H, W), (N, T, C) or (N, C)"
+        )
+    images = values.ndim == 4
+    rows = (values.movedim(1, -1) if images else values).detach().flatten(0, -2).double()
+    channels = rows.shape[1]
+    if not 1 <= width <= channels:
+        raise ValueError(
+            f"width={width}: the values have {channels} channels, give 1 to {channels}"
+        )
+    mean = rows.mean(0)
+    _, axes = torch.linalg.eigh((rows - mean).T @ (rows - mean))
+    axes = axes.flip(1)[:, :width]  # (C, width), the widest spread first
+    kind: Any = (lambda n, m: nn.Conv2d(n, m, 1)) if images else nn.Linear
+    narrow, restore = kind(channels, width).to(values), kind(width, channels).to(values)
+    for layer, weight, bias in ((narrow, axes.T, -axes.T @ mean), (restore, axes, mean)):
+        layer.weight.data.copy_(weight.reshape(layer.weight.shape))
+        layer.bias.data.copy_(bias)
+    return narrow, restore
+
+
+def split_latency(
+    layers: Sequence[Layer],
+    entering: int,
+    *,
+    bandwidth: float,
+    slowdown: float = 1,
+    delay: float = 0,
+) -> dict[str, float]:
+    """Seconds for one batch, for each cut between a device and a server.
+
+    The device runs the layers before the cut, the bytes there cross, the server runs the rest:
+
+        T(c) = slowdown · Σ before + sent(c) / bandwidth + delay + Σ behind
+
+    "(input)" is the cut before all layers, with everything on the server; "(output)" that behind
+    all, where nothing crosses. After Kang et al., 2017, "Neurosurgeon".
+
+    Args:
+        layers: from `measure_layers`, timed on a machine like the server.
+        entering: bytes of the network's input.
+        bandwidth: bytes a second, from the device to the server.
+        slowdown: how many times slower the device is.
+        delay: seconds for the way there and back, the answer with it.
+
+    Raises:
+        ValueError: no bandwidth, or a negative number.
+
+    Example:
+        >>> layers = [Layer("a", 1.0, 0, 0, 2), Layer("", 2.0, 0, 0, 0)]
+        >>> split_latency(layers, 12, bandwidth=4, slowdown=2)
+        {'(input)': 6.0, 'a': 4.5, '(output)': 6.0}
+    """
+    if not bandwidth > 0 or min(slowdown, delay, entering) < 0 or math.isnan(slowdown + delay):
+        raise ValueError(
+            f"bandwidth={bandwidth}, slowdown={slowdown}, delay={delay}, entering={entering}: "
+            "give a bandwidth above 0, and nothing negative"
+        )
+    behind, before = sum(layer.seconds for layer in layers), 0.0
+    found = {"(input)": entering / bandwidth + delay + behind}
+    for layer in layers[:-1]:
+        before += layer.seconds
+        crossing = layer.sent / bandwidth + delay
+        found[layer.name] = slowdown * before + crossing + behind - before
+    found["(output)"] = slowdown * behind
+    return found
