@@ -1,5 +1,6 @@
 """A network on two machines: what passes, what it costs, and peers that behave badly."""
 
+import contextlib
 import socket
 import struct
 import subprocess
@@ -57,9 +58,8 @@ def test_two_processes_give_what_one_gives(server):
         for batch in (1, 3):
             x = torch.randn(batch, 1, 8, 8).double()
             assert torch.equal(remote(device(x)), model(x))
-        assert remote.sent == sum(
-            len(pack(device(torch.zeros(b, 1, 8, 8).double()))) for b in (1, 3)
-        )
+        values = (device(torch.zeros(batch, 1, 8, 8).double()) for batch in (1, 3))
+        assert remote.sent == sum(len(pack(value)) for value in values)
 
 
 @pytest.mark.slow
@@ -68,9 +68,11 @@ def test_what_the_stage_refuses_is_told_and_the_next_is_answered(server):
         with pytest.raises(RuntimeError, match=r"could not answer: RuntimeError.*channels"):
             remote(torch.zeros(1, 3, 6, 6).double())
         assert remote(torch.zeros(1, 4, 6, 6).double()).shape == (1, 5)
-    with Remote(server, encode=lambda _: b"not a tensor") as remote:
-        with pytest.raises(RuntimeError, match="12 bytes hold no tensor"):
-            remote(torch.zeros(1))
+    with (
+        Remote(server, encode=lambda _: b"not a tensor") as remote,
+        pytest.raises(RuntimeError, match="12 bytes hold no tensor"),
+    ):
+        remote(torch.zeros(1))
 
 
 @pytest.mark.slow
@@ -90,10 +92,8 @@ def test_the_server_hangs_up_on_what_is_no_message_and_serves_the_next(server, s
     begun = time.monotonic()
     with socket.create_connection(server, 20) as peer:
         peer.sendall(sent)
-        try:
+        with contextlib.suppress(ConnectionError):  # closed with bytes unread
             assert peer.recv(1) == b""
-        except ConnectionError:
-            pass  # closed with bytes unread
     assert time.monotonic() - begun < 15
     with Remote(server) as remote:
         assert remote(torch.zeros(1, 4, 6, 6).double()).shape == (1, 5)
@@ -127,7 +127,7 @@ def answering(answer):
         (
             message(b"abc", version=9),
             ConnectionError,
-            "version 9, kind 0: this side reads version 1",
+            "version 9, kind 0: this side reads",
         ),
         (b"HTTP/1.1 400 Bad Request", ConnectionError, "begins with b'HTTP'"),
         (message(b"abc"), ValueError, "3 bytes hold no tensor"),
@@ -138,9 +138,11 @@ def answering(answer):
 def test_a_bad_answer_is_an_error(answer, kind, problem):
     address, thread = answering(answer)
     try:
-        with Remote(address, limit=1000, timeout=0.5 if answer is None else 10) as remote:
-            with pytest.raises(kind, match=problem):
-                remote(torch.zeros(2))
+        with (
+            Remote(address, limit=1000, timeout=0.5 if answer is None else 10) as remote,
+            pytest.raises(kind, match=problem),
+        ):
+            remote(torch.zeros(2))
     finally:
         thread.join()
 
@@ -205,7 +207,7 @@ def test_a_network_with_a_full_bottleneck_is_the_same(device):
 
 
 def test_bottlenecks_that_cannot_be_are_refused():
-    with pytest.raises(ValueError, match="width=7: the values have 6 channels"):
+    with pytest.raises(ValueError, match="width=7: there are 6 channels"):
         bottleneck(torch.zeros(5, 6), 7)
     with pytest.raises(ValueError, match="width=0"):
         bottleneck(torch.zeros(5, 6), 0)
