@@ -217,7 +217,6 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--network", choices=list(NETWORKS), action="append")
     parser.add_argument("--seed", type=int, action="append", help="only these; all by default")
-    parser.add_argument("--start", action="store_true", help="train the dense networks, no more")
     parser.add_argument("--table", action="store_true", help="train nothing: from the rows so far")
     options = parser.parse_args()
     if not options.table:
@@ -228,10 +227,7 @@ def main() -> None:
             plan += [("pruned, shared", share) for share in SPARSITIES[name]]
             for route, setting in plan[::3] if options.quick else plan:
                 for seed in options.seed or (SEEDS[:1] if options.quick else SEEDS):
-                    if options.start:
-                        bench.dense(name, seed)
-                    else:
-                        bench.row(name, seed, route, setting)
+                    bench.row(name, seed, route, setting)
     written(options.quick)
 
 
