@@ -5,7 +5,6 @@ The format is laid out byte by byte on this room's page of the book.
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import struct
@@ -26,6 +25,7 @@ from structopt.compression.codes import Coded
 from structopt.compression.forms import DTYPES, Packed, pack, unpack
 from structopt.compression.inputs import attach_, noted, read_hooks
 from structopt.compression.report import Report, Row
+from structopt.compression.skeleton import bare, stand_in
 
 MAGIC = b"\x89SOPT\r\n\x1a"
 VERSION = 1
@@ -59,7 +59,7 @@ def save(model: nn.Module, path: str | Path, codes: Mapping[str, Coded] | None =
     codes, parameters = dict(codes or {}), dict(model.named_parameters())
     if missing := [name for name in codes if name not in parameters]:
         raise ValueError(f"there are codes of {missing[0]!r}, which is no parameter of the model")
-    notes, names = _structure(model)
+    notes, names = bare(model)
     rows, listed, dense = [], [], 0
     with tempfile.TemporaryFile() as body:
         for name in names:
@@ -115,7 +115,7 @@ def load(path: str | Path, into: nn.Module, *, limit: int | None = None) -> nn.M
             raise ValueError(f"it rounds the input of {unknown[0]!r}, which it does not have")
         tensors = {entry.name: entry.read(file) for entry in listed}
     with tempfile.TemporaryDirectory() as folder:
-        skeleton = {name: _stand_in(tensor) for name, tensor in tensors.items()}
+        skeleton = {name: stand_in(tensor) for name, tensor in tensors.items()}
         files.save_tensors(Path(folder) / path.name, skeleton, header)
         try:
             checkpoint.load(Path(folder) / path.name, into)
@@ -163,35 +163,6 @@ def _packed(name: str, tensor: Tensor, coded: Coded | None) -> Packed:
         return pack(tensor, coded)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-
-
-def _structure(model: nn.Module) -> tuple[dict[str, Any], list[str]]:
-    """What `checkpoint` says of the model, and the names of its tensors, ties once."""
-    memo: dict[int, Any] = {}  # a copy of the model in which every tensor is empty
-    for module in model.modules():
-        for tensor in [*module._parameters.values(), *module._buffers.values()]:
-            _note(tensor, memo)
-        for value in vars(module).values():
-            _note(value, memo)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "structure"
-        checkpoint.save(copy.deepcopy(model, memo), path)
-        tensors, notes = files.load_tensors(path)
-    order = {name: place for place, (name, _) in enumerate(model.named_modules())}
-    return notes, sorted(tensors, key=lambda name: order[name.rpartition(".")[0]])
-
-
-def _note(value: Any, memo: dict[int, Any]) -> None:
-    if isinstance(value, Tensor) and not (is_lazy(value) or value.is_meta):
-        memo[id(value)] = _stand_in(value)
-
-
-def _stand_in(tensor: Tensor) -> Tensor:
-    """A tensor of the same type and as many dimensions, but hardly any numbers."""
-    empty = torch.zeros((0,) * tensor.ndim, dtype=tensor.dtype)
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(empty, tensor.requires_grad)
-    return empty
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:
