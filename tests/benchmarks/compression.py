@@ -2,9 +2,9 @@
 
 LeNet-300-100 (and LeNet-5 with ``--lenet5``) on the embedded sample of Fashion-MNIST: trained,
 pruned gradually while it learns from the dense network, its weights shared among a few values that
-are trained on, its biases on 8 bits. Each network is written to a file, loaded into a fresh
-process, and judged there. Beside it stand the dense network, trained for as many epochs, and one
-with a random mask.
+are trained on, its biases on 8 bits; or trained with a price on each bit. Each network is written
+to a file, loaded into a fresh process, and judged there. Beside it stand the dense network,
+trained for as many epochs, and one with a random mask.
 
 Networks train on 9,000 images; 1,000 others are for choosing among the sparsities, and the test
 images are seen by no choice. A last table gives the speed at which files are decoded.
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from structopt.compression import MSE, Grid
 
 SEEDS = (0, 1, 2)
 SPARSITIES = (0.9, 0.95, 0.97)
+PRICES = (1.0, 4.0, 16.0)
 VALUES, BATCH, HELD_OUT = 8, 128, 1000
 NETWORKS = {"LeNet300": networks.LeNet300, "LeNet5": networks.LeNet5}
 JUDGE = """
@@ -58,26 +60,42 @@ class Bench:
 
     def fit(self, model: nn.Module, seed: int, epochs: int, lr: float, **options: Any) -> nn.Module:
         objective = options.pop("objective", training.supervised())
+        rule = descent.fused_adamw(model, lr, weight_decay=options.pop("decay", 0.01))
         batches = data.batches(self.train, BATCH, seed=seed, device="cpu")
         training.train(
-            model, batches, objective, descent.fused_adamw(model, lr), epochs=epochs,
-            device="cpu", schedule=descent.one_cycle(), progress=False, **options,
+            model, batches, objective, rule, epochs=epochs, device="cpu",
+            schedule=descent.one_cycle(), progress=False, **options,
         )  # fmt: skip
         return model
 
-    def files_of(self, seed: int, sparsities: tuple[float, ...]) -> dict[str, Path]:
-        """The files of one seed, by the name of their row."""
+    def files_of(self, seed: int, known: dict[str, Any]) -> dict[str, Path]:
+        """The files of one seed, by the name of their row; without the rows that are known."""
         torch.manual_seed(seed)
         dense = self.fit(NETWORKS[self.name](), seed, self.epochs, 0.003)
-        longer = self.fit(copy.deepcopy(dense), seed + 100, 2 * self.epochs, 0.002)
-        made = {"dense, as long": self.written(longer, {}, f"dense-{seed}")}
-        for sparsity in sparsities:
-            made[f"{sparsity:.0%} pruned, shared"] = self.compressed(dense, sparsity, seed)
-        random = self.compressed(dense, sparsities[-1], seed, pruning.random)
-        made[f"{sparsities[-1]:.0%} at random, shared"] = random
-        return made
+        most = SPARSITIES[-1]
+        plan: dict[str, Callable[[], Path]] = {"dense, as long": partial(self.longer, dense, seed)}
+        for sparsity in SPARSITIES:
+            plan[f"{sparsity:.0%} pruned, shared"] = partial(self.pruned, dense, sparsity, seed)
+        random = partial(self.pruned, dense, most, seed, pruning.random)
+        plan[f"{most:.0%} at random, shared"] = random
+        for price in PRICES:
+            plan[f"price {price:g} on bits"] = partial(self.priced, dense, price, seed)
+        return {row: make() for row, make in plan.items() if row not in known}
 
-    def compressed(
+    def longer(self, dense: nn.Module, seed: int) -> Path:
+        model = self.fit(copy.deepcopy(dense), seed + 100, 2 * self.epochs, 0.002)
+        return self.written(model, {}, f"dense-{seed}")
+
+    def teacher(self, dense: nn.Module) -> training.Objective:
+        return distillation.from_logits(copy.deepcopy(dense), temperature=2.0, weight=0.5)
+
+    def priced(self, dense: nn.Module, price: float, seed: int) -> Path:
+        rated = compression.prepare_rate(dense, [name for name, _ in dense.named_parameters()])
+        objective = compression.RatePenalty(self.teacher(dense), price)
+        self.fit(rated, seed + 200, 2 * self.epochs, 0.003, decay=0.0, objective=objective)
+        return self.written(*rated.finish(), f"price-{price}-{seed}")
+
+    def pruned(
         self, dense: nn.Module, sparsity: float, seed: int, criterion: Any = pruning.magnitude
     ) -> Path:
         model = copy.deepcopy(dense)
@@ -87,7 +105,7 @@ class Bench:
             score=partial(pruning.score, criterion=criterion),
             scope=pruning.Global(floor=0.02),
         )
-        teacher = distillation.from_logits(copy.deepcopy(dense), temperature=2.0, weight=0.5)
+        teacher = self.teacher(dense)
         self.fit(model, seed + 200, self.epochs, 0.003, objective=teacher, after_step=prune)
         tied = compression.tie(compression.share_weights(model, VALUES))
         tied(model)
@@ -186,9 +204,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             bench = Bench(name, epochs, quick, Path(folder))
             for seed in SEEDS[:1] if quick else SEEDS:
-                if str(seed) not in by_seed:
-                    by_seed[str(seed)] = bench.judged(bench.files_of(seed, SPARSITIES))
-                    print(f"{name}, seed {seed}: {by_seed[str(seed)]}", flush=True)
+                known = by_seed.setdefault(str(seed), {})
+                if files := bench.files_of(seed, known):
+                    known |= bench.judged(files)
+                    print(f"{name}, seed {seed}: {known}", flush=True)
                 result.setdefault("results", {})[name] = table(by_seed, dense)
                 if not quick:
                     keep("compression", result, quick)
