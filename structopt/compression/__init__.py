@@ -22,12 +22,13 @@ from structopt.compression.convert_routes import Float, IntMM, Sparse24
 from structopt.compression.folding import fold_batch_norms, merge_layers
 from structopt.compression.gptq import gptq, gptq_weights
 from structopt.compression.granularity import Granularity, PerAxis, PerBlock, PerGroup, PerTensor
-from structopt.compression.grids import MSE, Fit, Grid, MinMax, Percentile, Steps
+from structopt.compression.grids import MSE, Fit, Grid, LeastSquares, MinMax, Percentile, Steps
 from structopt.compression.huffman import canonical_words, huffman_lengths
 from structopt.compression.inputs import RoundInput, calibrate, round_inputs
 from structopt.compression.links import removable
 from structopt.compression.lowrank import factorize, spectra
 from structopt.compression.merging import merge_branches, merge_pair
+from structopt.compression.mixed import MixedBits, mix_bits
 from structopt.compression.qat import PACT, QAT, LearnedClip, LearnedStep, prepare_qat
 from structopt.compression.quantize import Quantized, fake_quantize, fit, quantize
 from structopt.compression.ranks import SVD, Depthwise, Form, Spatial, Tucker
@@ -63,9 +64,11 @@ __all__ = [
     "LearnedClip",
     "LearnedCode",
     "LearnedStep",
+    "LeastSquares",
     "Linearise",
     "Link",
     "MinMax",
+    "MixedBits",
     "ONNXRuntime",
     "PerAxis",
     "PerBlock",
@@ -116,6 +119,7 @@ __all__ = [
     "merge_layers",
     "merge_links",
     "merge_pair",
+    "mix_bits",
     "prepare_qat",
     "prepare_rate",
     "put_",
