@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,16 +19,18 @@ from structopt.compression.convert_trial import (
     Tried,
     attempt,
     check_finite,
+    clock,
+    in_turns,
     relative_error,
     timed,
     without_simulation,
 )
 from structopt.measure.running import call, device_of, undisturbed
 from structopt.measure.table import Table
-from structopt.measure.timing import latency
 
 EAGER = Float()
 ROUNDS = 20
+BUDGET = 20.0  # seconds of timing, beyond which there are fewer rounds, at least 5
 SLOW = 3  # times as long as eager fp32 in single calls: not worth the rounds
 
 
@@ -157,11 +160,13 @@ def _chosen(
 ) -> Conversion:
     """Time those that are not plainly slow, interleaved; the fastest within the error wins."""
     slow = {r: t.seconds / tried[EAGER].seconds for r, t in tried.items()}
-    timings = latency(
-        {str(r): t.model for r, t in tried.items() if slow[r] <= SLOW}, example, rounds=ROUNDS
-    )
-    base = timings[str(EAGER)].median
-    ratios = {r: base / timings[str(r)].median if str(r) in timings else 1 / slow[r] for r in tried}
+    running = {r: t for r, t in tried.items() if slow[r] <= SLOW}
+    rounds = max(5, min(ROUNDS, int(BUDGET / sum(t.seconds for t in running.values()))))
+    seconds = in_turns(running, example, rounds)
+    ratios = {r: 1 / slow[r] for r in tried}
+    for route, each in seconds.items():
+        pairs = zip(seconds[EAGER], each, strict=True)
+        ratios[route] = statistics.median(before / now for before, now in pairs)
     order = sorted(tried, key=lambda route: -ratios[route])
     within = [route for route in order if tried[route].error <= error or route == EAGER]
     for route in order:
@@ -176,9 +181,9 @@ def _chosen(
         }
         for route in order
     ]
-    threads = torch.get_num_threads()
-    where = f"{timings[str(EAGER)].device}, {threads} thread{'s' * (threads != 1)}"
-    notes = [f"times as fast as eager fp32: medians of {ROUNDS} interleaved rounds on {where}"]
+    notes = [
+        f"times as fast as eager fp32: medians of {rounds} interleaved rounds, {clock(example)[0]}"
+    ]
     left = [str(route) for route in order if slow[route] > SLOW]
     notes += [f"of a single call, being slow: {', '.join(left)}"] if left else []
     table = Table(rows, notes=notes, marked=[order.index(within[0])])

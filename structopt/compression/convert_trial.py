@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import math
 import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,9 @@ from torch.nn.utils import parametrize
 from structopt.compression.convert_parts import Route
 from structopt.compression.inputs import RoundInput
 from structopt.compression.qat import QAT
-from structopt.measure.running import call, tensors_of, undisturbed
+from structopt.measure.running import call, device_of, tensors_of, undisturbed
+
+ROUND = 0.005  # seconds
 
 
 @dataclass(frozen=True)
@@ -63,13 +66,44 @@ def attempt(
     return Tried(built, relative_error(made, wanted), once)
 
 
-def timed(model: nn.Module, example: Any) -> float:
-    """Seconds of one call."""
-    start = time.perf_counter()
-    for tensor in tensors_of(call(model, example)):
-        if tensor.is_cuda:
-            torch.cuda.synchronize(tensor.device)
-    return time.perf_counter() - start
+def timed(model: nn.Module, example: Any, calls: int = 1) -> float:
+    """Seconds of one call, on the :func:`clock` of its device."""
+    now = clock(example)[1]
+    start = now()
+    for _ in range(calls):
+        call(model, example)
+    return (now() - start) / calls
+
+
+def clock(example: Any) -> tuple[str, Callable[[], float]]:
+    """Seconds, and what they are.
+
+    One thread on a CPU is timed by the time that it had the processor, so that other work on the
+    machine counts less; else the wall clock counts, read after a GPU has finished.
+    """
+    device = device_of(call, example)
+    if device.type == "cpu" and torch.get_num_threads() == 1:
+        return "processor time of one thread", time.process_time
+
+    def finished() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return f"wall clock, {torch.get_num_threads()} threads", finished
+
+
+def in_turns(tried: Mapping[Route, Tried], example: Any, rounds: int) -> dict[Route, list[float]]:
+    """Seconds of one call in each round. A round repeats a call until it has run for 5 ms."""
+    order = list(tried)
+    calls = {route: max(1, math.ceil(ROUND / max(t.seconds, 1e-7))) for route, t in tried.items()}
+    seconds: dict[Route, list[float]] = {route: [] for route in order}
+    for turn in range(rounds):
+        for place in range(len(order)):  # the first of a round is another each time
+            route = order[(turn + place) % len(order)]
+            model = tried[route].model
+            seconds[route].append(timed(model, example, calls[route]))
+    return seconds
 
 
 def relative_error(found: Any, expected: Any) -> float:
