@@ -23,6 +23,7 @@ from structopt.compression import (
     Sparse24,
     TorchAO,
     convert,
+    convert_onnx,
     routes_on,
 )
 from structopt.compression import convert_trial as trial
@@ -307,3 +308,17 @@ def test_2_to_4_sparse_weights_keep_their_function():
         Sparse24().build(model, x)
     model[0].weight.data.view(-1, 4)[:, :2] = 0
     assert relative(Sparse24().build(model, x)(x), model(x).detach()) < 0.01
+
+
+def test_convert_exports_a_network_once(monkeypatch):
+    exports, write = [], convert_onnx._write
+
+    def counted(*given):
+        exports.append(given)
+        write(*given)
+
+    monkeypatch.setattr(convert_onnx, "_write", counted)
+    routes = [ONNXRuntime(bits=32), ONNXRuntime()]
+    found = convert(mlp(), torch.randn(4, 64), routes)
+    assert len(exports) == 1
+    assert {str(route) for route in routes} <= {row["route"] for row in found.table.rows}

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from structopt.compression.convert_ao import TorchAO
-from structopt.compression.convert_onnx import ONNXRuntime
+from structopt.compression.convert_onnx import ONNXRuntime, exported_once
 from structopt.compression.convert_parts import Route
 from structopt.compression.convert_routes import Float, IntMM, Sparse24
 from structopt.compression.convert_trial import (
@@ -133,14 +133,15 @@ def convert(
     named = routes if routes is not None else routes_on(device_of(model, example))
     tried: dict[Route, Tried] = {}
     rejected: dict[Route, str] = {}
-    for route in dict.fromkeys(named):
-        found: Tried | str | None = route.missing(device_of(model, example))
-        if found is None and route != EAGER:
-            found = attempt(route, plain, example, batches, wanted, seconds)
-        if isinstance(found, str):
-            rejected[route] = found
-        elif found is not None:
-            tried[route] = found
+    with exported_once():
+        for route in dict.fromkeys(named):
+            found: Tried | str | None = route.missing(device_of(model, example))
+            if found is None and route != EAGER:
+                found = attempt(route, plain, example, batches, wanted, seconds)
+            if isinstance(found, str):
+                rejected[route] = found
+            elif found is not None:
+                tried[route] = found
     if routes and not tried and rejected:
         reasons = "; ".join(f"{route}: {reason}" for route, reason in rejected.items())
         raise ValueError(f"none of the routes could be taken. {reasons}")

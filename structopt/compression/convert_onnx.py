@@ -9,6 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from structopt.measure.running import batch_of, call, tensors_of, undisturbed, w
 from structopt.training.statistics import inputs_of
 
 NEEDS = ("onnx", "onnxscript", "onnxruntime")
+Exports = dict[int, tuple[bytes, int | None]]
+_EXPORTS: ContextVar[Exports | None] = ContextVar("exports", default=None)
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class ONNXRuntime:
             spec = tree_flatten(call(model, example))[1]
         with tempfile.TemporaryDirectory() as folder, _quiet():
             path = Path(folder)
-            fixed = _export(model, example, path / "float.onnx")
+            fixed = _once(model, example, path / "float.onnx")
             if self.bits == 8:
                 self._quantize(path, example, calibration, fixed)
             graph = (path / ("int8.onnx" if self.bits == 8 else "float.onnx")).read_bytes()
@@ -153,6 +156,27 @@ def _parts(batch: Any, fixed: int | None) -> Iterator[Any]:
             inputs,
         )
         yield part if fixed is None else with_batch(part, fixed)
+
+
+@contextmanager
+def exported_once() -> Iterator[None]:
+    """In the block a model, which must not change there, is exported for all its routes at once."""
+    token = _EXPORTS.set({})
+    try:
+        yield
+    finally:
+        _EXPORTS.reset(token)
+
+
+def _once(model: nn.Module, example: Any, path: Path) -> int | None:
+    known = _EXPORTS.get()
+    if known is None or id(model) not in known:
+        fixed = _export(model, example, path)
+        if known is not None:
+            known[id(model)] = path.read_bytes(), fixed
+        return fixed
+    path.write_bytes(known[id(model)][0])
+    return known[id(model)][1]
 
 
 def _export(model: nn.Module, example: Any, path: Path) -> int | None:
