@@ -502,3 +502,43 @@ def test_channels_that_take_part_in_a_statistic_are_never_silently_removed(devic
             with contextlib.suppress(Refused):
                 narrow = take(model, {group: [0, 2, 3, 4, 5, 7]})
                 assert_equal(narrow(x), full(x))
+
+
+def test_a_buffer_that_the_model_fills_anew_offers_no_channels():
+    class Places(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("where", torch.zeros(1, 3))
+            self.layer, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            if len(self.where) != len(x):
+                self.where = torch.arange(3.0).expand(len(x), 3)
+            return self.last(self.layer(x) + self.where.sum())
+
+    channels = channel_groups(Places(), torch.randn(5, 4))
+    assert [group.name for group in channels] == ["layer"]
+    (group,) = [
+        g for g in channels.frozen for m in g.members if (m.parameter, m.dim) == ("where", 1)
+    ]
+    assert "buffers" in group.frozen
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda x: torch.tensor_split(x, indices=(2,), dim=1),
+        lambda x: torch.tensor_split(x, (2,), 1),
+        lambda x: torch.split(x, split_size_or_sections=[2, 4], dim=1),
+        lambda x: x.split(split_size=2, dim=1),
+    ],
+)
+def test_the_numbers_of_a_cut_may_be_given_by_name(cut):
+    model = Fn(lambda m, x: m.b(torch.cat(cut(m.a(x)), 1)), a=nn.Linear(4, 6), b=nn.Linear(6, 2))
+    model = filled(model).double()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    channels = channel_groups(model, x)
+    assert channels.groups or channels.frozen
+    for group in channels:
+        order = torch.arange(group.size).flip(0)
+        assert_equal(take(model, {group: order})(x), model(x))

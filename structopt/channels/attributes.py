@@ -83,8 +83,10 @@ def _sizes(
         given = rest[0] if rest and isinstance(rest[0], list | tuple) else rest
         if isinstance(out, Tensor) and first + len(given) <= out.ndim:
             yield from ((number, out, first + d) for d, number in enumerate(given))
-    elif name in ("split", "split_with_sizes", "tensor_split"):
-        given, dim = rest[0], rest[1] if len(rest) > 1 else kwargs.get("dim", 0)
+    elif name in ("split", "split_with_sizes"):
+        named = ("split_size_or_sections", "split_size", "split_sizes")
+        given = rest[0] if rest else next((kwargs[n] for n in named if n in kwargs), ())
+        dim = rest[1] if len(rest) > 1 else kwargs.get("dim", 0)
         numbers = given if isinstance(given, list | tuple) else [given] * len(out)
         yield from ((n, piece, dim) for n, piece in zip(numbers, out, strict=False))
     elif name == "narrow" and len(rest) == 3:

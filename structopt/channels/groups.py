@@ -229,10 +229,13 @@ def _build(
         for leaf in labels.leaves(axis).values():
             averaged[channels.group_of[leaf[leaf >= 0]]] = True
     whys = [labels.reasons[labels.reason[roots[order[a]]]] for a in bounds[:-1]]
-    whys = [
-        why or ("a single channel" if b - a == 1 else "")
-        for why, (a, b) in zip(whys, itertools.pairwise(bounds), strict=True)
-    ]
+    model = channels.model()
+    learned = {name for name, _ in model.named_parameters()} if model is not None else set()
+    for number, (a, b) in enumerate(itertools.pairwise(bounds)):
+        if not whys[number] and b - a == 1:
+            whys[number] = "a single channel"
+        elif not whys[number] and learned.isdisjoint(m.parameter for m in members[number]):
+            whys[number] = "no weights, only buffers, which a model may fill anew"
     names = _names(members, whys)
     return [
         ChannelGroup(names[n], int(b - a), tuple(members[n]), whys[n], bool(averaged[n]), channels)

@@ -71,7 +71,7 @@ def torchvision_entry(name: str) -> Entry:
     elif name.startswith("raft"):
         example = (image(128), image(128) + 0.1)
     elif name.startswith(("mvit", "r3d", "mc3", "r2plus1d", "s3d", "swin3d")):
-        size = 224 if name.startswith("mvit") else 64
+        size = 224 if name.startswith(("mvit", "s3d")) else 64
         example = torch.stack([image(size) for _ in range(16)], 2)
     elif name.startswith("vit"):
         options["image_size"] = size = 2 * int(name.split("_")[-1])

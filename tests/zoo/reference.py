@@ -8,6 +8,7 @@ are computed in double precision, on another input than the one that the network
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -63,12 +64,14 @@ class Reference(TorchDispatchMode):
     """Runs in double precision throughout; with `removed`, norms skip channels that are not there.
 
     A channel counts as removed where it is zero throughout, now that entries were zeroed, and was
-    not before. So the first run, of the whole network, notes what is zero anyway.
+    not before; both with two draws of weights, since with one a gate may have closed. `before` and
+    `other` are what such runs have seen: of the whole network, and of the zeroed one with the
+    other draw.
     """
 
-    def __init__(self, before: list[Any] | None = None) -> None:
+    def __init__(self, before: list[Any] | None = None, other: list[Any] | None = None) -> None:
         super().__init__()
-        self.before, self.seen = before, list[Any]()
+        self.before, self.other, self.seen = before, other, list[Any]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args = tuple(_wide(a) for a in args)
@@ -85,6 +88,8 @@ class Reference(TorchDispatchMode):
         if place >= len(self.before) or [len(z) for z in self.before[place]] != [*map(len, zero)]:
             return func(*args, **kwargs)  # the network took another way
         gone = [now & ~then for now, then in zip(zero, self.before[place], strict=True)]
+        if self.other is not None and place < len(self.other):
+            gone = [mine & any_ for mine, any_ in zip(gone, self.other[place], strict=True)]
         if not any(bool(g.any()) for g in gone):
             return func(*args, **kwargs)
         if name == "native_group_norm":
@@ -188,6 +193,16 @@ def difference(expected: list[Tensor], found: list[Tensor]) -> float:
     return math.inf if math.isnan(worst) else worst
 
 
+def _with_other_weights(model: nn.Module) -> nn.Module:
+    """A copy with weights of other sizes and signs, and with the same zeros."""
+    generator, changed = torch.Generator().manual_seed(8), copy.deepcopy(model)
+    with torch.no_grad():
+        for weight in changed.parameters():
+            factor = 0.5 + torch.rand(weight.shape, generator=generator).to(weight)
+            weight.mul_(torch.where(torch.rand_like(factor) < 0.5, factor, -factor))
+    return changed
+
+
 def verdict(full: nn.Module, made: nn.Module, lost: Lost, example: Any) -> tuple[str, float]:
     """Is `made` the network `full` without these entries? Changes `full`, which is in double.
 
@@ -195,12 +210,18 @@ def verdict(full: nn.Module, made: nn.Module, lost: Lost, example: Any) -> tuple
     "wrong": neither. And the error of the nearer of the two.
     """
     other = fresh(example)
-    note = Reference()
+    note, again, others = Reference(), Reference(), Reference()
     found = run(made, other, Reference())  # first: `zero_` may end a parametrisation of its class
     whole = run(full, other, note)
+    run(_with_other_weights(full), other, again)
     zero_(full, lost)
     zeroed = run(full, other, Reference())
-    expected = run(full, other, Reference(note.seen))
+    run(_with_other_weights(full), other, others)
+    before = [
+        [a & b if len(a) == len(b) else a for a, b in zip(one, two, strict=False)]
+        for one, two in zip(note.seen, again.seen, strict=False)
+    ]
+    expected = run(full, other, Reference(before, others.seen))
     plain, normed = difference(zeroed, found), difference(expected, found)
     if not all(bool(t.isfinite().all()) for t in zeroed) or difference(whole, zeroed) < 1e-6:
         raise ValueError("the output does not show what was removed: nothing can be compared")
