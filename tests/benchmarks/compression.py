@@ -31,7 +31,7 @@ from structopt.compression import MSE, Grid
 
 SEEDS = (0, 1, 2)
 SPARSITIES = (0.9, 0.95, 0.97)
-PRICES = (1.0, 4.0, 16.0)
+PRICES = (4.0,)
 VALUES, BATCH, HELD_OUT = 8, 128, 1000
 NETWORKS = {"LeNet300": networks.LeNet300, "LeNet5": networks.LeNet5}
 JUDGE = """
