@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from distillation_formulas import TOKENS, S, T, Y, contrastive
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -19,134 +19,6 @@ from torch import Tensor, nn
 from structopt import data, descent, networks, training
 from structopt import distillation as d
 from structopt.data import Examples
-
-Rows = Sequence[Sequence[float]]
-LABELS = [0, 1, 0, 2]
-Y = torch.tensor(LABELS)
-
-
-def waves(*shape: int, phase: float) -> Tensor:
-    """Numbers between -3 and 3 that are the same everywhere."""
-    return 3 * torch.sin(phase + 1.7 * torch.arange(math.prod(shape), dtype=torch.double)).view(
-        shape
-    )
-
-
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def softmax(row: Sequence[float]) -> list[float]:
-    e = [math.exp(z) for z in row]
-    return [x / sum(e) for x in e]
-
-
-def dot(a: Sequence[float], b: Sequence[float]) -> float:
-    return sum(x * y for x, y in zip(a, b, strict=True))
-
-
-# The formulas once more, in plain Python
-
-
-def contrastive(s: Rows, t: Rows, tau: float, level: float | None = None) -> float:
-    """``level`` is mean(e), where it is to stay what it was."""
-    s, t = ([[x / math.sqrt(dot(r, r)) for x in r] for r in rows] for rows in (s, t))
-    e = [[math.exp(dot(a, b) / tau) for b in t] for a in s]
-    level = mean([x for row in e for x in row]) if level is None else level
-    total, count = 0.0, len(s)
-    for i in range(count):
-        others = [j for j in range(count) if LABELS[j] != LABELS[i]]
-        c = len(others) * level
-        for pairs in (e[i], [e[j][i] for j in range(count)]):
-            total -= math.log(pairs[i] / (pairs[i] + c))
-            total -= sum(math.log(1 - pairs[j] / (pairs[j] + c)) for j in others)
-    return total / count
-
-
-def slices(tokens: Tensor, heads: int, parts: int) -> list[list[Rows]]:
-    """[part·head][example] -> rows of that slice."""
-    wide = tokens.shape[2] // (heads * parts)
-    pieces = [tokens[:, :, k * wide : (k + 1) * wide] for k in range(heads * parts)]
-    return [[example.tolist() for example in piece] for piece in pieces]
-
-
-def token_relations(s: Tensor, t: Tensor, heads: int, parts: int) -> float:
-    terms = []
-    for a, b in zip(slices(s, heads, parts), slices(t, heads, parts), strict=True):
-        for ours, theirs in zip(a, b, strict=True):
-            for i in range(len(ours)):
-                p, q = (
-                    softmax([dot(x[i], row) / math.sqrt(len(row)) for row in x])
-                    for x in (ours, theirs)
-                )
-                terms.append(sum(v * math.log(v / u) for u, v in zip(p, q, strict=True)))
-    return parts * mean(terms)
-
-
-def attention_scores(s: Tensor, t: Tensor, heads: int) -> float:
-    terms = []
-    ours, theirs = slices(s, heads, 3), slices(t, heads, 3)
-    for h in range(heads):
-        for n in range(len(s)):
-            for i in range(s.shape[1]):
-                for j in range(s.shape[1]):
-                    a, b = (
-                        dot(x[h][n][i], x[heads + h][n][j]) / math.sqrt(len(x[h][n][i]))
-                        for x in (ours, theirs)
-                    )
-                    terms.append((a - b) ** 2)
-    return mean(terms)
-
-
-def total_variation(images: Tensor) -> float:
-    down, along = [], []
-    for channel in images.flatten(0, 1).tolist():
-        down += [
-            abs(a - b) for x, y in itertools.pairwise(channel) for a, b in zip(x, y, strict=True)
-        ]
-        along += [abs(a - b) for row in channel for a, b in itertools.pairwise(row)]
-    return mean(down) + mean(along)
-
-
-S, T = waves(4, 5, phase=0.3), waves(4, 5, phase=2.0)
-TOKENS = waves(2, 4, 12, phase=0.1), waves(2, 4, 24, phase=1.1)
-IMAGES = waves(2, 3, 4, 5, phase=0.7)
-CASES: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...], Callable[[], float], float]] = {
-    "contrastive": (
-        lambda s, t: d.contrastive(s, t, Y.to(s.device), temperature=0.5), (S, T),
-        lambda: contrastive(S.tolist(), T.tolist(), 0.5), 5.875819393504821,
-    ),
-    "token relations": (
-        partial(d.token_relations, heads=2, parts=3), TOKENS,
-        lambda: token_relations(*TOKENS, 2, 3), 16.734209469396692,
-    ),
-    "attention scores": (
-        partial(d.attention_scores, heads=2), TOKENS,
-        lambda: attention_scores(*TOKENS, 2), 48.19207506257656,
-    ),
-    "total variation": (
-        d.total_variation, (IMAGES,), lambda: total_variation(IMAGES), 6.29774296415456,
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_the_formula_of_the_paper(name: str, device: torch.device) -> None:
-    ours, given_, theirs, kept = CASES[name]
-    want = theirs()
-    assert want == pytest.approx(kept, rel=1e-6)
-    if device.type != "mps":
-        got = ours(*(x.to(device) for x in given_))
-        assert got.item() == pytest.approx(want, rel=1e-10)
-    single = ours(*(x.float().to(device) for x in given_))
-    assert single.ndim == 0
-    assert single.item() == pytest.approx(want, rel=1e-4)
-
-
-@pytest.mark.parametrize("name", ["token relations", "attention scores", "total variation"])
-def test_gradients_are_finite_differences(name: str) -> None:
-    ours, given_, _, _ = CASES[name]
-    assert torch.autograd.gradcheck(ours, tuple(x.clone().requires_grad_() for x in given_))
 
 
 def test_contrast_gradient_takes_the_level_as_given() -> None:

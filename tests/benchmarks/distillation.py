@@ -2,7 +2,9 @@
 
 Students and teachers train on five sixths of the embedded training images. The other sixth
 (split seed 0) chooses the settings of labels, of label smoothing and of two methods, among three
-candidates of TRIAL epochs each; the others have fixed ones, most of them published.
+candidates of TRIAL epochs each; the others have fixed ones, most of them published. All of these
+train at the learning rate that labels alone chose; the two baselines and the best method then once
+more at a rate of their own, of three tried for EPOCHS epochs each ("rates").
 Test images are seen by the final runs alone. What was measured is kept after each training, and an
 interrupted run goes on from there. ``distillation_cases.py`` adds few labels, an unseen class and
 the cost.
@@ -17,26 +19,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import arguments, keep, kept, machine
+from common import arguments, keep, kept, machine, mean_and_spread
 from torch import nn
 
 from structopt import data, descent, distillation, files, losses, networks, training
 from structopt.data import Examples, Flip, Shift
 
 SEEDS = (0, 1, 2)
-TRIAL, SHORT, LONG = 3, 5, 20  # epochs
-PATIENT = ("labels", "standardised_logits", "label smoothing")  # trained for LONG too
-TWICE = ("labels", "standardised_logits")  # and for twice as long
+TRIAL, EPOCHS = 3, 5
+RATES = (0.04, 0.08, 0.16)
+RATED = ("labels", "label smoothing", "standardised_logits")
+TWICE = ("labels", "standardised_logits")  # at the rate of the labels; all of RATED at their own
 LAYERS = {"conv3": "residual3"}
 
 Settings = dict[str, Any]
+
+
+def each(name: str, values: tuple[float, ...], **others: float) -> list[Settings]:
+    return [{name: value, **others} for value in values]
+
+
 CANDIDATES: dict[str, list[Settings]] = {
-    "labels": [{"lr": 0.02}, {"lr": 0.04}, {"lr": 0.02, "flip": True}],
-    "standardised_logits": [
-        {"temperature": t, "weight": 9.0, "label_weight": 0.1} for t in (1, 2, 4)
-    ],
-    "soft_targets": [{"temperature": t, "weight": 0.9, "label_weight": 0.1} for t in (2, 4, 8)],
-    "label smoothing": [{"smoothing": s} for s in (0.05, 0.1, 0.2)],
+    "labels": [*each("lr", (0.02, 0.04)), {"lr": 0.02, "flip": True}],
+    "standardised_logits": each("temperature", (1, 2, 4), weight=9.0, label_weight=0.1),
+    "soft_targets": each("temperature", (2, 4, 8), weight=0.9, label_weight=0.1),
+    "label smoothing": each("smoothing", (0.05, 0.1, 0.2)),
     # From here on each as its paper has it.
     "decoupled": [{"temperature": 4, "beta": 8.0}],
     "correlations": [{"temperature": 4, "weight": 2.0}],
@@ -72,14 +79,13 @@ class Laboratory:
         epochs: int,
         lr: float,
         seed: int = 0,
-        size: int = 64,
         augment: tuple[data.Augmentation, ...] = (),
         **options: Any,
     ) -> nn.Module:
         parts = [model, objective] if isinstance(objective, nn.Module) else [model]
         training.train(
             model,
-            data.batches(examples, size, seed=seed, augment=augment, device=self.device),
+            data.batches(examples, 64, seed=seed, augment=augment, device=self.device),
             objective,
             descent.fused_adamw(nn.ModuleList(parts).to(self.device), lr),
             epochs=1 if self.quick else epochs,
@@ -110,63 +116,34 @@ class Laboratory:
 
     @cached_property
     def cached(self) -> distillation.Cached:
-        """The mean of the teachers' logits."""
-        return distillation.cache_outputs(self.teachers, self.train.to(self.device), self._path())
-
-    @cached_property
-    def features(self) -> distillation.Cached:
-        """Features have no mean: those of the first teacher."""
-        train, names = self.train.to(self.device), list(LAYERS.values())
-        return distillation.cache_outputs(
-            self.teachers[0], train, self._path("-features"), names=names
-        )
-
-    def _path(self, kind: str = "") -> Path | None:
-        return None if self.quick else self.folder / f"outputs{kind}-{len(self.train)}.safetensors"
+        """The mean of the teachers' logits; the features, which have no mean, of the first."""
+        train = self.train.to(self.device)
+        one = distillation.cache_outputs(self.teachers[0], train, names=LAYERS.values())
+        both = distillation.cache_outputs(self.teachers, train)
+        return distillation.Cached(both.logits, one.features, fingerprint=both.fingerprint)
 
 
-LOGITS = {
-    loss.__name__: loss
-    for loss in (
-        distillation.soft_targets,
-        distillation.standardised_logits,
-        distillation.logit_mse,
-        distillation.decoupled,
-        distillation.correlations,
-    )
-}
-FEATURES = {
-    loss.__name__: loss
-    for loss in (distillation.attention_transfer, distillation.similarity_preserving)
-}
-
-
-def objective(lab: Laboratory, method: str, student: nn.Module, given: Settings) -> Any:
-    """What the student minimises; the second value is what finds the teacher's outputs."""
+def objective(
+    lab: Laboratory, method: str, student: nn.Module, given: Settings
+) -> distillation.Distillation:
+    """What a student of the cached teachers minimises."""
     example = lab.train.inputs[:2].to(lab.device)
-    if method in LOGITS:
-        return distillation.from_logits(lab.cached, LOGITS[method], **given), lab.cached
-    if method in FEATURES:
-        loss = FEATURES[method]
-        return distillation.from_features(lab.features, LAYERS, loss, **given), lab.features
-    if method == "hints":
-        return distillation.hints(lab.features, student, LAYERS, example, **given), lab.features
-    if method == "contrast":
-        return distillation.contrast(lab.features, student, LAYERS, example, **given), lab.features
+    room: Any = distillation
+    if method in {"hints", "contrast"}:
+        goal: distillation.Distillation = getattr(room, method)(
+            lab.cached, student, LAYERS, example, **given
+        )
+        return goal
     if method == "relations":  # 25 to 50, as in the paper
-        both = ((distillation.relational_distance, 25.0), (distillation.relational_angle, 50.0))
-        terms = [
-            distillation.from_features(lab.features, LAYERS, loss, weight=given["weight"] * part)
+        both = ((room.relational_distance, 25.0), (room.relational_angle, 50.0))
+        return distillation.together(*(
+            room.from_features(lab.cached, LAYERS, loss, weight=given["weight"] * part)
             for loss, part in both
-        ]
-        return distillation.together(*terms), lab.features
-    if method == "deep supervision":
-        return distillation.deep_supervision(student, ["conv1", "conv2"], example, **given), None
-    if method == "moving teacher":
-        teacher = distillation.MovingTeacher(student, decay=0.99)
-        return distillation.from_logits(teacher, **given), teacher
-    smoothing = given.get("smoothing", 0.0)
-    return training.supervised(partial(losses.cross_entropy, label_smoothing=smoothing)), None
+        ))  # fmt: skip
+    loss = getattr(room, method)
+    if method in {"attention_transfer", "similarity_preserving"}:
+        return distillation.from_features(lab.cached, LAYERS, loss, **given)
+    return distillation.from_logits(lab.cached, loss, **given)
 
 
 def student(lab: Laboratory, method: str, given: Settings, epochs: int, seed: int = 0) -> nn.Module:
@@ -175,34 +152,32 @@ def student(lab: Laboratory, method: str, given: Settings, epochs: int, seed: in
     lr, flip = given.pop("lr"), given.pop("flip", False)
     fit = partial(lab.fit, epochs=epochs, lr=lr, seed=seed, augment=(Flip(),) if flip else ())
     torch.manual_seed(seed)
+    make: Callable[[], nn.Module] = networks.StudentNet
     if method == "mutual":
-        pair = nn.ModuleList([networks.StudentNet(), networks.StudentNet()])
-        return fit(pair, distillation.mutual(**given), lab.train)[0]  # type: ignore[index]
+        pair = fit(nn.ModuleList([make(), make()]), distillation.mutual(**given), lab.train)
+        return pair[0]  # type: ignore[index, return-value]
     if method == "born again":
         taught = partial(distillation.from_logits, **given)
-        make: Callable[[], nn.Module] = networks.StudentNet
         return distillation.born_again(
             make, lambda net, goal: fit(net, goal, lab.train), generations=2, objective=taught
         )[-1]
-    model = networks.StudentNet().to(lab.device)
-    goal, source = objective(lab, method, model, given)
-    if isinstance(source, distillation.Cached):
-        return fit(model, goal, source.number(lab.train))
-    after = {"after_step": source} if source is not None else {}
-    return fit(model, goal, lab.train, **after)
+    model = make().to(lab.device)
+    if method in {"labels", "label smoothing"}:
+        loss = partial(losses.cross_entropy, label_smoothing=given.get("smoothing", 0.0))
+        return fit(model, training.supervised(loss), lab.train)
+    if method == "deep supervision":
+        example = lab.train.inputs[:2].to(lab.device)
+        goal = distillation.deep_supervision(model, ["conv1", "conv2"], example, **given)
+        return fit(model, goal, lab.train)
+    if method == "moving teacher":
+        teacher = distillation.MovingTeacher(model, decay=0.99)
+        goal = distillation.from_logits(teacher, **given)  # type: ignore[assignment]
+        return fit(model, goal, lab.train, after_step=teacher)
+    return fit(model, objective(lab, method, model, given), lab.cached.number(lab.train))
 
 
 def percent(model: nn.Module, examples: Examples) -> float:
     return round(100 * training.evaluate(model, examples), 2)
-
-
-def told(scores: list[float]) -> dict[str, Any]:
-    spread = torch.tensor(scores).std().item() if len(scores) > 1 else 0.0
-    return {
-        "test accuracy in %": scores,
-        "mean": round(sum(scores) / len(scores), 2),
-        "standard deviation": round(spread, 2),
-    }
 
 
 class Record:
@@ -218,47 +193,56 @@ class Record:
             keep("distillation", self.result, self.quick)
 
     def scores(self, part: str, row: str, measure: Callable[[int], float], **notes: Any) -> None:
-        """One number for each seed that has none yet."""
+        """One number for each seed that has none yet, with these notes."""
         rows = self.result.setdefault(part, {})
-        found = rows.get(row, {"test accuracy in %": []})["test accuracy in %"]
+        before = rows.get(row, {})
+        same = all(before.get(name) == value for name, value in notes.items())
+        found = before["test accuracy in %"] if before and same else []
         for seed in SEEDS[len(found) : 1 if self.quick else None]:
             found.append(measure(seed))
-            rows[row] = {**notes, **told(found)}
+            rows[row] = {**notes, "test accuracy in %": found, **mean_and_spread(found)}
             print(f"{part}: {row}, seed {seed}: {found[-1]}", flush=True)
             self.save()
 
 
-def choose(lab: Laboratory, record: Record, method: str) -> None:
-    """The method's candidates on the held-out sixth, best first."""
-    chosen = record.result.setdefault("candidates", {})
-    if method in chosen:
-        return
-    candidates = CANDIDATES[method]
-    if method != "labels":  # the learning rate with which labels alone do best
-        candidates = [{"lr": best(record, "labels")["lr"], **given} for given in candidates]
-    if len(candidates) == 1:
-        chosen[method] = [{"settings": candidates[0]}]
-        return
-    found = []
-    for given in candidates:
-        model = student(lab, method, given, TRIAL)
-        found.append({"validation accuracy in %": percent(model, lab.held), "settings": given})
-        print(method, found[-1], flush=True)
-    chosen[method] = sorted(found, key=lambda row: -row["validation accuracy in %"])
-    record.save()
+def choose(
+    lab: Laboratory, record: Record, kind: str, method: str, tries: list[Settings], epochs: int
+) -> Settings:
+    """The best of the tries on the held-out sixth; a single one is not tried."""
+    chosen = record.result.setdefault(kind, {})
+    if method not in chosen:
+        found: list[dict[str, Any]] = [{"settings": given} for given in tries]
+        for row in found if found[1:] else []:
+            model = student(lab, method, row["settings"], epochs)
+            row["validation accuracy in %"] = percent(model, lab.held)
+            print(kind, method, row, flush=True)
+        chosen[method] = sorted(found, key=lambda row: -row.get("validation accuracy in %", 0))
+        record.save()
+    return dict(chosen[method][0]["settings"])
 
 
-def best(record: Record, method: str) -> Settings:
-    return dict(record.result["candidates"][method][0]["settings"])
+def settings(lab: Laboratory, record: Record, method: str) -> Settings:
+    """The method's, at the learning rate with which labels alone do best."""
+    tries = CANDIDATES[method]
+    if method != "labels":
+        lr = settings(lab, record, "labels")["lr"]
+        tries = [{"lr": lr, **given} for given in tries]
+    return choose(lab, record, "candidates", method, tries, TRIAL)
 
 
-def final(lab: Laboratory, record: Record, part: str, method: str, epochs: int) -> None:
-    given = best(record, method)
+def own_rate(lab: Laboratory, record: Record, method: str) -> Settings:
+    given = settings(lab, record, method)
+    tries = [{**given, "lr": lr} for lr in RATES]
+    return choose(lab, record, "rates tried", method, tries, EPOCHS)
 
+
+def final(
+    lab: Laboratory, record: Record, part: str, method: str, given: Settings, epochs: int = EPOCHS
+) -> None:
     def measure(seed: int) -> float:
         return percent(student(lab, method, given, epochs, seed), lab.test)
 
-    row = method if epochs in {SHORT, LONG} else f"{method}, twice as long"
+    row = method if epochs == EPOCHS else f"{method}, twice as long"
     record.scores(part, row, measure, epochs=epochs, settings=given)
 
 
@@ -278,21 +262,21 @@ def main() -> None:
     record.result |= {
         "parameters": {"teacher": 116602, "student": 3778},
         "training images": len(lab.train),
-    }
-    if "teacher" not in record.result:
-        record.result["teacher"] = {
+        "teacher": {
             "recipe": "two TeacherNets, 20 epochs, AdamW 0.01, flips, shifts by 1; logits averaged",
             "each, validation accuracy in %": [percent(one, lab.held) for one in lab.teachers],
             "each, test accuracy in %": [percent(one, lab.test) for one in lab.teachers],
-        }
-        record.save()
+        },
+    }
     for method in CANDIDATES:
-        choose(lab, record, method)
-        final(lab, record, "methods", method, SHORT)
+        given = settings(lab, record, method)
+        final(lab, record, "methods", method, given)
         if method in TWICE:
-            final(lab, record, "methods", method, 2 * SHORT)
-    for method in PATIENT:
-        final(lab, record, "patient", method, LONG)
+            final(lab, record, "methods", method, given, 2 * EPOCHS)
+    for method in RATED:
+        given = own_rate(lab, record, method)
+        for epochs in (EPOCHS, 2 * EPOCHS):
+            final(lab, record, "rates", method, given, epochs)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 from common import clock, interleaved, ratios
-from distillation import Laboratory, Record, best, laboratory, percent, student
+from distillation import Laboratory, Record, laboratory, percent, settings, student
 from torch import Tensor, nn
 
 from structopt import data, descent, distillation, networks, training
@@ -27,7 +27,7 @@ def few(lab: Laboratory, record: Record) -> None:
     lab.train = whole[:FEW]
     lab.__dict__.pop("cached", None)  # of all of them
     for method in ("labels", "label smoothing", "soft_targets", "standardised_logits"):
-        given = best(record, method)
+        given = settings(lab, record, method)
 
         def measure(seed: int, method: str = method, given: dict[str, object] = given) -> float:
             return percent(student(lab, method, given, FEW_EPOCHS, seed), lab.test)
