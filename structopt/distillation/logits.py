@@ -16,19 +16,27 @@ from structopt import losses
 from structopt.losses.checks import wide
 
 
-def soft_targets(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -> Tensor:
+def soft_targets(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float = 4.0,
+) -> Tensor:
     """T²·KL(softmax(t / T) || softmax(s / T)), a mean over the batch, in nats.
 
-    The teacher's soft targets of Hinton, Vinyals and Dean, 2015, "Distilling the knowledge in a
-    neural network". With T → ∞ it becomes half of :func:`logit_mse` of centred logits.
+    The teacher's soft targets of Hinton, Vinyals and Dean, 2015, "Distilling the
+    knowledge in a neural network". With T → ∞ it becomes half of :func:`logit_mse` of
+    centred logits.
 
     Args:
         student: logits, (B, C, ...).
         teacher: logits of the same shape.
-        temperature: T > 0; above 1 it shows what the teacher thinks of the unlikely classes.
+        temperature: T > 0; above 1 it shows what the teacher thinks of the unlikely
+            classes.
 
     Raises:
-        ValueError: shapes that differ (say, other class counts), a temperature not above 0.
+        ValueError: shapes that differ (say, other class counts), a temperature not
+            above 0.
 
     Example:
         >>> soft_targets(torch.zeros(1, 2), torch.tensor([[9.0, 0.0]]), temperature=1.0)

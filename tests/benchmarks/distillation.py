@@ -29,7 +29,7 @@ SEEDS = (0, 1, 2)
 TRIAL, EPOCHS = 3, 5
 RATES = (0.04, 0.08, 0.16)
 RATED = ("labels", "label smoothing", "standardised_logits")
-TWICE = ("labels", "standardised_logits")  # at the rate of the labels; all of RATED at their own
+TWICE = ("labels", "standardised_logits")
 LAYERS = {"conv3": "residual3"}
 
 Settings = dict[str, Any]
@@ -274,9 +274,7 @@ def main() -> None:
         if method in TWICE:
             final(lab, record, "methods", method, given, 2 * EPOCHS)
     for method in RATED:
-        given = own_rate(lab, record, method)
-        for epochs in (EPOCHS, 2 * EPOCHS):
-            final(lab, record, "rates", method, given, epochs)
+        final(lab, record, "rates", method, own_rate(lab, record, method))
 
 
 if __name__ == "__main__":
