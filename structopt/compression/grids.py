@@ -84,9 +84,9 @@ class LeastSquares:
     """The scale of binary or ternary weights that leaves the least squared error, in closed form.
 
     Of one symmetric bit, ±a: a is the mean magnitude (Rastegari et al., 2016, "XNOR-Net"). Of two,
-    -a, 0 and a: of all k, the k largest magnitudes with the largest (Σ|w|)² / k, and a is their
+    -a, 0 and a: of all k, the k largest magnitudes with the largest ``(Σ|w|)² / k``, and a is their
     mean: exactly what Li et al., 2016, "Ternary weight networks" approach by the threshold
-    0.7 · mean |w|. Raises ValueError for other grids: :class:`MSE` searches there.
+    ``0.7 · mean |w|``. Raises ValueError for other grids: :class:`MSE` searches there.
 
     >>> grid = Grid(2, fit=LeastSquares())
     >>> grid.fit.steps(torch.tensor([[0.1, -0.2, 2.0, -3.0]]), grid).scale
