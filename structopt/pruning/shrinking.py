@@ -19,12 +19,15 @@ class ShrinkChannels:
     and Lin, 2006; over coupled groups as DepGraph, Fang et al., 2023). It acts after the step of
     the optimiser, as a proximal step: each channel is multiplied by
 
-    max(0, 1 - τ √n / ‖w‖₂),  τ(step) = strength · min(1, step / end),
+    max(0, 1 - τ √n / ‖w‖₂),  τ(step) = strength · step / end, and 0 after `end`,
 
     so that a weak channel really arrives at zero, and a strong one loses little. τ is what a step
-    takes from the norm per √n, the learning rate included. It grows (Wang et al., 2021), so that
-    training settles before anything is pressed. What lies in two groups, a row here and a column
-    there, is multiplied by both factors: exact for each group alone, approximate for both.
+    takes from the norm per √n, the learning rate included: choose `end` before that has decayed,
+    or nothing holds against it. It grows (Wang et al., 2021), so that training settles before
+    anything is pressed. After `end` a channel at zero stays there by itself where the activation
+    of zero is zero: neither what makes it nor what reads it has a gradient. What lies in two
+    groups, a row here and a column there, is multiplied by both factors: exact for each group
+    alone, approximate for both.
 
     Then remove what is zero: ``prune_channels``, whose scores are magnitudes by default. The
     function stays as long as no more is asked for than :meth:`zeros` counts.
@@ -56,7 +59,7 @@ class ShrinkChannels:
 
     def pressure(self, step: int) -> float:
         """τ after this step."""
-        return self.strength * min(1.0, step / self.end)
+        return self.strength * step / self.end if step <= self.end else 0.0
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, step: int) -> None:
