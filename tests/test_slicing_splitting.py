@@ -207,7 +207,7 @@ def test_a_network_with_a_full_bottleneck_is_the_same(device):
 
 
 def test_bottlenecks_that_cannot_be_are_refused():
-    with pytest.raises(ValueError, match="width=7: there are 6 channels"):
+    with pytest.raises(ValueError, match="width=7: the values have 6 channels"):
         bottleneck(torch.zeros(5, 6), 7)
     with pytest.raises(ValueError, match="width=0"):
         bottleneck(torch.zeros(5, 6), 0)
