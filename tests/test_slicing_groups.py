@@ -1,6 +1,7 @@
 """Dense layers into groups: exact where the weights allow it, and the best order is found."""
 
 import copy
+import functools
 import itertools
 
 import numpy as np
@@ -103,9 +104,15 @@ def test_even_in_noise_the_order_found_keeps_more_than_the_given_one(kernel, gro
 # ------------------------------------------------------------------ networks
 
 
-def blocked(model, x, together):
+@functools.cache
+def analysed(name, device):
+    model, x = made(name, device)
+    return channel_groups(model, x)
+
+
+def blocked(model, channels, together):
     """The model with block-diagonal weights, up to a random order of channels; how many layers."""
-    model, channels, parts, count = copy.deepcopy(model), channel_groups(model, x), {}, 0
+    model, parts, count = copy.deepcopy(model), {}, 0
 
     def side(name, dim):
         """The part of each entry of an axis that one group covers, entry by channel."""
@@ -131,7 +138,7 @@ def blocked(model, x, together):
 @pytest.mark.parametrize("name", [name for name in ALL if name != "ViT"])
 def test_block_diagonal_weights_are_grouped_exactly(name, exchange, device):
     full, x = made(name, device)
-    model, count = blocked(full, x, isinstance(exchange, Branches))
+    model, count = blocked(full, analysed(name, device), isinstance(exchange, Branches))
     before = copy.deepcopy(model.state_dict())
     small = group_layers(model, x, 2, exchange=exchange)
     x = torch.randn_like(x)
@@ -237,7 +244,7 @@ def test_strides_paddings_and_missing_biases_stay(device):
     settings = {"stride": 2, "padding": 2, "dilation": 2, "padding_mode": "reflect", "bias": False}
     model = nn.Sequential(conv(3, 8, 1), conv(8, 12, 3, **settings), nn.ReLU(), conv(12, 4, 1))
     x = torch.randn(2, 3, 9, 9, dtype=torch.float64, device=device)
-    model, count = blocked(model, x, True)
+    model, count = blocked(model, channel_groups(model, x), True)
     assert count == 1
     for exchange in (Branches(), Shuffled(), Mixed(99)):
         assert_close(group_layers(model, x, 2, exchange=exchange)(x), model(x))

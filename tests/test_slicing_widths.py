@@ -21,10 +21,17 @@ def sliced(name, device):
     return Slimmable(model, x, [0.25, 0.5]), x
 
 
-def prefixes(model, x, width):
+@functools.cache
+def analysed(name, device):
+    slimmable, x = sliced(name, device)
+    return channel_groups(slimmable.model, x)
+
+
+def prefixes(name, device, width):
     """`take` asked by hand for the first channels of every group."""
-    sizes = widths_of(channel_groups(model, x), Slice(width))
+    sizes = widths_of(analysed(name, device), Slice(width))
     assert sizes
+    model = sliced(name, device)[0].model
     return take(model, {group: range(size) for group, size in sizes.items()})
 
 
@@ -38,7 +45,7 @@ def assert_close(found, expected):
 def test_a_slice_equals_what_take_cuts_and_what_extract_gives(name, width, device):
     slimmable, x = sliced(name, device)
     x = torch.randn_like(x)
-    expected = prefixes(slimmable.model, x, width)
+    expected = prefixes(name, device, width)
     assert_close(slimmable(x, width=width), expected(x))
     alone = slimmable.extract(width)
     assert_close(alone(x), expected(x))
@@ -65,8 +72,8 @@ def test_gradients_reach_the_shared_weights_and_no_others(name, device):
 
 @pytest.mark.parametrize("name", [n for n in ALL if n not in ("ViT", "TinyTransformer")])
 def test_each_width_keeps_statistics_of_its_own(name, device):
-    model, x = made(name, device)
-    slimmable = Slimmable(model, x, [0.5])
+    slimmable, x = copy.deepcopy(sliced(name, device)[0]), sliced(name, device)[1]
+    model = slimmable.model
     alone, before = slimmable.extract(0.5), copy.deepcopy(model.state_dict())
     for module in (*alone.modules(), *slimmable.modules()):
         module.train(isinstance(module, nn.BatchNorm2d))  # dropout rests
@@ -109,7 +116,7 @@ def test_slices_nest(device):
 
 def test_any_width_can_be_extracted(device):
     slimmable, x = sliced("ResNet-20", device)
-    assert_close(slimmable.extract(0.75)(x), prefixes(slimmable.model, x, 0.75)(x))
+    assert_close(slimmable.extract(0.75)(x), prefixes("ResNet-20", device, 0.75)(x))
     whole = slimmable.extract()
     assert_close(whole(x), slimmable(x))
     assert not {id(p) for p in whole.parameters()} & {id(p) for p in slimmable.parameters()}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from structopt import losses
 from structopt.slicing.exits import EarlyExits, confidence
 from structopt.training import Objective, evaluating
+from structopt.training.objectives import _pair
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -149,12 +150,6 @@ def _outcome(value: float, sure: Tensor, right: Tensor, costs: Tensor) -> Thresh
     left = torch.bincount(exits, minlength=len(sure)).double() / sure.shape[1]
     hits = right.gather(0, exits[None])[0].double().mean()
     return Threshold(value, float(hits), float(left @ costs), tuple(left.tolist()))
-
-
-def _pair(batch: Any) -> tuple[Tensor, Tensor]:
-    if not isinstance(batch, tuple | list) or len(batch) != 2:
-        raise ValueError("a batch for a network with exits is a pair (inputs, targets)")
-    return batch[0], batch[1]
 
 
 def _with_exits(model: nn.Module) -> EarlyExits:
