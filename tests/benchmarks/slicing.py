@@ -1,0 +1,158 @@
+"""Groups with and without an exchange, and early exits by the clock, on embedded Fashion-MNIST.
+
+A trained perceptron with four hidden layers is grouped, with each way to pass information, and
+trained on; beside it the dense network, trained on for as long. The learning rate of that is
+chosen on 2,000 images held out (seed 0), for each row apart. Then a network with one exit: the
+cheapest threshold that loses nothing on the images held out, timed against the whole network in
+turns. Test images are seen by the final runs alone.
+"""
+
+import copy
+from functools import partial
+from typing import Any
+
+import torch
+from common import arguments, clock, interleaved, keep, machine, mean_and_spread, ratios
+from torch import nn
+
+from structopt import data, descent, slicing, training
+
+GROUPS, RATES, HIDDEN = (8, 16), (0.001, 0.003), 128
+EXCHANGES = {
+    "branches": slicing.Branches(),
+    "shuffled": slicing.Shuffled(),
+    "averaged": slicing.Averaged(),
+    "thin layer": slicing.Mixed(rank=2),
+}
+
+
+class Bench:
+    """The data, and one recipe for all."""
+
+    def __init__(self, device: torch.device, quick: bool) -> None:
+        train, test = data.fashion_mnist()
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+        sizes = (600, 200) if quick else (8000, 2000)
+        parts = order.split([*sizes, len(train) - sum(sizes)])
+        self.learn, self.held = (
+            data.Examples(train.inputs[part], train.targets[part]) for part in parts[:2]
+        )
+        self.test = test[:500] if quick else test
+        self.device, self.example = device, torch.zeros(1, 1, 28, 28, device=device)
+
+    def fit(self, model: nn.Module, objective: Any, epochs: int, seed: int, lr: float) -> nn.Module:
+        batches = data.batches(self.learn, 128, seed=seed, device=self.device)
+        model.to(self.device)
+        optimizer = descent.fused_adamw(model, lr)
+        settings = {"schedule": descent.one_cycle(), "autocast": None, "device": self.device}
+        training.train(model, batches, objective, optimizer, epochs=epochs, **settings)
+        return model.eval()
+
+    def score(self, model: nn.Module, examples: data.Examples) -> float:
+        return round(100 * training.evaluate(model, examples, device=self.device), 2)
+
+
+def perceptron() -> nn.Module:
+    parts: list[nn.Module] = [nn.Flatten()]
+    for inputs in (784, *[HIDDEN] * 4):
+        parts += [nn.Linear(inputs, HIDDEN), nn.BatchNorm1d(HIDDEN), nn.ReLU()]
+    return nn.Sequential(*parts, nn.Linear(HIDDEN, 10))
+
+
+def grouped(bench: Bench, seeds: int, groups: int, epochs: int) -> dict[str, Any]:
+    """Test accuracy of each row when cut and after training on, and what the shuffle gave back."""
+    scores: dict[str, dict[str, Any]] = {}
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        dense = bench.fit(perceptron(), training.supervised(), 2 * epochs, seed, 0.003)
+        for name, exchange in {"dense": None, **EXCHANGES}.items():
+            small = copy.deepcopy(dense)
+            if exchange is not None:
+                small = slicing.group_layers(dense, bench.example, groups, exchange=exchange)
+            row = scores.setdefault(name, {"when cut": [], "trained on": []})
+            row["when cut"].append(bench.score(small, bench.test))
+
+            def trained(lr: float, small: nn.Module = small, seed: int = seed) -> nn.Module:
+                made = copy.deepcopy(small)
+                return bench.fit(made, training.supervised(), epochs, seed + 100, lr)
+
+            if "learning rate" not in row:
+                held = {lr: bench.score(trained(lr), bench.held) for lr in RATES}
+                row["learning rate"] = max(held, key=lambda lr: held[lr])
+            row["trained on"].append(bench.score(trained(row["learning rate"]), bench.test))
+        print(groups, seed, {name: row["trained on"] for name, row in scores.items()}, flush=True)
+    means = {name: sum(row["trained on"]) / seeds for name, row in scores.items()}
+    lost = means["dense"] - means["branches"]
+    return {
+        "rows": {
+            name: {
+                "learning rate": row["learning rate"],
+                **{key: mean_and_spread(row[key]) for key in ("when cut", "trained on")},
+            }
+            for name, row in scores.items()
+        },
+        "points lost by grouping": round(lost, 2),
+        "share that comes back": {
+            name: round((means[name] - means["branches"]) / lost, 2)
+            for name in ("shuffled", "averaged", "thin layer")
+        },
+    }
+
+
+def convolutional() -> nn.Module:
+    def block(inputs: int, outputs: int, stride: int) -> nn.Module:
+        layer = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        return nn.Sequential(layer, nn.BatchNorm2d(outputs), nn.ReLU())
+
+    blocks = (block(1, 8, 2), block(8, 24, 2), block(24, 48, 1))
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(9 * 48, 10))
+
+
+def exits(bench: Bench, seeds: int, epochs: int, rounds: int) -> dict[str, Any]:
+    """The whole network and the one that stops early, over all test images in batches of 256."""
+    found: dict[str, list[float]] = {"whole": [], "early": [], "times fewer MACs": []}
+    clocks: dict[str, list[float]] = {"whole": [], "early": []}
+    images = bench.test.inputs.to(bench.device).split(256)
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        head = nn.Sequential(nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(9 * 24, 10))
+        network: Any = slicing.EarlyExits(convolutional(), torch.zeros(1, 1, 28, 28), {"1": head})
+        bench.fit(network, slicing.all_exits(), epochs, seed, 0.01)
+        whole = training.evaluate(network.deciding(1.01), bench.held)
+        chosen = slicing.choose_threshold(network, data.batches(bench.held, 500), accuracy=whole)
+        early = network.deciding(chosen.value)
+        answers = network.answer(torch.cat(images), chosen.value)
+        costs = torch.tensor(network.macs(bench.example)).double()
+        found["whole"].append(bench.score(network.deciding(1.01), bench.test))
+        found["early"].append(bench.score(early, bench.test))
+        found["times fewer MACs"].append(float(costs[-1] / costs[answers.exits.cpu()].mean()))
+
+        @torch.no_grad()
+        def run(model: nn.Module) -> None:
+            for batch in images:
+                model(batch)
+
+        loops = {"whole": partial(run, network.model), "early": partial(run, early)}
+        for name, seconds in interleaved(loops, rounds, bench.device).items():
+            clocks[name] += seconds
+    return {
+        **{name: mean_and_spread(values) for name, values in found.items()},
+        "times faster": ratios(clocks["whole"], clocks["early"]),
+    }
+
+
+def main() -> None:
+    options = arguments(__doc__).parse_args()
+    torch.set_num_threads(1)
+    device, quick = torch.device(options.device), options.quick
+    bench, seeds, epochs = Bench(device, quick), 1 if quick else 3, 1 if quick else 3
+    result = {"benchmark": "slicing", "machine": machine(device), "seeds": seeds}
+    result |= {"clock": clock(device)[0], "epochs trained on": epochs}
+    result["exits"] = exits(bench, seeds, epochs, 3 if quick else 7)
+    print(result["exits"], flush=True)
+    result["groups"] = {str(g): grouped(bench, seeds, g, epochs) for g in GROUPS}
+    keep("slicing", result, quick)
+
+
+if __name__ == "__main__":
+    main()
