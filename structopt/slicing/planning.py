@@ -36,7 +36,7 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """For all micro-batches: Σ stages + Σ links + (m - 1) · the slowest stage or link."""
+        """All micro-batches, Σ stages + Σ links + (m - 1) · the slowest stage or link."""
         places = [*self.stages, *self.links]
         return sum(places) + (self.microbatches - 1) * max(places)
 
