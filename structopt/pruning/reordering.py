@@ -36,7 +36,8 @@ def permute_channels(
     with two others as large, one half is lost; another order of the channels avoids that (Pool and
     Yu, 2021). For each coupled group, pairs of channels swap places as long as the sum of the
     scores' sizes that stay over all weights that read the group grows, `sweeps` times at
-    most; `scores` are magnitudes by default. So no less is kept than without. :func:`structopt.channels.take` makes
+    most; `scores` are magnitudes by default.
+    So no less is kept than without. :func:`structopt.channels.take` makes
     the copy, exactly; find masks for it anew. `leave` names groups to leave alone.
 
     Raises ValueError for a weight that reads a group and is not divided by the pattern, a group
