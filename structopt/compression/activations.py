@@ -152,7 +152,7 @@ def blend_activations(model: nn.Module, names: Iterable[str], slope: float = 0.0
     made = copy.deepcopy(model)
     weights = next((p for p in made.parameters() if p.is_floating_point()), torch.zeros(()))
     for name, activation in activations(made, list(names)).items():
-        put(made, name, Blend(activation, slope).to(weights).train(activation.training))
+        made.set_submodule(name, Blend(activation, slope).to(weights).train(activation.training))
     return made
 
 
@@ -180,9 +180,3 @@ def activations(
         if name not in found:
             raise ValueError(f"{name!r} is no {word} of this model; those are {', '.join(found)}")
     return {name: found[name] for name in names}
-
-
-def put(model: nn.Module, name: str, module: nn.Module) -> None:
-    """The module under this name, in place."""
-    parent, _, key = name.rpartition(".")
-    setattr(model.get_submodule(parent), key, module)

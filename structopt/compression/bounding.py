@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structopt.compression.activations import activations, put
+from structopt.compression.activations import activations
 from structopt.compression.evidence import watch
 from structopt.compression.granularity import PerTensor
 from structopt.compression.grids import Grid
@@ -148,7 +148,7 @@ def _bounded(
         bounds[name] = find(values)
         new = make(bounds[name])
         touched[name] = float((new(values) != values).double().mean())
-        put(made, name, new.train(relu.training))
+        made.set_submodule(name, new.train(relu.training))
     return Bounded(made, bounds, touched, changed_by(model, made, batches))
 
 

@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from structopt.measure.running import call
-from structopt.training import evaluating
+from structopt.training.observing import observed
 from structopt.training.statistics import inputs_of, placed
 
 READERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -33,7 +32,6 @@ def readers(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, n
     return {name: found[name] for name in names}
 
 
-@torch.no_grad()
 def watch(
     model: nn.Module, batches: Iterable[Any], layers: Mapping[str, nn.Module], see: See
 ) -> None:
@@ -47,13 +45,9 @@ def watch(
 
     handles = [layer.register_forward_hook(partial(hook, name)) for name, layer in layers.items()]
     count = 0
-    try:
-        with evaluating(model):
-            for batch in batches:
-                call(model, placed(inputs_of(batch), model))
-                count += 1
-    finally:
-        for handle in handles:
-            handle.remove()
+    with observed(model, handles):
+        for batch in batches:
+            call(model, placed(inputs_of(batch), model))
+            count += 1
     if not count:
         raise ValueError("the batches are empty: there is nothing to calibrate with")

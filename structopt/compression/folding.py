@@ -14,6 +14,7 @@ from structopt.compression.evidence import READERS
 from structopt.compression.merging import merge_pair
 from structopt.measure.running import call, tensors_of
 from structopt.training import evaluating
+from structopt.training.observing import observed
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 Kinds = tuple[type[nn.Module], ...]
@@ -100,8 +101,7 @@ def joined(
     made = copy.deepcopy(model)
     layer = join(made.get_submodule(one), made.get_submodule(two))
     for name, new in (one, layer), (two, nn.Identity()):
-        parent, _, key = name.rpartition(".")
-        setattr(made.get_submodule(parent), key, new)
+        made.set_submodule(name, new)
     return made
 
 
@@ -132,12 +132,8 @@ def _pairs(model: nn.Module, example: Any, seconds: Kinds) -> list[tuple[str, st
         if isinstance(module, kinds) and name:
             handles.append(module.register_forward_pre_hook(before(name)))
             handles.append(module.register_forward_hook(after(name)))
-    try:
-        with evaluating(model), torch.no_grad():
-            call(model, example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with observed(model, handles):
+        call(model, example)
     return [(one, two) for one, two in pairs if calls[one] == calls[two] == 1]
 
 

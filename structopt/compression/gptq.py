@@ -7,13 +7,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from structopt.compression.codes import chosen, naming, put_
 from structopt.compression.evidence import readers, watch
 from structopt.compression.grids import Grid, Steps
 from structopt.compression.quantize import Quantized, as_finite
+from structopt.training.observing import columns
 
 BLOCK = 128  # columns whose errors are handed on at once
 
@@ -142,18 +142,8 @@ def hessian_of(model: nn.Module, batches: Iterable[Any], name: str) -> Tensor:
 def _columns(layer: nn.Module, x: Tensor) -> Tensor:
     """What the rows of a layer's weight multiply, (groups, n, inputs)."""
     x = as_finite(x)
-    if isinstance(layer, nn.Linear):
-        return x.reshape(-1, layer.in_features).mT[None]
-    if not isinstance(layer, nn.Conv1d | nn.Conv2d):
+    if not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d):
         raise ValueError(
             f"the inputs of {type(layer).__name__} are not unfolded here: leave it out"
         )
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    x = F.pad(x, layer._reversed_padding_repeated_twice, mode)
-    flat = isinstance(layer, nn.Conv1d)  # a picture of height 1
-    x = x.unsqueeze(-2) if flat else x
-    size, reach, stride = (
-        (1, *pair) if flat else pair for pair in (layer.kernel_size, layer.dilation, layer.stride)
-    )
-    columns = F.unfold(x, size, reach, 0, stride)  # (B, C · places of the kernel, L)
-    return columns.movedim(1, 0).reshape(layer.groups, -1, columns.shape[0] * columns.shape[2])
+    return columns(layer, x)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from structopt.compression.activations import activations
@@ -20,7 +19,7 @@ from structopt.compression.straight import (
 )
 from structopt.measure import cost
 from structopt.measure.running import call
-from structopt.training import evaluating
+from structopt.training.observing import observed
 
 
 def removable(model: nn.Module, example: Any, *, longest: int = 2) -> list[Link]:
@@ -151,12 +150,8 @@ def _around(bare: nn.Module, name: str, example: Any) -> _Place:
         return see
 
     handles = [bare.get_submodule(n).register_forward_hook(hook(n)) for n in [*layers, name]]
-    try:
-        with evaluating(bare), torch.no_grad():
-            call(bare, example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with observed(bare, handles):
+        call(bare, example)
     if len(passed) != 1:
         raise ValueError(f"{name} runs {len(passed)} times: separate_activations makes it several")
     if passed[0][0] not in made:
@@ -178,10 +173,6 @@ def _in_order(model: nn.Module, names: Sequence[str], example: Any) -> list[str]
         )
         for name in names
     ]
-    try:
-        with evaluating(model), torch.no_grad():
-            call(model, example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with observed(model, handles):
+        call(model, example)
     return list(ran)

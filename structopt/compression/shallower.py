@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from structopt.compression.activations import blend_activations, put
+from structopt.compression.activations import blend_activations
 from structopt.compression.bounding import changed_by
 from structopt.compression.evidence import readers
 from structopt.compression.folding import fold_batch_norms
@@ -22,6 +22,7 @@ from structopt.compression.straight import Link, in_type, merge_links, move_padd
 from structopt.measure import Cost, Timing, cost, latency
 from structopt.measure.running import call, device_of, tensors_of
 from structopt.training import Objective, evaluating, train
+from structopt.training.observing import observed
 from structopt.training.statistics import inputs_of, placed
 
 
@@ -146,7 +147,7 @@ def shallower(
     straight = Straighten(made, _names(gone), later * len(batches) / 2)
     _train(made, batches, objective, how, later, straight)
     for name, blend in blends(made).items():
-        put(made, name, blend.activation)
+        made.set_submodule(name, blend.activation)
     plain = without(made, _names(gone)).eval()
     wide = copy.deepcopy(plain).double()
     merged = merge_links(wide, example, gone)
@@ -226,12 +227,8 @@ def _depth(model: nn.Module, example: Any) -> int:
         count += 1
 
     handles = [layer.register_forward_hook(ran) for layer in readers(model).values()]
-    try:
-        with evaluating(model), torch.no_grad():
-            call(model, example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with observed(model, handles):
+        call(model, example)
     return count
 
 
@@ -239,7 +236,6 @@ def _depth(model: nn.Module, example: Any) -> int:
 def _apart(model: nn.Module, other: nn.Module, batch: Any) -> float:
     """The largest difference of outputs over the largest output, in the model's own type."""
     kind = next(p.dtype for p in model.parameters())
-
     given = in_type(placed(inputs_of(batch), model), kind)
     with evaluating(model), evaluating(other):
         pairs = zip(tensors_of(call(model, given)), tensors_of(call(other, given)), strict=True)

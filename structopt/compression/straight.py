@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from structopt.compression.activations import put
 from structopt.compression.folding import computes_the_same, fold_batch_norms, joined
 from structopt.compression.merging import merge_pair
 
@@ -85,7 +84,7 @@ def without(model: nn.Module, names: Iterable[str]) -> nn.Module:
     """A copy with nothing in the place of these activations."""
     made = copy.deepcopy(model)
     for name in names:
-        put(made, name, nn.Identity())
+        made.set_submodule(name, nn.Identity())
     return made
 
 

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from structopt.compression.activations import put
 from structopt.compression.evidence import readers, watch
 from structopt.measure import latency
 
@@ -159,5 +158,5 @@ def skip_zeros(
             if not name:
                 made = skipping
             else:
-                put(made, name, skipping)
+                made.set_submodule(name, skipping)
     return Skipped(made, tuple(names), zeros, times, device)

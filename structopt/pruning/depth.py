@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from structopt.measure.running import call
-from structopt.training import evaluating
+from structopt.training.observing import observed
 from structopt.training.statistics import inputs_of, placed
 
 
@@ -35,12 +35,8 @@ def residual_blocks(model: nn.Module, example: Any) -> list[str]:
         seen[module] = args[0].detach() if alike and not again else None
 
     handles = [m.register_forward_hook(note, with_kwargs=True) for m in names if any(m.children())]
-    try:
-        with evaluating(model), torch.no_grad():
-            call(model, example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with observed(model, handles):
+        call(model, example)
     found = [names[m] for m, x in seen.items() if x is not None and _passes(m, x)]
     inner = [n for n in found if n and not any(o.startswith(f"{n}.") for o in found)]
     order = list(names.values())
@@ -92,13 +88,9 @@ def block_influence(
             sums[name].append(torch.cosine_similarity(args[0], output, dim=dim).mean())
 
         handles.append(model.get_submodule(name).register_forward_hook(note))
-    try:
-        with evaluating(model), torch.no_grad():
-            for batch in batches:
-                call(model, placed(inputs_of(batch), model))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with observed(model, handles):
+        for batch in batches:
+            call(model, placed(inputs_of(batch), model))
     return {name: max(0.0, 1 - float(torch.stack(found).mean())) for name, found in sums.items()}
 
 

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
 from structopt.training import Objective, evaluating
+from structopt.training.observing import observed
 from structopt.training.statistics import placed
 
 Named = dict[str, Tensor]
@@ -126,12 +127,8 @@ def _inputs(reduce: Callable[[Tensor], Tensor], finish: Callable[[Tensor, int], 
         layers = {f"{n}.weight".lstrip("."): m for n, m in model.named_modules()}
         layers = {n: m for n, m in layers.items() if n in parameters and isinstance(m, READERS)}
         handles = [m.register_forward_pre_hook(note) for m in layers.values()]
-        try:
-            with evaluating(model), torch.no_grad():
-                calls = [objective(model, placed(batch, model)) for batch in batches]
-        finally:
-            for handle in handles:
-                handle.remove()
+        with observed(model, handles):
+            calls = [objective(model, placed(batch, model)) for batch in batches]
         if not calls:
             raise ValueError("the batches are empty: there is nothing to score with")
         return {

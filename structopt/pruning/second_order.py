@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from structopt.measure.running import call
@@ -16,7 +15,7 @@ from structopt.pruning.finding import Masks, settled
 from structopt.pruning.patterns import NOfM, Pattern, Unstructured
 from structopt.pruning.ranking import PerLayer, keys, lowest, lowest_in_rows, number
 from structopt.pruning.scoring import matches, need_leave
-from structopt.training import evaluating
+from structopt.training.observing import columns, observed
 from structopt.training.statistics import inputs_of, placed
 
 COLUMNS = 128  # of an unstructured weight are ranked at once
@@ -138,9 +137,10 @@ def prune_and_update(
     {'0.weight': 24, '2.weight': 6}
     """
     made, batches, masks = copy.deepcopy(model), list(batches), Masks()
-    for name, layer in _in_order(made, batches, leave).items():
+    layers = _in_order(made, batches, leave)
+    for name, layer in layers.items():
         _share(name, layer.weight, sparsity, pattern)
-    for name, layer in _in_order(made, batches, leave).items():
+    for name, layer in layers.items():
         parts = _hessian(made, layer, batches)  # one for each group of a convolution
         try:
             found = [
@@ -187,13 +187,9 @@ def _run(model: nn.Module, batches: list[Any], see: dict[nn.Module, Any]) -> Non
     if not batches:
         raise ValueError("the batches are empty: there are no inputs to prune on")
     handles = [layer.register_forward_pre_hook(hook) for layer, hook in see.items()]
-    try:
-        with evaluating(model), torch.no_grad():
-            for batch in batches:
-                call(model, placed(inputs_of(batch), model))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with observed(model, handles):
+        for batch in batches:
+            call(model, placed(inputs_of(batch), model))
 
 
 def _hessian(model: nn.Module, layer: nn.Module, batches: list[Any]) -> Tensor:
@@ -211,16 +207,6 @@ def _hessian(model: nn.Module, layer: nn.Module, batches: list[Any]) -> Tensor:
 def _columns(layer: Any, x: Tensor) -> Tensor:
     """What the rows of a layer's weight multiply, (groups, n, inputs)."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    if isinstance(layer, nn.Linear):
-        return x.reshape(-1, layer.in_features).mT[None]
     if isinstance(layer, nn.Conv3d):
         raise ValueError("inputs of Conv3d are not unfolded here: leave its weight alone")
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    x = F.pad(x, layer._reversed_padding_repeated_twice, mode)
-    flat = isinstance(layer, nn.Conv1d)  # a picture of height 1
-    x = x.unsqueeze(-2) if flat else x
-    size, reach, stride = (
-        (1, *pair) if flat else pair for pair in (layer.kernel_size, layer.dilation, layer.stride)
-    )
-    columns = F.unfold(x, size, reach, 0, stride)  # (B, C · places of the kernel, L)
-    return columns.movedim(1, 0).reshape(layer.groups, -1, columns.shape[0] * columns.shape[2])
+    return columns(layer, x)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from structopt import measure
 from structopt.measure.running import device_of, with_batch
 from structopt.training import evaluating
+from structopt.training.observing import observed
 
 Leaves = Callable[[int, Tensor], Tensor]  # number of an exit, its logits (B, C) -> who leaves (B,)
 
@@ -200,12 +201,8 @@ def _outputs(model: nn.Module, example: Tensor, names: Sequence[str]) -> tuple[d
             found[name] = output
 
         handles.append(module.register_forward_hook(note))
-    try:
-        with torch.no_grad(), evaluating(model):
-            final = model(example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with observed(model, handles):
+        final = model(example)
     for name in names:
         if name not in found:
             raise ValueError(f"{name} is not called by itself when the model runs: no exit there")

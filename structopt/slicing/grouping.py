@@ -28,7 +28,7 @@ from structopt.slicing.grouped import (
     grouped_layer,
     mixing,
 )
-from structopt.training import evaluating
+from structopt.training.observing import observed
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,12 +159,8 @@ def _ran(model: nn.Module, example: Any) -> set[nn.Module]:
     """The modules whose forward runs: some are mere holders of weights."""
     ran = set[nn.Module]()
     handles = [m.register_forward_pre_hook(lambda m, _: ran.add(m)) for m in model.modules()]
-    try:
-        with torch.no_grad(), evaluating(model):
-            call(model, example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with observed(model, handles):
+        call(model, example)
     return ran
 
 

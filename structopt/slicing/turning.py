@@ -13,7 +13,7 @@ from structopt.channels.verify import wide
 from structopt.measure.running import call
 from structopt.slicing.cutting import named
 from structopt.slicing.streams import Stream
-from structopt.training import evaluating
+from structopt.training.observing import observed
 from structopt.training.statistics import inputs_of, placed
 
 
@@ -87,7 +87,6 @@ def divide_as_before_(model: nn.Module, stream: Stream, kept: int) -> nn.Module:
     return model
 
 
-@torch.no_grad()
 def gram(model: nn.Module, stream: Stream, batches: Iterable[Any]) -> Tensor:
     """Σ nᵀn over all that the norms hand on, (d, d)."""
     found = torch.zeros(stream.size, stream.size, dtype=torch.float64)
@@ -97,13 +96,9 @@ def gram(model: nn.Module, stream: Stream, batches: Iterable[Any]) -> Tensor:
         found.add_(rows.T @ rows)
 
     handles = [model.get_submodule(name).register_forward_hook(add) for name in stream.norms]
-    try:
-        with evaluating(model):
-            for batch in batches:
-                call(model, placed(inputs_of(batch), model))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with observed(model, handles):
+        for batch in batches:
+            call(model, placed(inputs_of(batch), model))
     if not found.any():
         raise ValueError("the batches are empty: there is nothing to find the axes from")
     return found
