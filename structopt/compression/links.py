@@ -35,6 +35,7 @@ def removable(model: nn.Module, example: Any, *, longest: int = 2) -> list[Link]
     Raises ValueError for a model without activation modules
     (:func:`structopt.compression.separate_activations` makes them).
 
+    >>> import torch
     >>> model = nn.Sequential(nn.Conv2d(8, 48, 1), nn.ReLU(), nn.Conv2d(48, 8, 3, padding=1))
     >>> for link in removable(model, torch.zeros(1, 8, 6, 6)):
     ...     print(link)
