@@ -5,6 +5,7 @@ PORT ?= 8000
 PY := .venv/bin/python
 STAMP := .venv/.installed
 PAGES := _build/html/.complete
+BUILT := _build/html _build/.doctrees _build/jupyter_execute
 
 export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -50,13 +51,14 @@ zoo: $(STAMP)  ## Halve every network of the zoo anew (hours; goes on where it w
 	PYTHONPATH=tests:$$PYTHONPATH $(PY) -m zoo.speed
 
 clean:  ## Remove the built pages; .venv stays
-	rm -rf _build .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(BUILT) .mypy_cache .ruff_cache .hypothesis build dist
 
 # Any change makes all pages anew: an incremental build mixes new sources with old pages.
+# What long measurements keep in _build stays.
 SOURCES := $(shell find book/. structopt _config.yml README.md \
   -not -path '*/__pycache__*' -not -path '*/.ipynb_checkpoints*')
 $(PAGES): $(STAMP) $(SOURCES)
-	rm -rf _build
+	rm -rf $(BUILT)
 	$(PY) -c "from jupyter_book.cli.main import main; main()" build book -W --keep-going -n -q
 	touch $@
 

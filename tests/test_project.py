@@ -196,6 +196,17 @@ def test_make_book_sets_up_builds_and_then_has_nothing_to_do(clone: Path) -> Non
     assert "venv" not in log[0]
 
 
+def test_a_build_starts_without_old_pages_and_keeps_what_was_measured(clone: Path) -> None:
+    old = [clone / "_build" / name for name in ("html/gone.html", ".doctrees/gone.doctree")]
+    for path in [*old, clone / "_build/zoo.jsonl"]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert make(clone, "book")[1].returncode == 0
+    assert not any(path.exists() for path in old)
+    assert make(clone, "clean")[1].returncode == 0
+    assert [path.name for path in (clone / "_build").iterdir()] == ["zoo.jsonl"]
+
+
 def test_an_environment_that_is_there_is_kept(clone: Path) -> None:
     (clone / ".venv/bin").mkdir(parents=True)
     shutil.copy(clone / "python", clone / ".venv/bin/python")
