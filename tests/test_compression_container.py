@@ -343,7 +343,7 @@ def test_the_limit_can_be_raised_and_lowered(tmp_path):
 def test_wrong_kinds_versions_and_networks(file, tmp_path):
     data, path = file.read_bytes(), tmp_path / "x"
     path.write_bytes(data[:8] + struct.pack("<H", 7) + data[10:])
-    refused(path, r"version 7, this is version 1: update this package")
+    refused(path, r"version 7, this is version 2: update this package")
     path.write_bytes(b"PK\3\4" + data[4:])
     refused(path, r"it is no file that compression\.save wrote")
     for build in LeNet300(), nn.Linear(12, 20), nn.Sequential(nn.Linear(12, 20), nn.ReLU()):

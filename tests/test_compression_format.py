@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from structopt import compression
-from structopt.compression import Grid, PerAxis, PerBlock, PerGroup, PerTensor
+from structopt.compression import Grid, NormalFloat, PerAxis, PerBlock, PerGroup, PerTensor
 
 TYPES = {
     "float32": "f", "float64": "d", "float16": "e", "int64": "q", "uint8": "B", "bool": "?",
@@ -150,8 +150,12 @@ def read_tensor(kind, shape, form, parts):
     if form[0] == "table":
         table = read_numbers(parts[0], letter, form[1] * form[2])
         return [table[u * form[2] + s] for u, s in zip(unit, symbols, strict=True)]
+    wide = "d" if kind == "float64" else "f"
+    scale = read_numbers(parts[form[0] == "levels"], wide, max(unit) + 1)
+    if form[0] == "levels":
+        level = read_numbers(parts[0], wide, form[1])
+        return [level[s] * scale[u] for u, s in zip(unit, symbols, strict=True)]
     _, bits, symmetric, _ = form
-    scale = read_numbers(parts[0], "d" if kind == "float64" else "f", max(unit) + 1)
     first, zero = 1 - 2 ** (bits - 1), [0] * len(scale)
     if not symmetric:
         first, zero = 0, read_numbers(parts[1], "B", len(scale))
@@ -164,12 +168,13 @@ def read_file(path):
     """Name -> (shape, numbers)."""
     data = path.read_bytes()
     mark, version, packed, whole = struct.unpack("<8sHII", data[:18])
-    assert (mark.hex(), version) == ("89534f50540d0a1a", 1)
+    assert mark.hex() == "89534f50540d0a1a"
     assert blake2b(data[:-8], digest_size=8).digest() == data[-8:]
     text = zlib.decompress(data[18 : 18 + packed])
     assert len(text) == whole
-    place, made = 18 + packed, {}
-    for name, kind, shape, form, lengths in json.loads(text)["tensors"]:
+    place, made, tensors = 18 + packed, {}, json.loads(text)["tensors"]
+    assert version == (2 if any(form[0] == "levels" for _, _, _, form, _ in tensors) else 1)
+    for name, kind, shape, form, lengths in tensors:
         parts = []
         for length in lengths:
             parts.append(data[place : place + length])
@@ -214,6 +219,9 @@ def test_the_page_is_enough_to_read_a_file(tmp_path, per, bits):
         model, Grid(bits, False, per), ["small.weight", "wide.weight"]
     )
     codes |= compression.share_weights(model, 6, per, ["fc1.weight"])
+    if bits > 1:
+        uneven = Grid(bits, True, per, levels=NormalFloat())
+        codes |= compression.quantize_weights(model, uneven, ["fc3.weight", "wide.weight"])
     report = compression.save(compression.put_(model, codes), tmp_path / "x", codes)
     assert report.bytes == (tmp_path / "x").stat().st_size
     found = read_file(tmp_path / "x")
@@ -228,9 +236,8 @@ def test_the_page_is_enough_to_read_a_file(tmp_path, per, bits):
         else:
             ours = torch.tensor(numbers, dtype=state[name].dtype)
         assert torch.equal(ours.view(shape), state[name]), name
-    assert set(report.by_form) == {"planes", "grid", "table"} | (
-        {"sparse"} if "sparse" in report.by_form else set()
-    )
+    newer = {"levels"} if bits > 1 else set()
+    assert set(report.by_form) - {"sparse"} == {"planes", "grid", "table"} | newer
 
 
 @pytest.mark.parametrize("kind", ["bell", "rows", "columns", "two", "few", "even", "one"])

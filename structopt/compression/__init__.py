@@ -25,6 +25,7 @@ from structopt.compression.granularity import Granularity, PerAxis, PerBlock, Pe
 from structopt.compression.grids import MSE, Fit, Grid, LeastSquares, MinMax, Percentile, Steps
 from structopt.compression.huffman import canonical_words, huffman_lengths
 from structopt.compression.inputs import RoundInput, calibrate, round_inputs
+from structopt.compression.levels import Levels, NormalFloat
 from structopt.compression.links import removable
 from structopt.compression.lowrank import factorize, spectra
 from structopt.compression.merging import merge_branches, merge_pair
@@ -65,10 +66,12 @@ __all__ = [
     "LearnedCode",
     "LearnedStep",
     "LeastSquares",
+    "Levels",
     "Linearise",
     "Link",
     "MinMax",
     "MixedBits",
+    "NormalFloat",
     "ONNXRuntime",
     "PerAxis",
     "PerBlock",

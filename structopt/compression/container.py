@@ -22,13 +22,13 @@ from torch.nn.parameter import is_lazy
 
 from structopt import checkpoint, files
 from structopt.compression.codes import Coded
-from structopt.compression.forms import DTYPES, Packed, pack, unpack
+from structopt.compression.forms import DTYPES, NEWER, Packed, pack, unpack
 from structopt.compression.inputs import attach_, noted, read_hooks
 from structopt.compression.report import Report, Row
 from structopt.compression.skeleton import bare, stand_in
 
 MAGIC = b"\x89SOPT\r\n\x1a"
-VERSION = 1
+VERSION = 2  # a file says the lowest that has all its forms: 2 for levels, 1 for all others
 PRELUDE = struct.Struct("<8sHII")  # magic, version, bytes of the header packed and unpacked
 DIGEST = 8  # bytes of BLAKE2b at the end
 BLOCK = 1 << 20
@@ -75,7 +75,8 @@ def save(model: nn.Module, path: str | Path, codes: Mapping[str, Coded] | None =
         more = {"inputs": inputs} if (inputs := noted(model)) else {}
         text = json.dumps({**notes, "tensors": listed, **more}, separators=(",", ":")).encode()
         header = zlib.compress(text, 9)
-        prelude = PRELUDE.pack(MAGIC, VERSION, len(header), len(text))
+        version = VERSION if {row.form for row in rows} & NEWER else 1
+        prelude = PRELUDE.pack(MAGIC, version, len(header), len(text))
         files.write_atomically(path, lambda file: _write(file, [prelude, header], body))
     structure = PRELUDE.size + len(header) + DIGEST
     total = structure + sum(row.bytes for row in rows)
@@ -192,7 +193,7 @@ def _header(file: BinaryIO) -> dict[str, Any]:
     if len(prelude) < PRELUDE.size:
         raise ValueError("it ends in its first bytes")
     _, version, packed, whole = PRELUDE.unpack(prelude)
-    if version != VERSION:
+    if not 1 <= version <= VERSION:
         later = "update this package" if version > VERSION else "write it again"
         raise ValueError(f"its format is version {version}, this is version {VERSION}: {later}")
     _compare_digest(file)

@@ -6,11 +6,9 @@ Every form gives the tensor back bit for bit; the smallest that fits is taken.
 from __future__ import annotations
 
 import math
-import struct
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +16,7 @@ from structopt.compression.codes import Coded
 from structopt.compression.coding import decode, encode, entropy_bits
 from structopt.compression.granularity import Granularity, PerAxis, PerBlock, PerGroup, PerTensor
 from structopt.compression.grids import Grid, Steps
+from structopt.compression.planes import read_numbers, write_numbers
 from structopt.compression.quantize import Quantized
 from structopt.compression.sharing import Shared
 
@@ -30,7 +29,7 @@ DTYPES = {
     )
 }  # fmt: skip
 UNITS = {kind.__name__: kind for kind in (PerTensor, PerAxis, PerGroup, PerBlock)}
-PLAIN, PLANES = 0, 1
+NEWER = {"levels"}  # what version 1 of the file has not
 SAMPLE = 4096  # with that many different numbers in the first of them, no table is tried
 
 
@@ -56,12 +55,14 @@ def pack(tensor: Tensor, coded: Coded | None = None) -> Packed:
     tensor = tensor.detach().cpu().contiguous()
     if tensor.is_conj() or tensor.is_neg():
         tensor = tensor.resolve_conj().resolve_neg()
-    ways = [Packed(["planes"], [_planes(tensor)])]
+    ways = [Packed(["planes"], [write_numbers(tensor)])]
     bits = _as_whole(tensor)
     zeros = bits == 0
     if int(zeros.sum()) * 8 > len(bits):  # else the mask costs more than it saves
         rest = tensor.flatten()[~zeros]
-        ways.append(Packed(["sparse"], [encode((~zeros).view(tensor.shape).byte()), _planes(rest)]))
+        ways.append(
+            Packed(["sparse"], [encode((~zeros).view(tensor.shape).byte()), write_numbers(rest)])
+        )
     few = tensor.dtype.itemsize < 16 and len(bits) > 1
     if few and len(torch.unique(bits[:SAMPLE])) <= 256:
         values, index = torch.unique(bits, return_inverse=True)
@@ -76,21 +77,23 @@ def unpack(form: list[Any], parts: list[bytes], dtype: torch.dtype, shape: torch
     kind, *settings = form
     if kind == "planes":
         (data,) = parts
-        return _unplaned(data, dtype, math.prod(shape)).view(shape)
+        return read_numbers(data, dtype, math.prod(shape)).view(shape)
     if kind == "sparse":
         stream, data = parts
         mask, made = decode(stream, shape).bool(), torch.zeros(shape, dtype=dtype)
-        made[mask] = _unplaned(data, dtype, int(mask.sum()))
+        made[mask] = read_numbers(data, dtype, int(mask.sum()))
         return made
     if kind == "table":
         rows, values, per = settings
         if not (0 <= rows <= math.prod(shape) + 1 and 1 <= values <= 256):
             raise ValueError(f"a table of {rows} × {values} fits no tensor of shape {tuple(shape)}")
         data, stream = parts
-        table = _unplaned(data, dtype, rows * values).view(rows, values)
+        table = read_numbers(data, dtype, rows * values).view(rows, values)
         return Shared(decode(stream, shape), table, _units(per)).dequantize()
     if kind == "grid":
         return _ungrid(settings, parts, dtype, shape)
+    if kind == "levels":
+        return _unlevel(settings, parts, dtype, shape)
     raise ValueError(f"there is no form {kind!r}")
 
 
@@ -99,7 +102,11 @@ def _grid(coded: Quantized) -> Packed:
     grid, (scale, zero) = coded.grid, coded.steps
     first = grid.codes[0]
     symbols = (coded.codes.to(torch.int16) - first).to(torch.uint8)
-    parts = [_planes(scale)]
+    parts = [write_numbers(scale)]
+    if grid.table:
+        form = ["levels", len(grid.table), _named(grid.per)]
+        parts = [write_numbers(scale.new_tensor(grid.table)), *parts, encode(symbols)]
+        return Packed(form, parts, entropy_bits(symbols) / 8)
     if grid.symmetric:
         if not bool((zero == (0.5 if grid.is_sign else 0)).all()):
             raise ValueError("its grid is symmetric, but a zero lies elsewhere")
@@ -107,7 +114,7 @@ def _grid(coded: Quantized) -> Packed:
         whole = zero.to(torch.uint8)
         if not torch.equal(whole.to(zero.dtype), zero):
             raise ValueError("its grid is affine, but a zero is no whole number of 0 to 255")
-        parts.append(_planes(whole))
+        parts.append(write_numbers(whole))
     form = ["grid", grid.bits, grid.symmetric, _named(grid.per)]
     return Packed(form, [*parts, encode(symbols)], entropy_bits(symbols) / 8)
 
@@ -122,12 +129,10 @@ def _ungrid(
     codes = decode(parts[-1], shape)
     if codes.numel() and int(codes.max()) > grid.codes[1] - grid.codes[0]:
         raise ValueError("a code lies beyond its grid")
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    number = len(grid.per.split(torch.zeros((), dtype=wide).expand(shape)))
-    scale = _unplaned(parts[0], wide, number)
+    scale = _scales(parts[0], grid.per, dtype, shape)
     zero = torch.full_like(scale, 0.5 if grid.is_sign else 0.0)
     if not symmetric:
-        zero = _unplaned(parts[1], torch.uint8, number).to(wide)
+        zero = read_numbers(parts[1], torch.uint8, len(scale)).to(scale.dtype)
     if len(parts) != (2 if symmetric else 3):
         raise ValueError(f"a grid has 2 or 3 parts, not {len(parts)}")
     kind = torch.int8 if grid.codes[0] < 0 else torch.uint8
@@ -135,9 +140,28 @@ def _ungrid(
     return Quantized(shifted, Steps(scale, zero), grid, dtype).dequantize()
 
 
+def _unlevel(
+    settings: list[Any], parts: list[bytes], dtype: torch.dtype, shape: torch.Size
+) -> Tensor:
+    (number, named), (table, scales, stream) = settings, parts
+    per, codes = _units(named), decode(stream, shape)
+    if not 1 <= number <= 256 or (codes.numel() and int(codes.max()) >= number):
+        raise ValueError(f"a code lies beyond its {number} levels")
+    scale = _scales(scales, per, dtype, shape)
+    units = per.split(codes.to(scale.dtype)).nan_to_num(0).long()
+    levels = read_numbers(table, scale.dtype, number)
+    return per.join(levels[units] * scale[:, None], shape).to(dtype)
+
+
+def _scales(data: bytes, per: Granularity, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    """One for each unit of a tensor of this type and shape."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return read_numbers(data, wide, len(per.split(torch.zeros((), dtype=wide).expand(shape))))
+
+
 def _table(shared: Shared) -> Packed:
     form = ["table", *shared.table.shape, _named(shared.per)]
-    parts = [_planes(shared.table), encode(shared.index)]
+    parts = [write_numbers(shared.table), encode(shared.index)]
     return Packed(form, parts, entropy_bits(shared.index) / 8)
 
 
@@ -163,43 +187,3 @@ def _as_whole(tensor: Tensor) -> Tensor:
         return torch.view_as_real(flat).view(torch.int64).ne(0).any(1).long()
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return flat.view(kinds[flat.dtype.itemsize])
-
-
-def _planes(tensor: Tensor) -> bytes:
-    """Bytes as they are; or all lowest bytes, then all second ones and so on, each plane coded.
-
-    The highest bytes of weights, sign and exponent, are much alike.
-    """
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    data = flat.view(torch.uint8).numpy().reshape(-1, flat.dtype.itemsize)
-    plain = bytes([PLAIN]) + data.tobytes()
-    if len(data) < 8:
-        return plain
-    streams = [encode(torch.from_numpy(np.ascontiguousarray(plane))) for plane in data.T]
-    planes = bytes([PLANES]) + b"".join(struct.pack("<I", len(s)) + s for s in streams)
-    return min(plain, planes, key=len)
-
-
-def _unplaned(data: bytes, dtype: torch.dtype, number: int) -> Tensor:
-    size = dtype.itemsize
-    if data[0] == PLAIN:
-        if len(data) != 1 + number * size:
-            raise ValueError(f"{number} numbers of {size} bytes do not lie in {len(data)} bytes")
-        made = np.frombuffer(data, dtype=np.uint8, offset=1).copy()
-    elif data[0] == PLANES:
-        made, place = np.empty((number, size), dtype=np.uint8), 1
-        for plane in range(size):
-            (length,) = struct.unpack_from("<I", data, place)
-            stream = data[place + 4 : place + 4 + length]
-            made[:, plane] = decode(stream, (number,)).numpy()
-            place += 4 + length
-        if place != len(data):
-            raise ValueError("bytes follow the last plane")
-    else:
-        raise ValueError(f"numbers lie in no way {data[0]}")
-    whole = torch.from_numpy(made.reshape(-1))
-    if dtype == torch.bool:
-        if bool((whole > 1).any()):
-            raise ValueError("a bool is 0 or 1")
-        return whole.bool()
-    return whole.view(dtype)

@@ -69,7 +69,7 @@ def _rounded(rows: Tensor, steps: Steps, hessian: Tensor, grid: Grid, damp: floa
             if not grid.is_sign:
                 code = torch.where(kept[:, j], code, own.zero)
             codes[:, j] = code
-            error = (left[:, j] - (code - own.zero) * own.scale) / upper[j, j]
+            error = (left[:, j] - grid.values(code[:, None], own)[:, 0]) / upper[j, j]
             left[:, j + 1 : end] -= error[:, None] * upper[j, j + 1 : end]
             errors[:, j - start] = error
         left[:, end:] -= errors @ upper[start:end, end:]

@@ -1,4 +1,4 @@
-"""Grids of evenly spaced values, and four ways to lay one over given numbers."""
+"""Grids of values, and four ways to lay one over given numbers."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 
 from structopt.compression.granularity import Granularity, PerTensor
+from structopt.compression.levels import Levels, as_table
 
 
 class Steps(NamedTuple):
-    """Where the grid of each unit lies: value = (code - zero) · scale. Both of shape (units,)."""
+    """Where the grid of each unit lies: value = (code - zero) · scale. Both of shape (units,).
+
+    On a grid of ``levels``, value = level[code] · scale, and ``zero`` is the code of 0.
+    """
 
     scale: Tensor
     zero: Tensor
@@ -94,8 +98,8 @@ class LeastSquares:
     """
 
     def steps(self, units: Tensor, grid: Grid) -> Steps:
-        if not grid.symmetric or grid.bits > 2:
-            raise ValueError(f"{self} fits grids of one or two symmetric bits, not {grid.bits}")
+        if not grid.symmetric or grid.bits > 2 or grid.levels is not None:
+            raise ValueError(f"{self} fits grids of one or two symmetric bits, not {grid}")
         if not units.shape[1]:
             return grid.between(*_ends(units))
         sizes = units.abs().double()
@@ -118,7 +122,10 @@ class Grid:
     is ternary; one bit is a sign, the values -scale/2 and scale/2. Affine: the codes 0 … 2^b - 1,
     with a whole ``zero``, so that the value 0 stays exact: a pruned weight stays pruned.
 
-    Raises ValueError for bits out of 1 to 8.
+    With ``levels``, a table such as :class:`NormalFloat`, values are not evenly spaced: the codes
+    are places in the table, from 0 on, and each unit has its scale, as on a symmetric grid.
+
+    Raises ValueError for bits out of 1 to 8, and for levels that are no table of so many bits.
 
     >>> Grid(4, per=PerTensor()).codes
     (-7, 7)
@@ -128,22 +135,33 @@ class Grid:
     symmetric: bool = True
     per: Granularity = field(default_factory=PerTensor)
     fit: Fit = field(default_factory=MinMax)
+    levels: Levels | None = None
 
     def __post_init__(self) -> None:
         if not (isinstance(self.bits, int) and 1 <= self.bits <= 8):
             raise ValueError(f"a grid has 1 to 8 bits, not {self.bits!r}")
+        if self.levels is not None and not self.symmetric:
+            raise ValueError(f"{self.levels} has its own zero: take symmetric=True, the default")
+        _ = self.table  # complains
 
     @property
     def codes(self) -> tuple[int, int]:
         """The smallest and the largest code."""
+        if self.table:
+            return 0, len(self.table) - 1
         if self.symmetric and self.bits > 1:
             return 1 - 2 ** (self.bits - 1), 2 ** (self.bits - 1) - 1
         return 0, 2**self.bits - 1
 
     @property
+    def table(self) -> tuple[float, ...]:
+        """The values of the levels, in order; of an evenly spaced grid, none."""
+        return () if self.levels is None else as_table(self.levels, self.bits)
+
+    @property
     def is_sign(self) -> bool:
         """One symmetric bit, which has no code for the value 0."""
-        return self.symmetric and self.bits == 1
+        return self.symmetric and self.bits == 1 and self.levels is None
 
     def between(self, low: Tensor, high: Tensor) -> Steps:
         """The steps with which the grid reaches from low <= 0 to high >= 0."""
@@ -152,6 +170,9 @@ class Grid:
         if self.is_sign:
             scale = 2 * torch.maximum(-low, high)
             return Steps(scale, torch.full_like(scale, 0.5))
+        if self.table:
+            scale = torch.maximum(-low, high).clamp(min=tiny)
+            return Steps(scale, torch.full_like(scale, self.table.index(0.0)))
         if self.symmetric:
             scale = (torch.maximum(-low, high) / last).clamp(min=tiny)
             return Steps(scale, torch.zeros_like(scale))
@@ -164,7 +185,22 @@ class Grid:
         if self.is_sign:
             beyond = (units.abs() > scale).to(units.dtype)  # further than half a step
             return torch.where(units >= 0, 1 + beyond, -beyond)
-        return (units * (1 / scale)).round() + zero  # as torch: times the inverse, ties to even
+        ratio = units * (1 / scale)  # as torch: times the inverse, ties to even
+        if not self.table:
+            return ratio.round() + zero
+        ends = 2 * self.table[0] - self.table[1], 2 * self.table[-1] - self.table[-2]
+        table = ratio.new_tensor([ends[0], *self.table, ends[1]])
+        between = (table[1:] + table[:-1]) / 2  # beyond the outer two: as far as a code beyond
+        return (torch.searchsorted(between, ratio.contiguous()) - 1).to(ratio.dtype)
+
+    def values(self, codes: Tensor, steps: Steps) -> Tensor:
+        """What codes stand for, (units, members), as floats of the scale's type."""
+        scale = steps.scale[:, None]
+        if not self.table:
+            return (codes - steps.zero[:, None]) * scale
+        return (
+            scale.new_tensor(self.table)[codes.nan_to_num(0).long()] * scale
+        )  # NaN where a unit has no member
 
 
 def _ends(units: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,4 +221,4 @@ def _at(units: Tensor, share: float) -> Tensor:
 
 def _squares(units: Tensor, steps: Steps, grid: Grid) -> Tensor:
     codes = grid.nearest(units, steps).clamp(*grid.codes)
-    return ((codes - steps.zero[:, None]) * steps.scale[:, None] - units).square().nansum(1)
+    return (grid.values(codes, steps) - units).square().nansum(1)

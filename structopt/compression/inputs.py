@@ -134,3 +134,5 @@ def attach_(model: nn.Module, hooks: list[tuple[str, RoundInput]]) -> None:
 def _whole(grid: Grid) -> None:
     if grid.per != PerTensor():
         raise ValueError(f"inputs share one step: take a grid with per=PerTensor(), not {grid.per}")
+    if grid.levels is not None:
+        raise ValueError(f"inputs lie on even steps, which kernels multiply, not {grid.levels}")

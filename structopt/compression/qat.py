@@ -66,11 +66,11 @@ class LearnedStep(nn.Module):
         # The sign of a scale is no freedom: as steps has it, and with its gradient.
         share = self.scale.detach().sign() / (max(1, units.shape[1]) * last) ** 0.5
         scale = straight_through(self.scale, steps.scale, share)[:, None]
-        zero = steps.zero[:, None]
         codes = self.grid.nearest(units.detach(), steps)
         near = units * (1 / scale)
         inside = (codes >= first) & (codes <= last)
-        rounded = straight_through(near, codes.clamp(first, last) - zero, inside)
+        whole = Steps(torch.ones_like(steps.scale), steps.zero)
+        rounded = straight_through(near, self.grid.values(codes.clamp(first, last), whole), inside)
         made: Tensor = self.grid.per.join(rounded * scale, x.shape).to(x.dtype)
         return made
 

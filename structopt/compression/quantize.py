@@ -21,11 +21,10 @@ class Quantized:
     dtype: torch.dtype
 
     def dequantize(self) -> Tensor:
-        """(code - zero) · scale, computed in the type of the scale."""
-        grid, (scale, zero) = self.grid, self.steps
-        units = grid.per.split(self.codes.to(scale.dtype))
-        values = (units - zero[:, None]) * scale[:, None]
-        return grid.per.join(values, self.codes.shape).to(self.dtype)
+        """(code - zero) · scale, or level[code] · scale, computed in the type of the scale."""
+        units = self.grid.per.split(self.codes.to(self.steps.scale.dtype))
+        values = self.grid.values(units, self.steps)
+        return self.grid.per.join(values, self.codes.shape).to(self.dtype)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -119,7 +118,7 @@ def fake_quantize(x: Tensor, grid: Grid, steps: Steps | None = None) -> Tensor:
         codes = grid.nearest(units, steps)
         first, last = grid.codes
         inside = (codes >= first) & (codes <= last)
-        values = (codes.clamp(first, last) - steps.zero[:, None]) * steps.scale[:, None]
+        values = grid.values(codes.clamp(first, last), steps)
         value = grid.per.join(values, x.shape).to(x.dtype)
         kept = grid.per.join(inside, x.shape)
     return straight_through(x, value, kept)
