@@ -81,6 +81,24 @@ def test_the_weights_that_go_are_those_that_hurt_least(device):
     assert torch.equal((~mask).int().argmax(1), hurts.argmin(0))
 
 
+@pytest.mark.parametrize(("pattern", "run"), [(NOfM(2, 4), 4), (Unstructured(), 8)])
+def test_each_run_of_columns_is_ranked_by_what_the_runs_before_left(device, pattern, run):
+    """By w² / [H⁻¹]ⱼⱼ, with the weights as changed so far and H of the columns still free."""
+    x, weight = inputs(8, device), doubles(5, 8, device=device)
+    sparsity = None if run == 4 else 0.4
+    mask = pruning.sparse_gpt(weight, x.T @ x, sparsity, pattern=pattern, damp=0.0)[1]
+    scale = [torch.linalg.inv((x.T @ x)[j:, j:])[0, 0].item() for j in range(8)]
+    for start in range(0, 8, run):
+        before = mask.clone()
+        before[:, start:] = True
+        left = [surgeon(*row) for row in zip(weight, [x.T @ x] * 5, before, strict=True)]
+        hurts = torch.stack(left).square()[:, start : start + run]
+        hurts = hurts / torch.tensor(scale[start : start + run]).to(hurts)
+        gone = ~mask[:, start : start + run]
+        rows = [(hurts, gone)] if run == 8 else zip(hurts, gone, strict=True)
+        assert all(h[g].max() <= h[~g].min() for h, g in rows)
+
+
 @pytest.mark.parametrize("sparsity", [0.31, 0.5])
 def test_counts_are_exact_over_several_runs_of_columns(sparsity):
     x, weight = inputs(150), doubles(3, 150)
