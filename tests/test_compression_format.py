@@ -13,6 +13,7 @@ from torch import nn
 from structopt import compression
 from structopt.compression import Grid, NormalFloat, PerAxis, PerBlock, PerGroup, PerTensor
 
+NEWER = {"levels", "vectors"}
 TYPES = {
     "float32": "f", "float64": "d", "float16": "e", "int64": "q", "uint8": "B", "bool": "?",
 }  # fmt: skip
@@ -142,6 +143,13 @@ def read_tensor(kind, shape, form, parts):
     n, letter = math.prod(shape), TYPES[kind]
     if form[0] == "planes":
         return read_numbers(parts[0], letter, n)
+    if form[0] == "vectors":
+        _, u, k, d, units = form
+        columns = math.prod(shape[1:]) if len(shape) > 1 else shape[0]
+        places = [n // columns, columns // d]
+        symbols, table = read_symbols(parts[1], places), read_numbers(parts[0], letter, u * k * d)
+        starts = [(unit_of(i, places, units) * k + s) * d for i, s in enumerate(symbols)]
+        return [number for start in starts for number in table[start : start + d]]
     symbols = read_symbols(parts[-1] if form[0] != "sparse" else parts[0], shape)
     if form[0] == "sparse":
         rest = iter(read_numbers(parts[1], letter, sum(symbols)))
@@ -173,7 +181,7 @@ def read_file(path):
     text = zlib.decompress(data[18 : 18 + packed])
     assert len(text) == whole
     place, made, tensors = 18 + packed, {}, json.loads(text)["tensors"]
-    assert version == (2 if any(form[0] == "levels" for _, _, _, form, _ in tensors) else 1)
+    assert version == (2 if {form[0] for _, _, _, form, _ in tensors} & NEWER else 1)
     for name, kind, shape, form, lengths in tensors:
         parts = []
         for length in lengths:
@@ -222,6 +230,8 @@ def test_the_page_is_enough_to_read_a_file(tmp_path, per, bits):
     if bits > 1:
         uneven = Grid(bits, True, per, levels=NormalFloat())
         codes |= compression.quantize_weights(model, uneven, ["fc3.weight", "wide.weight"])
+        codes |= compression.share_weight_vectors(model, 2**bits, 6, per, ["conv.weight"])
+        codes |= compression.share_weight_vectors(model, 2, 3, per, ["small.weight"])
     report = compression.save(compression.put_(model, codes), tmp_path / "x", codes)
     assert report.bytes == (tmp_path / "x").stat().st_size
     found = read_file(tmp_path / "x")
@@ -236,7 +246,7 @@ def test_the_page_is_enough_to_read_a_file(tmp_path, per, bits):
         else:
             ours = torch.tensor(numbers, dtype=state[name].dtype)
         assert torch.equal(ours.view(shape), state[name]), name
-    newer = {"levels"} if bits > 1 else set()
+    newer = NEWER if bits > 1 else set()
     assert set(report.by_form) - {"sparse"} == {"planes", "grid", "table"} | newer
 
 

@@ -24,6 +24,7 @@ from structopt.compression.gptq import gptq, gptq_weights
 from structopt.compression.granularity import Granularity, PerAxis, PerBlock, PerGroup, PerTensor
 from structopt.compression.grids import MSE, Fit, Grid, LeastSquares, MinMax, Percentile, Steps
 from structopt.compression.huffman import canonical_words, huffman_lengths
+from structopt.compression.in_turn import share_weight_vectors
 from structopt.compression.inputs import RoundInput, calibrate, round_inputs
 from structopt.compression.levels import Levels, NormalFloat
 from structopt.compression.links import removable
@@ -40,6 +41,7 @@ from structopt.compression.sharing import Shared, Tie, share, tie
 from structopt.compression.slopes import linearising
 from structopt.compression.straight import Link, merge_links
 from structopt.compression.targets import Energy, Error, Target, Weights
+from structopt.compression.vectors import SharedVectors, share_vectors
 from structopt.compression.zeros import Skipped, SkipZeros, Zeros, input_zeros, skip_zeros
 
 __all__ = [
@@ -87,6 +89,7 @@ __all__ = [
     "Row",
     "Shallower",
     "Shared",
+    "SharedVectors",
     "SkipZeros",
     "Skipped",
     "Sparse24",
@@ -135,6 +138,8 @@ __all__ = [
     "separate_activations",
     "shallower",
     "share",
+    "share_vectors",
+    "share_weight_vectors",
     "share_weights",
     "skip_zeros",
     "spectra",

@@ -12,9 +12,10 @@ from structopt.compression.granularity import Granularity
 from structopt.compression.grids import Grid
 from structopt.compression.quantize import Quantized, quantize
 from structopt.compression.sharing import Shared, share
+from structopt.compression.vectors import SharedVectors
 
-Coded = Quantized | Shared
-"""A tensor as codes: on a grid, or in a table."""
+Coded = Quantized | Shared | SharedVectors
+"""A tensor as codes: on a grid, or in a table of numbers or vectors."""
 
 Codes = dict[str, Coded]
 """Codes for each parameter that has them, by its name."""

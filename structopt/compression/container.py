@@ -28,7 +28,7 @@ from structopt.compression.report import Report, Row
 from structopt.compression.skeleton import bare, stand_in
 
 MAGIC = b"\x89SOPT\r\n\x1a"
-VERSION = 2  # a file says the lowest that has all its forms: 2 for levels, 1 for all others
+VERSION = 2  # a file says the lowest that has all its forms: 2 for levels and vectors, else 1
 PRELUDE = struct.Struct("<8sHII")  # magic, version, bytes of the header packed and unpacked
 DIGEST = 8  # bytes of BLAKE2b at the end
 BLOCK = 1 << 20

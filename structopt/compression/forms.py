@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from structopt.compression.codes import Coded
-from structopt.compression.coding import decode, encode, entropy_bits
+from structopt.compression.coding import decode, encode, entropy_bits, matrix_shape
 from structopt.compression.granularity import Granularity, PerAxis, PerBlock, PerGroup, PerTensor
 from structopt.compression.grids import Grid, Steps
 from structopt.compression.planes import read_numbers, write_numbers
 from structopt.compression.quantize import Quantized
 from structopt.compression.sharing import Shared
+from structopt.compression.vectors import SharedVectors
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -29,7 +30,7 @@ DTYPES = {
     )
 }  # fmt: skip
 UNITS = {kind.__name__: kind for kind in (PerTensor, PerAxis, PerGroup, PerBlock)}
-NEWER = {"levels"}  # what version 1 of the file has not
+NEWER = {"levels", "vectors"}  # what version 1 of the file has not
 SAMPLE = 4096  # with that many different numbers in the first of them, no table is tried
 
 
@@ -52,6 +53,8 @@ def pack(tensor: Tensor, coded: Coded | None = None) -> Packed:
         return _grid(coded)
     if isinstance(coded, Shared):
         return _table(coded)
+    if isinstance(coded, SharedVectors):
+        return _vectors(coded)
     tensor = tensor.detach().cpu().contiguous()
     if tensor.is_conj() or tensor.is_neg():
         tensor = tensor.resolve_conj().resolve_neg()
@@ -94,6 +97,8 @@ def unpack(form: list[Any], parts: list[bytes], dtype: torch.dtype, shape: torch
         return _ungrid(settings, parts, dtype, shape)
     if kind == "levels":
         return _unlevel(settings, parts, dtype, shape)
+    if kind == "vectors":
+        return _unvector(settings, parts, dtype, shape)
     raise ValueError(f"there is no form {kind!r}")
 
 
@@ -163,6 +168,26 @@ def _table(shared: Shared) -> Packed:
     form = ["table", *shared.table.shape, _named(shared.per)]
     parts = [write_numbers(shared.table), encode(shared.index)]
     return Packed(form, parts, entropy_bits(shared.index) / 8)
+
+
+def _vectors(shared: SharedVectors) -> Packed:
+    form = ["vectors", *shared.table.shape, _named(shared.per)]
+    parts = [write_numbers(shared.table), encode(shared.index)]
+    return Packed(form, parts, entropy_bits(shared.index) / 8)
+
+
+def _unvector(
+    settings: list[Any], parts: list[bytes], dtype: torch.dtype, shape: torch.Size
+) -> Tensor:
+    (units, values, size, named), (data, stream) = settings, parts
+    rows, columns = matrix_shape(shape)
+    if not (1 <= values <= 256 and size >= 1 and columns % size == 0):
+        raise ValueError(f"{values} vectors of {size} fit no tensor of shape {tuple(shape)}")
+    index, per = decode(stream, (rows, columns // size)), _units(named)
+    if len(per.split(index.double())) != units or (index.numel() and int(index.max()) >= values):
+        raise ValueError(f"its {units} tables of {values} vectors do not fit its places")
+    table = read_numbers(data, dtype, units * values * size).view(units, values, size)
+    return SharedVectors(index, table, shape, per).dequantize()
 
 
 def _named(per: Granularity) -> list[Any]:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from structopt.compression.codes import chosen, naming, put_
-from structopt.compression.evidence import readers, watch
 from structopt.compression.grids import Grid, Steps
+from structopt.compression.in_turn import in_turn
 from structopt.compression.quantize import Quantized, as_finite
-from structopt.training.observing import columns
 
 BLOCK = 128  # columns whose errors are handed on at once
 
@@ -108,42 +105,4 @@ def gptq_weights(
     >>> sorted(gptq_weights(model, [x], Grid(3)))
     ['weight']
     """
-    batches, made = list(batches), dict[str, Quantized]()
-    rounded = copy.deepcopy(model)
-    if names is None:
-        layers = readers(rounded)
-    else:
-        layers = readers(rounded, [name.rpartition(".")[0] for name in chosen(rounded, names)])
-    order: list[str] = []
-    watch(rounded, batches[:1], layers, lambda name, given, out: order.append(name))
-    for layer in dict.fromkeys(order):
-        name = f"{layer}.weight".lstrip(".")
-        with naming(name):
-            hessian = hessian_of(rounded, batches, layer)
-            own = gptq(rounded.get_parameter(name), hessian, grid, damp=damp)
-        put_(rounded, {name: own})
-        made[name] = own
-    return made
-
-
-def hessian_of(model: nn.Module, batches: Iterable[Any], name: str) -> Tensor:
-    """The sum of x xᵀ over what the rows of a layer's weight multiply, (groups, n, n)."""
-    layer, found = model.get_submodule(name), list[Tensor]()
-
-    def see(name: str, given: Tensor, made: Tensor) -> None:
-        x = _columns(layer, given)  # (groups, n, inputs)
-        product = x @ x.mT
-        found[:] = [found[0] + product if found else product]
-
-    watch(model, batches, {name: layer}, see)
-    return found[0]
-
-
-def _columns(layer: nn.Module, x: Tensor) -> Tensor:
-    """What the rows of a layer's weight multiply, (groups, n, inputs)."""
-    x = as_finite(x)
-    if not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d):
-        raise ValueError(
-            f"the inputs of {type(layer).__name__} are not unfolded here: leave it out"
-        )
-    return columns(layer, x)
+    return in_turn(model, batches, names, lambda w, h: gptq(w, h, grid, damp=damp))

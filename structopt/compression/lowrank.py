@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from structopt.compression.codes import naming
 from structopt.compression.evidence import readers
-from structopt.compression.gptq import hessian_of
+from structopt.compression.in_turn import hessian_of
 from structopt.compression.quantize import as_finite
 from structopt.compression.ranks import SVD, Form, Ranks
 from structopt.compression.targets import Target, chosen_ranks

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from structopt.compression.granularity import Granularity, PerTensor
 from structopt.compression.quantize import as_finite
+from structopt.compression.vectors import SharedVectors
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +23,21 @@ class Shared:
     index: Tensor
     table: Tensor
     per: Granularity = field(default_factory=PerTensor)
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of the tensor."""
+        return self.index.shape
+
+    def moved(self, weight: Tensor) -> Tensor:
+        """The table whose values are the means of the numbers of ``weight`` that share them."""
+        units = self.per.split(weight.to(_type_of_places(weight)))
+        places = self.per.split(self.index.to(units.dtype)).nan_to_num(0).long()
+        known, table = ~units.isnan(), self.table.to(units.dtype)
+        total = torch.zeros_like(table).scatter_add_(1, places, units.nan_to_num(0))
+        count = torch.zeros_like(table).scatter_add_(1, places, known.to(units.dtype))
+        moved = torch.where((count > 0) & (table != 0), total / count.clamp(min=1), table)
+        return moved.to(self.table.dtype)
 
     def dequantize(self) -> Tensor:
         """The value at each place."""
@@ -116,27 +132,29 @@ def _type_of_places(table: Tensor) -> torch.dtype:
 class Tie:
     """An `after_step` that keeps weights shared while their values are trained. See :func:`tie`."""
 
-    def __init__(self, codes: Mapping[str, Shared]) -> None:
-        self.codes: dict[str, Shared] = dict(codes)
+    def __init__(self, codes: Mapping[str, Shared | SharedVectors]) -> None:
+        self.codes: dict[str, Shared | SharedVectors] = dict(codes)
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, step: int = 0) -> None:
         for name, shared in self.codes.items():
             weight = model.get_parameter(name)
-            if weight.shape != shared.index.shape:
+            if weight.shape != shared.shape:
                 raise ValueError(
-                    f"the codes of {name} have shape {tuple(shared.index.shape)}, the weight "
+                    f"the codes of {name} have shape {tuple(shared.shape)}, the weight "
                     f"{tuple(weight.shape)}: share the weights of this model"
                 )
-            self.codes[name] = shared = replace(shared, table=_means(weight, shared))
+            self.codes[name] = shared = replace(shared, table=shared.moved(weight))
             weight.copy_(shared.dequantize())
 
     def __repr__(self) -> str:
         return f"Tie({len(self.codes)} weights)"
 
 
-def tie(codes: Mapping[str, Shared]) -> Tie:
+def tie(codes: Mapping[str, Shared | SharedVectors]) -> Tie:
     """Train the shared values: after each step, weights of one value become their mean.
+
+    Or, of :func:`structopt.compression.share_vectors`, the vectors of one place.
 
     Hand it to :func:`structopt.training.train` as ``after_step``. With plain gradient descent this
     moves each value by the mean gradient of its weights, as Deep Compression does with the sum.
@@ -152,13 +170,3 @@ def tie(codes: Mapping[str, Shared]) -> Tie:
     tensor([[1.5000, 1.5000, 3.0000]])
     """
     return Tie(codes)
-
-
-def _means(weight: Tensor, shared: Shared) -> Tensor:
-    units = shared.per.split(weight.to(_type_of_places(weight)))
-    places = shared.per.split(shared.index.to(units.dtype)).nan_to_num(0).long()
-    known, table = ~units.isnan(), shared.table.to(units.dtype)
-    total = torch.zeros_like(table).scatter_add_(1, places, units.nan_to_num(0))
-    count = torch.zeros_like(table).scatter_add_(1, places, known.to(units.dtype))
-    moved = torch.where((count > 0) & (table != 0), total / count.clamp(min=1), table)
-    return moved.to(shared.table.dtype)

@@ -1,0 +1,100 @@
+"""Layers coded one after the other, each from what it reads behind those already coded."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from structopt.compression.codes import Coded, chosen, naming, put_
+from structopt.compression.evidence import readers, watch
+from structopt.compression.granularity import Granularity
+from structopt.compression.quantize import as_finite
+from structopt.compression.vectors import SharedVectors, share_vectors
+from structopt.training.observing import columns
+
+Made = TypeVar("Made", bound=Coded)
+
+
+def in_turn(
+    model: nn.Module,
+    batches: Iterable[Any],
+    names: Sequence[str] | None,
+    code: Callable[[Tensor, Tensor], Made],
+) -> dict[str, Made]:
+    """``code(weight, hessian)`` of linear layers and convolutions, in the order in which they run.
+
+    ``names`` are parameters; None: the weights of all such layers. One pass over the batches for
+    each layer; the model stays as it is.
+    """
+    batches, made = list(batches), dict[str, Made]()
+    coded = copy.deepcopy(model)
+    if names is None:
+        layers = readers(coded)
+    else:
+        layers = readers(coded, [name.rpartition(".")[0] for name in chosen(coded, names)])
+    order: list[str] = []
+    watch(coded, batches[:1], layers, lambda name, given, out: order.append(name))
+    for layer in dict.fromkeys(order):
+        name = f"{layer}.weight".lstrip(".")
+        with naming(name):
+            hessian = hessian_of(coded, batches, layer)
+            made[name] = code(coded.get_parameter(name), hessian)
+        put_(coded, {name: made[name]})
+    return made
+
+
+def share_weight_vectors(
+    model: nn.Module,
+    values: int,
+    size: int,
+    per: Granularity | None = None,
+    names: Sequence[str] | None = None,
+    *,
+    batches: Iterable[Any] | None = None,
+) -> dict[str, SharedVectors]:
+    """:func:`structopt.compression.share_vectors` for the weights of a model, which stays as it is.
+
+    ``names`` as in :func:`structopt.compression.quantize_weights`. With ``batches``, of linear
+    layers and convolutions, errors are weighed by what they do to outputs; layers then follow
+    each other in the order in which they run, each with the inputs that it gets behind those
+    already shared: one pass over the batches a layer.
+
+    >>> codes = share_weight_vectors(nn.Linear(6, 4), 8, 2)
+    >>> codes["weight"].table.shape
+    torch.Size([1, 8, 2])
+    """
+    if batches is not None:
+        return in_turn(
+            model, batches, names, lambda w, h: share_vectors(w, values, size, per, hessian=h)
+        )
+    made = {}
+    for name, weight in chosen(model, names).items():
+        with naming(name):
+            made[name] = share_vectors(weight, values, size, per)
+    return made
+
+
+def hessian_of(model: nn.Module, batches: Iterable[Any], name: str) -> Tensor:
+    """The sum of x xᵀ over what the rows of a layer's weight multiply, (groups, n, n)."""
+    layer, found = model.get_submodule(name), list[Tensor]()
+
+    def see(name: str, given: Tensor, made: Tensor) -> None:
+        x = _columns(layer, given)  # (groups, n, inputs)
+        product = x @ x.mT
+        found[:] = [found[0] + product if found else product]
+
+    watch(model, batches, {name: layer}, see)
+    return found[0]
+
+
+def _columns(layer: nn.Module, x: Tensor) -> Tensor:
+    """What the rows of a layer's weight multiply, (groups, n, inputs)."""
+    x = as_finite(x)
+    if not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d):
+        raise ValueError(
+            f"the inputs of {type(layer).__name__} are not unfolded here: leave it out"
+        )
+    return columns(layer, x)
