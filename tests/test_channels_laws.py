@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from structopt.channels import channel_groups, take
+from structopt.channels.copying import substitute
 from structopt.channels.rows import Refused
 
 
@@ -542,3 +543,45 @@ def test_the_numbers_of_a_cut_may_be_given_by_name(cut):
     for group in channels:
         order = torch.arange(group.size).flip(0)
         assert_equal(take(model, {group: order})(x), model(x))
+
+
+class Odd(nn.Module):
+    """What a copy has to take along, and what it may not share with the original."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(2, 3, 1)
+        self.again, self.rnn = self.layer, nn.LSTM(3, 2)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
+        self.notes = self.same_notes = {}
+        self.sizes, self.back = [3, [4]], [self]
+        self.register_buffer("loose", torch.ones(1), persistent=False)
+        self.register_forward_hook(lambda *_: None)
+
+    def __getstate__(self):
+        return super().__getstate__() | {"cache": None}
+
+
+def test_a_copy_with_other_tensors_is_otherwise_what_deepcopy_makes():
+    model = Odd()
+    model.layer.weight.requires_grad_(False)
+    model.compile()
+    made = substitute(model, lambda tensor: tensor + 1)
+    expected = copy.deepcopy(model)
+    assert list(vars(made)) == list(vars(expected))
+    assert [*map(type, made.modules())] == [*map(type, expected.modules())]
+    for name, tensor in [*made.named_parameters(), *made.named_buffers()]:
+        twin = dict([*expected.named_parameters(), *expected.named_buffers()])[name]
+        assert torch.equal(tensor, twin + 1)
+        assert (type(tensor), tensor.requires_grad) == (type(twin), twin.requires_grad)
+    assert made.again is made.layer
+    assert made.rnn._flat_weight_refs[0]() is made.rnn.weight_ih_l0
+    assert made.back[0] is made
+    assert made.notes is made.same_notes
+    assert made.notes is not model.notes
+    assert made.sizes[1] is not model.sizes[1]
+    assert made.sizes == model.sizes
+    assert made.cache is None
+    assert len(made._forward_hooks) == 1
+    assert made._forward_hooks is not model._forward_hooks
+    assert list(made.state_dict()) == list(model.state_dict())

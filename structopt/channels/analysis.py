@@ -8,18 +8,12 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from structopt.channels.copying import flatten, substitute
 from structopt.channels.groups import Axes, Channels
 from structopt.channels.mirrors import Book
 from structopt.channels.probe import Probe, settle
 from structopt.channels.shadow import to_shadow
-from structopt.channels.tracing import (
-    flatten,
-    label_parameters,
-    map_tensors,
-    substitute,
-    tensors_of,
-    trace,
-)
+from structopt.channels.tracing import label_parameters, map_tensors, tensors_of, trace
 
 
 def channel_groups(model: nn.Module, example: Any) -> Channels:

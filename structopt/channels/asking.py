@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from structopt.channels.groups import ChannelGroup, Channels
+from structopt.channels.groups import Channels
 from structopt.channels.labels import Vector
+from structopt.channels.members import ChannelGroup
 from structopt.channels.rows import Edit, Reals, Refused
 
 

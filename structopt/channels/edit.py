@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from structopt.channels import keeping, lengths
+from structopt.channels.copying import substitute
 from structopt.channels.groups import Channels
 from structopt.channels.rows import Edit, rows_of
 from structopt.channels.sizes import refresh
-from structopt.channels.tracing import substitute
 
 
 def _laid_out_as(tensor: Tensor, made: Tensor) -> Tensor:

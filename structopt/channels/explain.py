@@ -13,7 +13,8 @@ from torch import nn
 
 from structopt.channels.analysis import channel_groups
 from structopt.channels.drawing import draw
-from structopt.channels.groups import ChannelGroup, Channels
+from structopt.channels.groups import Channels
+from structopt.channels.members import ChannelGroup
 from structopt.channels.mirrors import Extent
 from structopt.channels.sizes import guesses
 

@@ -6,7 +6,6 @@ import functools
 import itertools
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,47 +14,10 @@ from torch import nn
 
 from structopt.channels.attributes import keeper
 from structopt.channels.labels import Vector
+from structopt.channels.members import ChannelGroup, Member
 from structopt.channels.mirrors import Book, Extent
 
 Axes = Mapping[tuple[str, int], Vector]
-
-
-@dataclass(frozen=True, eq=False)
-class Member:
-    """An axis of a parameter that holds channels of a group.
-
-    `channel[i]` is the number of the channel that index i of the axis belongs to, or -1.
-    """
-
-    parameter: str
-    dim: int
-    channel: Vector
-    reads: bool
-
-    @property
-    def repeats(self) -> int:
-        """How many indices of the axis each channel owns."""
-        return int((self.channel >= 0).sum() // (self.channel.max() + 1))
-
-    def __str__(self) -> str:
-        times = f" ×{self.repeats}" if self.repeats > 1 else ""
-        return f"{self.parameter}[dim {self.dim}]{times}"
-
-
-@dataclass(frozen=True, eq=False)
-class ChannelGroup:
-    """Channels that are kept or removed alike, by every weight axis that makes or reads them."""
-
-    name: str
-    size: int
-    members: tuple[Member, ...]
-    frozen: str = ""
-    averaged: bool = False
-    channels: Channels = field(repr=False, default=None)  # type: ignore[assignment]
-
-    def __repr__(self) -> str:
-        state = f"frozen, {self.frozen}" if self.frozen else f"{len(self.members)} axes"
-        return f"ChannelGroup({self.name}: {self.size} channels, {state})"
 
 
 class Channels:
@@ -78,6 +40,9 @@ class Channels:
         """Read the groups from the labels, again after some were tied or frozen."""
         self.book.labels.settle()
         self._along: dict[int, tuple[Vector, dict[int, Vector]]] = {}
+        self._alike: dict[bytes, dict[int, Vector]] = {}
+        self.asked: Mapping[int, Vector] = {}
+        self.answers: dict[int, Vector | None] = {}  # of `rows_of`, to what was asked last
         self.group_of = np.full(self.book.labels.size, -1)  # of a root
         self.ordinal_of = np.zeros(self.book.labels.size, np.int64)
         self.reads = np.zeros(self.book.labels.size, bool)  # of a label: summed over by an op
@@ -130,6 +95,13 @@ class Channels:
         known = self._along.get(id(labels))
         if known is not None and known[0] is labels:
             return known[1]
+        same = self.book.labels.find(labels).tobytes()  # a norm has five axes of the same channels
+        if same not in self._alike:
+            self._alike[same] = self._lookup(labels)
+        self._along[id(labels)] = labels, self._alike[same]
+        return self._alike[same]
+
+    def _lookup(self, labels: Vector) -> dict[int, Vector]:
         found: dict[int, Vector] = {}
         for roots in self.book.labels.leaves(labels).values():
             group = np.where(roots >= 0, self.group_of[roots], -1)
@@ -140,7 +112,6 @@ class Channels:
                 if before is not None and ((before >= 0) & mine).any():
                     self.twice.add(int(number))
                 found[int(number)] = channel if before is None else np.maximum(channel, before)
-        self._along[id(labels)] = labels, found
         return found
 
     def freedom(self, groups: Iterable[ChannelGroup] | None = None) -> float:

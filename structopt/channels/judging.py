@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from structopt.channels import verify
+from structopt.channels.copying import substitute
 from structopt.channels.edit import build
 from structopt.channels.groups import Channels
 from structopt.channels.rows import Choice, Edit, Refused
 from structopt.channels.shadow import Shadow, plain_kernels
-from structopt.channels.tracing import call, map_tensors, substitute
+from structopt.channels.tracing import call, map_tensors
 
 Judge = Callable[[Edit], str]  # what goes wrong, or nothing
 
@@ -41,7 +42,8 @@ def by_value(channels: Channels, model: nn.Module) -> Judge:
             known[key] = _expected(channels, wide, edit.choice)
         for example, expected, watched in known[key]:
             try:
-                found = verify.outputs(build(channels, wide, edit), example, watched=watched)
+                copy = build(channels, wide, edit)
+                found = verify.outputs_of_copy(copy, example, watched=watched)
             except Exception as failure:
                 return _failure(failure)
             error = verify.difference(expected, found)

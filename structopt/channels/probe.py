@@ -12,8 +12,9 @@ from torch import nn
 
 from structopt.channels.attributes import own
 from structopt.channels.edit import build
-from structopt.channels.groups import ChannelGroup, Channels
+from structopt.channels.groups import Channels
 from structopt.channels.labels import Vector
+from structopt.channels.members import ChannelGroup
 from structopt.channels.mirrors import Book
 from structopt.channels.rows import Edit
 from structopt.channels.shadow import Shadow, plain_kernels

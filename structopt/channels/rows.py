@@ -55,8 +55,10 @@ def rows(channel: Vector, index: Vector) -> Vector | None:
     array([4, 5, 0, 1])
     """
     size = int(channel.max()) + 1
-    if np.array_equal(channel, np.arange(size)):
-        return index
+    mine = np.flatnonzero(channel >= 0)
+    start, end = int(mine[0]), int(mine[-1]) + 1
+    if len(mine) == end - start == size and np.array_equal(channel[mine], np.arange(size)):
+        return np.concatenate([np.arange(start), start + index, np.arange(end, len(channel))])
     breaks = np.flatnonzero((np.diff(channel) < 0) | ((channel[:-1] < 0) & (channel[1:] >= 0))) + 1
     pieces = []
     for start, tile in zip(np.r_[0, breaks], np.split(channel, breaks), strict=True):
@@ -102,11 +104,15 @@ class Refused(ValueError):
 
 def rows_of(channels: Channels, labels: Vector, choice: Choice, what: str = "") -> Vector | None:
     """Which entries of a labelled axis to take; `None` where no chosen group lies on it."""
-    touched = {n: c for n, c in channels.along(labels).items() if n in choice}
-    if not touched:
-        return None
-    taken = np.arange(len(labels))
+    along = channels.along(labels)
+    if channels.asked is not choice:
+        channels.asked, channels.answers = choice, {}
+    if id(along) in channels.answers:
+        return channels.answers[id(along)]
+    touched = {n: c for n, c in along.items() if n in choice}
+    taken: Vector | None = None
     for number, channel in touched.items():
+        taken = np.arange(len(labels)) if taken is None else taken
         made = rows(channel[taken], choice[number])
         if made is None:
             raise Refused(
@@ -114,4 +120,5 @@ def rows_of(channels: Channels, labels: Vector, choice: Choice, what: str = "") 
                 "removed or permuted there, not doubled"
             )
         taken = taken[made]
+    channels.answers[id(along)] = taken
     return taken

@@ -14,8 +14,8 @@ META = torch.device("meta")
 # What these get beside the tensor they work on are places, which have to be known.
 _PLACED = ("index", "index_put", "index_put_", "_unsafe_index", "_unsafe_index_put")
 
-
-# Torch composes these of twenty operators on `meta`; it has checked the sizes before.
+# Torch composes these of up to twenty operators on `meta`; sizes it has checked before.
+_POINTWISE = ("hardtanh", "relu", "hardswish", "hardsigmoid", "silu", "gelu", "sigmoid")
 _BATCH_NORMS = ("native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm")
 
 
@@ -39,6 +39,8 @@ class Shadow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             name = func._schema.name.removeprefix("aten::")
             if name in _BATCH_NORMS:
                 return _normed(args[0])
+            if name.rstrip("_") in _POINTWISE and args[0].is_floating_point():
+                return args[0] if name.endswith("_") else torch.empty_like(args[0])
             if len(device) > 1 and name not in _PLACED:
                 args, kwargs = _moved(args), _moved(kwargs)
         elif kwargs.get("device") == META:

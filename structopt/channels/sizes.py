@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from structopt.channels.attributes import assign, keeper
+from structopt.channels.copying import flatten
 from structopt.channels.groups import Channels
 from structopt.channels.mirrors import Extent
 from structopt.channels.rows import Edit, rows_of
-from structopt.channels.tracing import flatten
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from structopt.channels.asking import asked
 from structopt.channels.edit import build
-from structopt.channels.groups import ChannelGroup, Channels
+from structopt.channels.groups import Channels
 from structopt.channels.judging import Judge, by_shape, by_value
+from structopt.channels.members import ChannelGroup
 from structopt.channels.rows import Edit, Refused
 from structopt.channels.sizes import guesses
 

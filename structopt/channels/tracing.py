@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -134,31 +132,6 @@ def call(model: nn.Module, example: Any) -> Any:
     if isinstance(example, Mapping):
         return model(**example)
     return model(example)
-
-
-def substitute(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A copy of the model in which each parameter and buffer is what `change` makes of it."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for store in (module._parameters, module._buffers, vars(module)):
-            for value in store.values():
-                if isinstance(value, Tensor) and id(value) not in memo:
-                    with torch.no_grad():
-                        made = change(value).detach()
-                    if isinstance(value, nn.Parameter):
-                        made = nn.Parameter(made, requires_grad=value.requires_grad)
-                    memo[id(value)] = made
-        for value in vars(module).values():  # ten empty dicts for hooks: quicker than deepcopy
-            if type(value) in (dict, OrderedDict) and not value:
-                memo[id(value)] = type(value)()
-    return copy.deepcopy(model, memo)
-
-
-def flatten(model: nn.Module) -> None:
-    """Weights of an RNN that were replaced lie apart: cuDNN wants them in one piece again."""
-    for module in model.modules():
-        if isinstance(module, nn.RNNBase):
-            module.flatten_parameters()
 
 
 def label_parameters(book: Book, model: nn.Module) -> dict[tuple[str, int], Vector]:

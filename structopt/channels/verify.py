@@ -7,25 +7,19 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from structopt.channels import lengths
+from structopt.channels.copying import flatten, substitute
 from structopt.channels.groups import Channels
 from structopt.channels.labels import Vector
 from structopt.channels.mirrors import Axis, Book, Mirror, mirror_of
 from structopt.channels.rows import Choice
 from structopt.channels.shadow import plain_kernels
-from structopt.channels.tracing import (
-    Tracer,
-    call,
-    flatten,
-    label_parameters,
-    map_tensors,
-    substitute,
-    tensors_of,
-)
+from structopt.channels.tracing import Tracer, call, label_parameters, map_tensors, tensors_of
 
 _NORMS = ("native_layer_norm", "native_group_norm", "_fused_rms_norm", "mean")
 _SMALL = (torch.float32, torch.float16, torch.bfloat16)
@@ -145,10 +139,15 @@ def reference(
 ) -> list[Tensor]:
     """What the model computes when the channels that were not chosen are masked."""
     gone = np.zeros(sum(len(v) for v in channels.axes.values()), bool)
+    alike: dict[int, npt.NDArray[np.bool_]] = {}
     for labels in channels.axes.values():
-        for number, channel in channels.along(labels).items():
-            if number in choice:
-                gone[labels[(channel >= 0) & ~np.isin(channel, choice[number])]] = True
+        along = channels.along(labels)
+        if id(along) not in alike:
+            alike[id(along)] = np.zeros(len(labels), bool)
+            for number in along.keys() & choice.keys():
+                absent = ~np.isin(along[number], choice[number])
+                alike[id(along)] |= (along[number] >= 0) & absent
+        gone[labels] = alike[id(along)]
     names = {id(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
 
     def zeroed(tensor: Tensor) -> Tensor:
@@ -163,7 +162,7 @@ def reference(
     full = substitute(model, zeroed).eval()
     lengths.adjust(model, full, lambda _, tensor: wide(tensor))
     if not gone.any():
-        return outputs(full, example, watched=watched)
+        return outputs_of_copy(full, example, watched=watched)
     flatten(full)
     book = Book()
     label_parameters(book, full)
@@ -184,8 +183,14 @@ def outputs(
     model: nn.Module, example: Any, seed: int = 0, watched: Sequence[str] = ()
 ) -> list[Tensor]:
     """What a model, and layers of it, compute in double precision, in evaluation mode."""
-    copy = substitute(model, wide).eval()
-    flatten(copy)
+    return outputs_of_copy(substitute(model, wide), example, seed, watched)
+
+
+def outputs_of_copy(
+    copy: nn.Module, example: Any, seed: int = 0, watched: Sequence[str] = ()
+) -> list[Tensor]:
+    """The same, of a copy in double precision that may be changed."""
+    flatten(copy.eval())
     with _repeatable(seed), _Wide():  # type: ignore[no-untyped-call]
         return _run(copy, example, watched)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from structopt.channels import ChannelGroup, channel_groups, take
-from structopt.channels.groups import Member
+from structopt.channels.members import Member
 from structopt.channels.rows import rows
 from structopt.pruning.finding import find_masks
 from structopt.pruning.masks import apply_masks_, need_masks

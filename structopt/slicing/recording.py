@@ -12,17 +12,16 @@ from torch import Tensor, nn
 
 from structopt.channels import rules
 from structopt.channels.attributes import Attributes, mark
+from structopt.channels.copying import flatten, substitute
 from structopt.channels.labels import Labels, Vector
 from structopt.channels.mirrors import Book, Mirror, mirror_of
 from structopt.channels.shadow import Shadow, plain_kernels
 from structopt.channels.tracing import (
     Tracer,
     call,
-    flatten,
     follow_modules,
     label_parameters,
     map_tensors,
-    substitute,
     tensors_of,
 )
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from structopt.channels import ChannelGroup, channel_groups, take
+from structopt.channels.copying import substitute
 from structopt.channels.judging import lively
-from structopt.channels.tracing import substitute
 from structopt.channels.verify import difference, outputs, tolerance, wide
 from structopt.slicing.attention import FreeAttention, free_attention
 from structopt.slicing.cutting import named
