@@ -122,10 +122,16 @@ def test_what_is_no_cache_is_refused(teacher: nn.Module, tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"batches of cached.number\(examples\)"):
         d.from_logits(cached)(student, (given.inputs, given.targets))
     numbered = cached.number(given)
+    numbered = cached.number(given)
+    with pytest.raises(ValueError, match=r"batches of cached.number\(examples\)"):
+        cached.teach(given.inputs, given.targets[:, None])
+    with pytest.raises(ValueError, match=r"number 21 is beyond the 5 examples of this cache"):
+        d.cache_outputs(teacher, given[:5]).teach(given.inputs, numbered.targets)
     with pytest.raises(ValueError, match=r"no features of 'fc' \(it has: none\)"):
         d.from_features(cached, {"fc": "fc"})(student, (numbered.inputs, numbered.targets))
-    with pytest.raises(ValueError, match="not one whole number for each example"):
-        cached.number(numbered)
+    for other in (numbered, Examples(given.inputs, torch.rand(22))):
+        with pytest.raises(ValueError, match="not one whole number for each example"):
+            cached.number(other)
 
 
 def test_hints_from_cached_features(teacher: nn.Module, device: torch.device) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from structopt import channels, data, descent, networks, training
+from structopt import channels, data, descent, networks, slicing, training
 from structopt import distillation as d
 from structopt.data import Examples
 
@@ -257,6 +258,41 @@ def test_a_pruned_student_learns(device: torch.device) -> None:
     assert history.losses[-1] < history.losses[0]
 
 
+def test_every_slice_of_a_slimmable_learns_from_the_teacher(device: torch.device) -> None:
+    """At each width the gradient of the network cut out, in the weights that all share."""
+    teacher, _ = nets(device)
+    given = examples(device=device)
+    x, y = given.inputs[:8], given.targets[:8]
+    net = slicing.Slimmable(networks.StudentNet(), given.inputs[:2].cpu(), [0.5]).to(device)
+    build: list[Callable[..., Tensor]] = [
+        d.soft_targets, d.standardised_logits, d.logit_mse, d.decoupled, d.correlations,
+    ]  # fmt: skip
+    for goal in (d.from_logits(teacher, loss, weight=0.5) for loss in build):
+        net.eval().zero_grad()
+        alone = net.extract(0.5)
+        want, got = goal(alone, (x, y)), goal(partial(net, width=0.5), (x, y))
+        torch.testing.assert_close(got, want)
+        got.backward()
+        want.backward()
+        shared = net.model.conv2[0].weight.grad
+        torch.testing.assert_close(shared[:8, :4], alone.conv2[0].weight.grad)
+        assert not shared[8:].any()
+
+    def every_width(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return sum(goal(partial(model, width=width), batch) for width in model.widths)
+
+    history = training.train(
+        net, data.batches(given, 8), every_width, descent.fused_adamw(net, 0.01), epochs=4,
+        device=device,
+    )  # fmt: skip
+    assert history.losses[-1] < history.losses[0]
+    # Features are named at the full width; a slice's own layers are those of the network cut out.
+    for student, layer in ((net, "model.conv2"), (net.extract(0.5), "conv2")):
+        goal = d.hints(teacher, student, {layer: "residual2"}, x)
+        goal(student, (x, y)).backward()
+        assert goal.adapters[0].map.in_channels == (16 if student is net else 8)
+
+
 # Students that teach each other and themselves
 
 
@@ -378,7 +414,10 @@ def bad() -> list[tuple[str, Callable[[], object]]]:
         (r"no layer 'conv9'", lambda: d.hints(teacher, student, {"conv9": "fc"}, x)),
         (r"name a pair of layers", lambda: d.hints(teacher, student, {}, x)),
         (r"name a pair of layers", lambda: d.from_features(teacher, {})),
-        (r"temperature is a number above 0, not 0", lambda: d.from_logits(teacher, temperature=0)),
+        (r"is a finite number above 0, not 0", lambda: d.from_logits(teacher, temperature=0)),
+        (r"finite number above 0, not inf", lambda: d.from_logits(teacher, temperature=math.inf)),
+        (r"finite number above 0, not inf", lambda: d.soft_targets(x, x, temperature=math.inf)),
+        (r"divides the logits, above 0: 0", lambda: d.mutual(temperature=0)),
         (r"soft_targets has no setting 'heat'; it has temperature",
          lambda: d.from_logits(teacher, heat=1)),
         (r"weight counts the teacher's part.*-1", lambda: d.from_logits(teacher, weight=-1)),

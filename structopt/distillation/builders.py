@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -195,8 +196,8 @@ def _bound(loss: Loss, settings: Mapping[str, Any]) -> Loss:
             raise ValueError(
                 f"{_name(loss, {})} has no setting {name!r}; it has {', '.join(known) or 'none'}"
             )
-    if not settings.get("temperature", 1.0) > 0:
-        raise ValueError(f"temperature is a number above 0, not {settings['temperature']}")
+    if not 0 < settings.get("temperature", 1.0) < math.inf:
+        raise ValueError(f"temperature is a finite number above 0, not {settings['temperature']}")
     return partial(loss, **settings)
 
 

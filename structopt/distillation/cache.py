@@ -63,8 +63,15 @@ class Cached:
             self.logits = self.logits.to(targets.device)
             self.features = {k: v.to(targets.device) for k, v in self.features.items()}
         numbers = targets[:, 1]
+        try:
+            logits = self.logits.index_select(0, numbers)
+        except IndexError:
+            raise ValueError(
+                f"number {int(numbers.max())} is beyond the {len(self.logits)} examples of this "
+                "cache: train on batches of its own cached.number(examples)"
+            ) from None
         features = {name: self.features[name].index_select(0, numbers) for name in names}
-        return Lesson(self.logits.index_select(0, numbers), features, targets[:, 0])
+        return Lesson(logits, features, targets[:, 0])
 
 
 def cache_outputs(

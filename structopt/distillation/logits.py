@@ -8,6 +8,8 @@ teacher's logits get a gradient too if they want one; the objectives give them w
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -181,8 +183,10 @@ def _pearson(a: Tensor, b: Tensor, dim: int) -> Tensor:
 
 
 def _pair(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    if not temperature > 0:
-        raise ValueError(f"temperature divides the logits: a number above 0, not {temperature}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(
+            f"temperature divides the logits: a finite number above 0, not {temperature}"
+        )
     if student.shape != teacher.shape or student.ndim < 2:
         raise ValueError(
             f"the student gives logits {tuple(student.shape)}, the teacher {tuple(teacher.shape)}: "

@@ -52,14 +52,18 @@ def mutual(
     ``train(nn.ModuleList(students), batches, mutual(), optimizer, ...)``: all learn in one run,
     each from the labels and from what the others say. They may differ in shape.
 
-    Raises ``ValueError`` for a model that is not such a list, a weight below 0.
+    Raises ``ValueError`` for a model that is not such a list, a weight below 0, a temperature not
+    above 0.
 
     >>> students = nn.ModuleList([nn.Linear(2, 3), nn.Linear(2, 3)])
     >>> mutual()(students, (torch.ones(4, 2), torch.zeros(4).long())).ndim
     0
     """
-    if not weight >= 0:
-        raise ValueError(f"weight counts what the others say, at least 0: {weight}")
+    if not weight >= 0 or not temperature > 0:
+        raise ValueError(
+            f"weight counts what the others say, at least 0: {weight}; temperature divides the "
+            f"logits, above 0: {temperature}"
+        )
 
     def objective(model: nn.Module, batch: Any) -> Tensor:
         if not isinstance(model, nn.ModuleList):

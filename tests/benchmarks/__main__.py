@@ -7,6 +7,6 @@ from pathlib import Path
 HERE = Path(__file__).parent
 
 for script in sorted(HERE.glob("*.py")):
-    if script.stem not in {"__main__", "common"}:
+    if script.stem not in {"__main__", "common", "distillation_lab"}:
         print(f"== {script.stem}", flush=True)
         subprocess.run([sys.executable, str(script), *sys.argv[1:]], check=True)

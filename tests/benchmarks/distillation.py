@@ -10,27 +10,21 @@ interrupted run goes on from there. ``distillation_cases.py`` adds few labels, a
 the cost.
 """
 
-import contextlib
-import io
-import tempfile
 from collections.abc import Callable
-from functools import cached_property, partial
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-from common import arguments, keep, kept, machine, mean_and_spread
+from distillation_lab import LAYERS, Laboratory, Record, laboratory, percent
 from torch import nn
 
-from structopt import data, descent, distillation, files, losses, networks, training
-from structopt.data import Examples, Flip, Shift
+from structopt import distillation, losses, networks, training
+from structopt.data import Flip
 
-SEEDS = (0, 1, 2)
 TRIAL, EPOCHS = 3, 5
 RATES = (0.04, 0.08, 0.16)
 RATED = ("labels", "label smoothing", "standardised_logits")
 TWICE = ("labels", "standardised_logits")
-LAYERS = {"conv3": "residual3"}
 
 Settings = dict[str, Any]
 
@@ -58,69 +52,6 @@ CANDIDATES: dict[str, list[Settings]] = {
     "mutual": [{"weight": 1.0, "temperature": 1}],
     "born again": [{"temperature": 1}],
 }
-
-
-class Laboratory:
-    """The images, the teachers (kept in ``folder``), and what they say, each made when needed."""
-
-    def __init__(self, folder: Path, device: torch.device, quick: bool) -> None:
-        self.folder, self.device, self.quick = folder, device, quick
-        train, self.test = data.fashion_mnist()
-        self.train, self.held = train.split(1 / 6)
-        if quick:
-            self.train, self.held, self.test = self.train[:256], self.held[:256], self.test[:256]
-
-    def fit(
-        self,
-        model: nn.Module,
-        objective: training.Objective,
-        examples: Examples,
-        *,
-        epochs: int,
-        lr: float,
-        seed: int = 0,
-        augment: tuple[data.Augmentation, ...] = (),
-        **options: Any,
-    ) -> nn.Module:
-        parts = [model, objective] if isinstance(objective, nn.Module) else [model]
-        training.train(
-            model,
-            data.batches(examples, 64, seed=seed, augment=augment, device=self.device),
-            objective,
-            descent.fused_adamw(nn.ModuleList(parts).to(self.device), lr),
-            epochs=1 if self.quick else epochs,
-            device=self.device,
-            schedule=descent.one_cycle(),
-            progress=False,
-            **options,
-        )
-        return model
-
-    @cached_property
-    def teachers(self) -> list[nn.Module]:
-        found: list[nn.Module] = []
-        for seed in SEEDS[:2]:
-            torch.manual_seed(seed)
-            model: nn.Module = networks.TeacherNet()
-            path = self.folder / f"teacher-{seed}.safetensors"
-            if path.exists() and not self.quick:
-                model.load_state_dict(files.load_tensors(path)[0])
-            else:
-                augment = (Flip(), Shift(1))
-                self.fit(model, training.supervised(), self.train, epochs=20, lr=0.01, seed=seed,
-                         augment=augment)  # fmt: skip
-                if not self.quick:
-                    files.save_tensors(path, model.state_dict(), {})
-            found.append(model.to(self.device).requires_grad_(False))
-        return found
-
-    @cached_property
-    def cached(self) -> distillation.Cached:
-        """The mean of the teachers' logits; the features, which have no mean, of the first."""
-        train = self.train.to(self.device)
-        one = distillation.cache_outputs(self.teachers[0], train, names=LAYERS.values())
-        both = distillation.cache_outputs(self.teachers, train)
-        return distillation.Cached(both.logits, one.features, fingerprint=both.fingerprint)
 
 
 def objective(
@@ -176,35 +107,6 @@ def student(lab: Laboratory, method: str, given: Settings, epochs: int, seed: in
     return fit(model, objective(lab, method, model, given), lab.cached.number(lab.train))
 
 
-def percent(model: nn.Module, examples: Examples) -> float:
-    return round(100 * training.evaluate(model, examples), 2)
-
-
-class Record:
-    """The result, written after each addition."""
-
-    def __init__(self, device: torch.device, quick: bool) -> None:
-        self.quick = quick
-        self.result: dict[str, Any] = {} if quick else kept("distillation", device)
-        self.result |= {"benchmark": "distillation", "machine": machine(device)}
-
-    def save(self) -> None:
-        with contextlib.redirect_stdout(io.StringIO()):  # not the whole of it each time
-            keep("distillation", self.result, self.quick)
-
-    def scores(self, part: str, row: str, measure: Callable[[int], float], **notes: Any) -> None:
-        """One number for each seed that has none yet, with these notes."""
-        rows = self.result.setdefault(part, {})
-        before = rows.get(row, {})
-        same = all(before.get(name) == value for name, value in notes.items())
-        found = before["test accuracy in %"] if before and same else []
-        for seed in SEEDS[len(found) : 1 if self.quick else None]:
-            found.append(measure(seed))
-            rows[row] = {**notes, "test accuracy in %": found, **mean_and_spread(found)}
-            print(f"{part}: {row}, seed {seed}: {found[-1]}", flush=True)
-            self.save()
-
-
 def choose(
     lab: Laboratory, record: Record, kind: str, method: str, tries: list[Settings], epochs: int
 ) -> Settings:
@@ -244,17 +146,6 @@ def final(
 
     row = method if epochs == EPOCHS else f"{method}, twice as long"
     record.scores(part, row, measure, epochs=epochs, settings=given)
-
-
-def laboratory(text: str | None) -> tuple[Laboratory, Record]:
-    """From the command line; figures of a quick run are only printed."""
-    parser = arguments(text)
-    folder = Path(tempfile.gettempdir()) / "structopt-distillation"
-    parser.add_argument("--folder", type=Path, default=folder, help="where teachers are kept")
-    options = parser.parse_args()
-    options.folder.mkdir(parents=True, exist_ok=True)
-    device = torch.device(options.device)
-    return Laboratory(options.folder, device, options.quick), Record(device, options.quick)
 
 
 def main() -> None:
