@@ -57,9 +57,16 @@ class Gated(nn.Module):
         return self.head(x[:, 0] / 3) + self.answer(self.last(x).mean(1))
 
 
-NETWORKS = {
+def vit(patch=8, **settings):
+    return tv.VisionTransformer(16, patch, 2, 2, 8, 12, num_classes=5, **settings)
+
+
+STEM = [tv.vision_transformer.ConvStemConfig(n, 3, 2) for n in (4, 6)]
+NETWORKS = {  # of torchvision's networks the ViTs alone have one stream from end to end
     "TinyTransformer": lambda: networks.TinyTransformer(dim=8, depth=2, heads=2),
-    "ViT": lambda: tv.VisionTransformer(16, 8, 2, 2, 8, 12, num_classes=5),
+    "ViT": vit,
+    "ViT, convolutional stem": lambda: vit(4, conv_stem_configs=STEM),
+    "ViT, two layers at the end": lambda: vit(representation_size=6),
     "encoder": Words,
     "RMS": Gated,
 }
@@ -329,11 +336,17 @@ def test_what_cannot_be_turned_is_refused_with_the_reason(reason):
 
 
 def test_networks_of_torch_that_cannot_be_turned():
-    words, image = torch.zeros(1, 5).long(), torch.zeros(1, 3, 32, 32)
+    words, image = torch.zeros(1, 5).long(), torch.randn(1, 3, 32, 32)
     with pytest.raises(ValueError, match=r"in encoder.layers.0, .* \(post-norm"):
         to_rms_norm(Words(norm_first=False), words)
     with pytest.raises(ValueError, match="no residual stream"):
         to_rms_norm(tv.resnet18(num_classes=2), image)
+    swin = tv.SwinTransformer([4, 4], 8, [1, 1], [1, 1], [4, 4])  # its stream changes its width
+    with pytest.raises(ValueError, match=r"in features\.3\.0\.attn, the op constant_pad_nd"):
+        to_rms_norm(swin, image)
+    blocks = [tv.convnext.CNBlockConfig(8, 16, 1), tv.convnext.CNBlockConfig(16, None, 1)]
+    with pytest.raises(ValueError, match="the op convolution reads the stream"):
+        to_rms_norm(tv.ConvNeXt(blocks), image)
     tied = Words()
     tied.head.weight = tied.embed.weight
     with pytest.raises(ValueError, match="in embed, one weight writes the stream and reads it"):

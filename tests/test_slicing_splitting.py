@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save
 from slicing_networks import made
 
 from structopt.slicing import (
@@ -99,6 +100,79 @@ def test_the_server_hangs_up_on_what_is_no_message_and_serves_the_next(server, s
         assert remote(torch.zeros(1, 4, 6, 6).double()).shape == (1, 5)
 
 
+@contextlib.contextmanager
+def served(stage, **settings):
+    """The address of a server in a thread, for one peer; it ends when that peer has left."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        settings |= {"connections": 1}
+        thread = threading.Thread(target=serve, args=(stage, listener), kwargs=settings)
+        thread.start()
+        yield listener.getsockname()
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_messages_that_come_together_are_answered_one_by_one():
+    values = torch.rand(3), torch.rand(2, 2)
+    with served(torch.exp) as address, socket.create_connection(address, 10) as peer:
+        peer.sendall(b"".join(message(pack(value)) for value in values))
+        for value in values:
+            header = peer.recv(18, socket.MSG_WAITALL)
+            data = peer.recv(struct.unpack("<4sBBQI", header)[3], socket.MSG_WAITALL)
+            assert header == message(data)[:18]
+            assert torch.equal(unpack(data), value.exp())
+
+
+def test_a_message_beyond_the_limit_is_not_waited_for():
+    with served(torch.exp, limit=10) as address, socket.create_connection(address, 10) as peer:
+        peer.sendall(message(b"", length=11))
+        assert peer.recv(1) == b""
+
+
+def test_stages_run_without_gradients():
+    weight, graphs = torch.ones(2, requires_grad=True), []
+
+    def stage(x):
+        graphs.append((x * weight).requires_grad)
+        return x * weight
+
+    with served(stage) as address, Remote(address) as remote:
+        remote(torch.ones(2, requires_grad=True))
+    assert graphs == [False]
+
+
+def test_any_error_of_a_stage_is_told():
+    def stage(x):
+        raise KeyError("no such word")
+
+    with served(stage) as address, Remote(address) as remote:
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="could not answer: KeyError: 'no such word'"):
+                remote(torch.ones(2))
+
+
+def test_after_an_error_of_the_connection_it_is_closed():
+    damaged = message(b"abc", checksum=1)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        remote = Remote(listener.getsockname(), timeout=10)
+        peer, _ = listener.accept()
+        with peer:
+            peer.sendall(damaged + message(pack(torch.ones(1))))  # which answers nothing
+            with pytest.raises(ConnectionError, match="checksum differs"):
+                remote(torch.zeros(2))
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                remote(torch.zeros(2))
+
+
+def test_a_server_that_reads_nothing_is_not_waited_for():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        remote = Remote(listener.getsockname(), timeout=0.5)
+        begun = time.monotonic()
+        with pytest.raises(TimeoutError):
+            remote(torch.zeros(10_000_000))
+        assert time.monotonic() - begun < 15
+
+
 def answering(answer):
     """A server that answers anything with these bytes and closes."""
     listener = socket.create_server(("127.0.0.1", 0))
@@ -155,18 +229,15 @@ def test_nobody_listens():
 
 
 def test_a_pair_of_functions_of_your_own_encodes():
-    listener = socket.create_server(("127.0.0.1", 0))
-    settings = {
-        "decode": lambda data: torch.frombuffer(bytearray(data), dtype=torch.uint8).double(),
-        "connections": 1,
-    }
-    thread = threading.Thread(target=serve, args=(torch.sqrt, listener), kwargs=settings)
-    thread.start()
-    with Remote(listener.getsockname(), encode=lambda x: bytes(x.tolist())) as remote:
+    def decode(data):
+        return torch.frombuffer(bytearray(data), dtype=torch.uint8).double()
+
+    with (
+        served(torch.sqrt, decode=decode) as address,
+        Remote(address, encode=lambda x: bytes(x.tolist())) as remote,
+    ):
         assert remote(torch.tensor([4, 9])).tolist() == [2, 3]
         assert remote.sent == 2
-    thread.join()
-    listener.close()
 
 
 @given(
@@ -178,6 +249,16 @@ def test_tensors_come_back_from_their_bytes(shape, dtype):
     found = unpack(pack(value))
     assert found.dtype == dtype
     assert torch.equal(found, value)
+
+
+def test_views_and_weights_are_packed_as_they_look():
+    weight = torch.nn.Parameter(torch.rand(3, 4))
+    for value in (weight, weight.T, weight[::2, 1:]):
+        found = unpack(pack(value))
+        assert torch.equal(found, value)
+        assert not found.requires_grad
+    with pytest.raises(ValueError, match="hold no tensor"):
+        unpack(save({"other": torch.ones(1)}))
 
 
 # The bottleneck

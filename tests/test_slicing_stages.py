@@ -46,9 +46,11 @@ def test_stages_give_what_the_whole_gives(name, device):
 def test_stages_have_the_weights_and_gradients_of_the_whole(name, device):
     model, x = made(name, device)
     model.train()
+    before, generator = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     points = cut_points(model, x)
     stages = split_stages(model, x, points[:: max(1, len(points) // 3)])
-    before = copy.deepcopy(model.state_dict())
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     state = {key: value for stage in stages for key, value in stage.state_dict().items()}
     assert state.keys() == before.keys()
     assert all(torch.equal(state[key], before[key]) for key in before)
@@ -62,6 +64,70 @@ def test_stages_have_the_weights_and_gradients_of_the_whole(name, device):
     after = {key: value for stage in stages for key, value in stage.state_dict().items()}
     for key, value in model.state_dict().items():  # running statistics too
         assert torch.equal(after[key], value), key
+
+
+class Noting(nn.Dropout):
+    """Random in training mode alone; notes the modes in which it was run."""
+
+    def forward(self, x):
+        self.__dict__.setdefault("modes", []).append(self.training)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_stages_are_tried_in_the_mode_of_the_model(training, device):
+    model = nn.Sequential(nn.Linear(4, 8), Noting(), nn.Linear(8, 2)).to(device).train(training)
+    model[2].eval()
+    x = torch.randn(5, 4, device=device)
+    stages = split_stages(model, x, ["0", "1"], whole=["1"])
+    modes = [m.modes for stage in stages for m in stage.modules() if isinstance(m, Noting)]
+    assert modes
+    assert {mode for noted in modes for mode in noted} == {training}
+    for one in (model, stages):
+        assert [m.training for m in one.modules() if isinstance(m, nn.Linear)] == [training, False]
+    torch.manual_seed(1)
+    expected = model(x)
+    torch.manual_seed(1)
+    assert torch.equal(stages(x), expected)
+    assert not training or not torch.equal(stages(x), expected)
+
+
+def test_every_module_that_ends_at_a_cut_names_it(device):
+    inner = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    model = nn.Sequential(inner, nn.Linear(4, 2)).to(device)
+    x = torch.randn(3, 4, device=device)
+    assert [point.names for point in cut_points(model, x)] == [("0.0",), ("0", "0.1")]
+    for name in ("0", "0.1", cut_points(model, x)[1]):
+        first, last = split_stages(model, x, [name])
+        assert [len(list(stage.parameters())) for stage in (first, last)] == [2, 2]
+        assert torch.equal(last(inner(x)), model(x))
+        assert torch.equal(first(x), inner(x))
+
+
+class Twice(nn.Module):
+    """One module in two places, whole numbers first, and a weight of the model's own between."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.layer = nn.Embedding(9, 4), nn.Linear(4, 4)
+        self.scale = nn.Parameter(torch.rand(4))
+
+    def forward(self, words):
+        x = self.layer(self.embed(words + 1)).tanh()
+        return (self.layer(x) * self.scale).tanh()
+
+
+def test_what_runs_twice_ends_twice_and_whole_numbers_are_no_cut(device):
+    model, words = Twice().to(device), torch.randint(8, (3, 5), device=device)
+    points = cut_points(model, words)
+    assert [p.name for p in points] == ["embed", "layer", "tanh", "layer#2", "mul"]
+    for point in points:
+        stages = split_stages(model, words, [point])
+        assert torch.equal(stages(words), model(words))
+        assert tuple(stages[0](words).shape) == point.shape
+    first, last = split_stages(model, words, ["layer#2"])
+    assert {name for name, _ in last.named_parameters()} == {"scale"}
+    assert {name.partition(".")[0] for name, _ in first.named_parameters()} == {"embed", "layer"}
 
 
 class Exported(nn.Module):
@@ -168,6 +234,8 @@ def test_control_flow_on_data_is_refused_or_kept_whole():
     stages = split_stages(model, x, ["0", "1"], whole=["1"])
     for inputs in (x, -x):
         assert torch.equal(stages(inputs), model(inputs))
+    layers = measure_layers(model, x, rounds=1, whole=["1"])
+    assert [layer.name for layer in layers] == ["0", "1", ""]
 
 
 def test_what_tracing_freezes_is_noticed():
@@ -208,7 +276,9 @@ def test_layers_add_up_to_the_network(device):
 
 def test_what_autograd_keeps_is_counted(device):
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).to(device)
+    model.eval()
     layers = measure_layers(model, torch.zeros(10, 4, device=device), training=True, rounds=1)
+    assert not model.training
     assert [layer.state for layer in layers] == [2 * 4 * n for n in (40, 0, 18)]
     assert [layer.saved for layer in layers] == [4 * 10 * n for n in (4, 8, 8)]
     assert [layer.sent for layer in layers] == [2 * 4 * 80, 2 * 4 * 80, 0]

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from structopt import measure
 from structopt.measure.running import device_of, with_batch
+from structopt.slicing.heads import described, head_for, outputs_of
 from structopt.training import evaluating
-from structopt.training.observing import observed
 
 Leaves = Callable[[int, Tensor], Tensor]  # number of an exit, its logits (B, C) -> who leaves (B,)
 
@@ -66,15 +65,15 @@ class EarlyExits(nn.Module):
         self.model, names = model, list(at)
         if isinstance(at, str) or not names:
             raise ValueError(f"at names the modules that get an exit, at least one: {at!r}")
-        found, final = _outputs(model, example, names)
+        found, final = outputs_of(model, example, names)
         if not isinstance(final, Tensor) or final.ndim != 2:
             raise ValueError(
-                f"the model gives {_told(final)}: exits answer as it does, with logits (B, C)"
+                f"the model gives {described(final)}: exits answer as it does, with logits (B, C)"
             )
         self.at = tuple(sorted(names, key=list(found).index))
         given = at if isinstance(at, Mapping) else {}
         self.heads = nn.ModuleList(
-            given.get(name) or _head(name, found[name], final) for name in self.at
+            given.get(name) or head_for(name, found[name], final) for name in self.at
         )
         _verify(self, example)
 
@@ -111,19 +110,24 @@ class EarlyExits(nn.Module):
             nonlocal waiting
             answer = self.heads[number](output)
             going = leaves(number, answer)
-            depart(waiting[going], answer[going], number)
-            waiting, output = waiting[~going], output[~going]
-            if not len(waiting):
+            order = going.byte().argsort(stable=True)  # who stays comes first
+            staying = len(going) - int(going.sum())  # the one place that waits for the device
+            stay, go = order[:staying], order[staying:]
+            depart(waiting[go], answer[go], number)
+            if not staying:
                 raise _Done
-            return output
+            if staying == len(going):
+                return output
+            waiting = waiting[stay]
+            return output.index_select(0, stay)
 
         try:
             final = self._run(inputs, decide)
             depart(waiting, final, len(self.at))
         except _Done:
             pass
-        order = torch.cat(gone).argsort()
-        return Answers(torch.cat(logits)[order], torch.cat(exits)[order])
+        back = torch.cat(gone).argsort()
+        return Answers(torch.cat(logits)[back], torch.cat(exits)[back])
 
     def deciding(self, threshold: float) -> nn.Module:
         """A module x → logits that leaves early: to evaluate, to time, to deploy."""
@@ -184,58 +188,6 @@ def confidence(logits: Tensor) -> Tensor:
     return wide.softmax(1).amax(1)
 
 
-def _outputs(model: nn.Module, example: Tensor, names: Sequence[str]) -> tuple[dict[str, Any], Any]:
-    """What the named modules give, in the order in which they run, and what the model gives."""
-    found: dict[str, Any] = {}
-    handles = []
-    for name in names:
-        try:
-            module = model.get_submodule(name)
-        except AttributeError as problem:
-            near = ", ".join(n for n, _ in model.named_children())
-            raise ValueError(f"the model has no module {name!r}; it has {near}, …") from problem
-
-        def note(_module: nn.Module, _args: Any, output: Any, name: str = name) -> None:
-            if name in found:
-                raise ValueError(f"{name} is called more than once: which time would be the exit?")
-            found[name] = output
-
-        handles.append(module.register_forward_hook(note))
-    with observed(model, handles):
-        final = model(example)
-    for name in names:
-        if name not in found:
-            raise ValueError(f"{name} is not called by itself when the model runs: no exit there")
-    return found, final
-
-
-def _head(name: str, features: Any, final: Tensor) -> nn.Module:
-    if not isinstance(features, Tensor) or not 2 <= features.ndim <= 5:
-        raise ValueError(f"{name} gives {_told(features)}: an exit reads one tensor of features")
-    if features.ndim == 3:
-        mean: list[nn.Module] = [_TokenMean()]
-        width = features.shape[2]
-    else:
-        pools = {4: nn.AdaptiveAvgPool2d, 5: nn.AdaptiveAvgPool3d}
-        mean = [pools[features.ndim](1), nn.Flatten()] if features.ndim > 2 else []
-        width = features.shape[1]
-    linear = nn.Linear(width, final.shape[1], device=final.device, dtype=final.dtype)
-    return nn.Sequential(*mean, linear)
-
-
-class _TokenMean(nn.Module):
-    """(B, T, D) -> (B, D)."""
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return tokens.mean(1)
-
-
-def _told(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    return f"a {type(value).__name__}"
-
-
 def _verify(network: EarlyExits, example: Tensor) -> None:
     """Those who stay must get the answers that they get when nobody leaves."""
     device = device_of(network.model, example)
@@ -248,7 +200,8 @@ def _verify(network: EarlyExits, example: Tensor) -> None:
         for name, logits in zip(network.at, expected, strict=False):
             if logits.shape != expected[-1].shape:
                 raise ValueError(
-                    f"the head of {name} gives {_told(logits)}, the model {_told(expected[-1])}"
+                    f"the head of {name} gives {described(logits)}, the model "
+                    f"{described(expected[-1])}"
                 )
         for number, name in enumerate(network.at):
             for stay in ([1], [0, 2]):

@@ -2,22 +2,30 @@
 
 A trained perceptron with four hidden layers is grouped, with each way to pass information, and
 trained on; beside it the dense network, trained on for as long. The learning rate of that is
-chosen on 2,000 images held out (seed 0), for each row apart. Then a network with one exit: the
+chosen on 2,000 images held out (seed 0), for each row apart. Then networks with one exit: the
 cheapest threshold that loses nothing on the images held out, timed against the whole network in
-turns. Test images are seen by the final runs alone.
+turns. They differ in what the heads read, and in how much lies behind the exit. Test images are
+seen by the final runs alone.
 """
 
 import copy
+import itertools
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from common import arguments, clock, interleaved, keep, machine, mean_and_spread, ratios
+from common import arguments, clock, interleaved, keep, kept, machine, mean_and_spread, ratios
 from torch import nn
 
 from structopt import data, descent, slicing, training
 
-GROUPS, RATES, HIDDEN = (8, 16), (0.001, 0.003), 128
+GROUPS, RATES, HIDDEN, EPOCHS = (8, 16), (0.001, 0.003), 128, 3
+NETWORKS = {
+    "3 blocks, pooled": ((8, 24, 48), True),
+    "3 blocks, all positions": ((8, 24, 48), False),
+    "4 blocks, all positions": ((8, 24, 48, 48), False),
+}
 EXCHANGES = {
     "branches": slicing.Branches(),
     "shuffled": slicing.Shuffled(),
@@ -59,12 +67,12 @@ def perceptron() -> nn.Module:
     return nn.Sequential(*parts, nn.Linear(HIDDEN, 10))
 
 
-def grouped(bench: Bench, seeds: int, groups: int, epochs: int) -> dict[str, Any]:
+def grouped(bench: Bench, seeds: int, groups: int) -> dict[str, Any]:
     """Test accuracy of each row when cut and after training on, and what the shuffle gave back."""
     scores: dict[str, dict[str, Any]] = {}
     for seed in range(seeds):
         torch.manual_seed(seed)
-        dense = bench.fit(perceptron(), training.supervised(), 2 * epochs, seed, 0.003)
+        dense = bench.fit(perceptron(), training.supervised(), 2 * EPOCHS, seed, 0.003)
         for name, exchange in {"dense": None, **EXCHANGES}.items():
             small = copy.deepcopy(dense)
             if exchange is not None:
@@ -74,7 +82,7 @@ def grouped(bench: Bench, seeds: int, groups: int, epochs: int) -> dict[str, Any
 
             def trained(lr: float, small: nn.Module = small, seed: int = seed) -> nn.Module:
                 made = copy.deepcopy(small)
-                return bench.fit(made, training.supervised(), epochs, seed + 100, lr)
+                return bench.fit(made, training.supervised(), EPOCHS, seed + 100, lr)
 
             if "learning rate" not in row:
                 held = {lr: bench.score(trained(lr), bench.held) for lr in RATES}
@@ -99,33 +107,51 @@ def grouped(bench: Bench, seeds: int, groups: int, epochs: int) -> dict[str, Any
     }
 
 
-def convolutional() -> nn.Module:
-    def block(inputs: int, outputs: int, stride: int) -> nn.Module:
-        layer = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-        return nn.Sequential(layer, nn.BatchNorm2d(outputs), nn.ReLU())
+def convolutional(widths: Sequence[int], pooled: bool) -> slicing.EarlyExits:
+    """3×3 convolutions, the first two with stride 2, and an exit behind the second.
 
-    blocks = (block(1, 8, 2), block(8, 24, 2), block(24, 48, 1))
-    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(9 * 48, 10))
+    Both heads read all 7 × 7 positions, or their means over 3 × 3 cells.
+    """
+
+    def head(width: int) -> nn.Module:
+        if pooled:
+            layers = nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(9 * width, 10)
+            return nn.Sequential(*layers)
+        return nn.Sequential(nn.Flatten(), nn.Linear(49 * width, 10))
+
+    blocks = []
+    for number, (inputs, outputs) in enumerate(itertools.pairwise((1, *widths))):
+        layer = nn.Conv2d(inputs, outputs, 3, 2 if number < 2 else 1, padding=1, bias=False)
+        blocks.append(nn.Sequential(layer, nn.BatchNorm2d(outputs), nn.ReLU()))
+    model = nn.Sequential(*blocks, *head(widths[-1]))
+    return slicing.EarlyExits(model, torch.zeros(1, 1, 28, 28), {"1": head(widths[1])})
 
 
-def exits(bench: Bench, seeds: int, epochs: int, rounds: int) -> dict[str, Any]:
+def exits(
+    bench: Bench, seeds: int, widths: Sequence[int], pooled: bool, rounds: int
+) -> dict[str, Any]:
     """The whole network and the one that stops early, over all test images in batches of 256."""
-    found: dict[str, list[float]] = {"whole": [], "early": [], "times fewer MACs": []}
+    found: dict[str, list[float]] = {}
     clocks: dict[str, list[float]] = {"whole": [], "early": []}
     images = bench.test.inputs.to(bench.device).split(256)
     for seed in range(seeds):
         torch.manual_seed(seed)
-        head = nn.Sequential(nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(9 * 24, 10))
-        network: Any = slicing.EarlyExits(convolutional(), torch.zeros(1, 1, 28, 28), {"1": head})
-        bench.fit(network, slicing.all_exits(), epochs, seed, 0.01)
+        network = convolutional(widths, pooled)
+        bench.fit(network, slicing.all_exits(), EPOCHS, seed, 0.01)
         whole = training.evaluate(network.deciding(1.01), bench.held)
         chosen = slicing.choose_threshold(network, data.batches(bench.held, 500), accuracy=whole)
         early = network.deciding(chosen.value)
-        answers = network.answer(torch.cat(images), chosen.value)
+        left = network.answer(torch.cat(images), chosen.value).exits.cpu()
         costs = torch.tensor(network.macs(bench.example)).double()
-        found["whole"].append(bench.score(network.deciding(1.01), bench.test))
-        found["early"].append(bench.score(early, bench.test))
-        found["times fewer MACs"].append(float(costs[-1] / costs[answers.exits.cpu()].mean()))
+        row = {
+            "whole": bench.score(network.deciding(1.01), bench.test),
+            "early": bench.score(early, bench.test),
+            "first exit alone": bench.score(network.deciding(0.0), bench.test),
+            "times fewer MACs": float(costs[-1] / costs[left].mean()),
+            "left early, %": 100 * float((left == 0).double().mean()),
+        }
+        for name, value in row.items():
+            found.setdefault(name, []).append(value)
 
         @torch.no_grad()
         def run(model: nn.Module) -> None:
@@ -142,15 +168,22 @@ def exits(bench: Bench, seeds: int, epochs: int, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    options = arguments(__doc__).parse_args()
+    parser = arguments(__doc__)
+    parser.add_argument("--part", choices=["exits", "groups"], help="only this one")
+    options = parser.parse_args()
     torch.set_num_threads(1)
     device, quick = torch.device(options.device), options.quick
-    bench, seeds, epochs = Bench(device, quick), 1 if quick else 3, 1 if quick else 3
-    result = {"benchmark": "slicing", "machine": machine(device), "seeds": seeds}
-    result |= {"clock": clock(device)[0], "epochs trained on": epochs}
-    result["exits"] = exits(bench, seeds, epochs, 3 if quick else 7)
-    print(result["exits"], flush=True)
-    result["groups"] = {str(g): grouped(bench, seeds, g, epochs) for g in GROUPS}
+    bench, seeds = Bench(device, quick), 1 if quick else 3
+    result = {} if quick else kept("slicing", device)
+    result |= {"benchmark": "slicing", "machine": machine(device), "seeds": seeds}
+    result |= {"clock": clock(device)[0], "epochs trained on": EPOCHS}
+    if options.part != "groups":
+        result["exits"] = {}
+        for name, (widths, pooled) in NETWORKS.items():
+            result["exits"][name] = exits(bench, seeds, widths, pooled, 3 if quick else 7)
+            print(name, result["exits"][name], flush=True)
+    if options.part != "exits":
+        result["groups"] = {str(g): grouped(bench, seeds, g) for g in GROUPS}
     keep("slicing", result, quick)
 
 
