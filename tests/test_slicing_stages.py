@@ -120,7 +120,7 @@ class Twice(nn.Module):
 def test_what_runs_twice_ends_twice_and_whole_numbers_are_no_cut(device):
     model, words = Twice().to(device), torch.randint(8, (3, 5), device=device)
     points = cut_points(model, words)
-    assert [p.name for p in points] == ["embed", "layer", "tanh", "layer#2", "mul"]
+    assert [p.names for p in points] == [("embed",), ("layer",), ("tanh",), ("layer#2",), ("mul",)]
     for point in points:
         stages = split_stages(model, words, [point])
         assert torch.equal(stages(words), model(words))
@@ -128,6 +128,28 @@ def test_what_runs_twice_ends_twice_and_whole_numbers_are_no_cut(device):
     first, last = split_stages(model, words, ["layer#2"])
     assert {name for name, _ in last.named_parameters()} == {"scale"}
     assert {name.partition(".")[0] for name, _ in first.named_parameters()} == {"embed", "layer"}
+
+
+class Probed(nn.Module):
+    """`probe` is run, and what it gives is not used."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.probe, self.last = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x):
+        x = self.layer(x)
+        self.probe(x)
+        return self.last(x)
+
+
+def test_the_last_of_the_places_that_a_value_passes_is_the_cut(device):
+    model, x = Probed().to(device), torch.randn(3, 4, device=device)
+    (point,) = cut_points(model, x)
+    assert point.names == ("layer", "probe")
+    first, last = split_stages(model, x, [point])
+    assert (len(list(first.parameters())), len(list(last.parameters()))) == (4, 2)
+    assert torch.equal(last(first(x)), model(x))
 
 
 class Exported(nn.Module):
@@ -178,7 +200,7 @@ def test_what_the_example_leaves_out_keeps_its_default(device):
             return self.layer(x).tanh()
 
     model, x = Optional().to(device), torch.randn(3, 4, device=device)
-    for example in (x, (x, torch.rand(4, device=device))):
+    for example in (x, (x, torch.rand(4, device=device)), {"x": x, "factor": x + 3}):
         stages = split_stages(model, example, ["layer"])
         assert torch.equal(
             measure.running.call(stages, example), measure.running.call(model, example)
@@ -253,6 +275,8 @@ def test_bad_cuts_are_refused_by_name():
         split_stages(model, x, ["nowhere"])
     with pytest.raises(ValueError, match="in the order in which they run"):
         split_stages(model, x, ["1", "0"])
+    with pytest.raises(ValueError, match="name each once"):
+        split_stages(model, x, ["0", "0"])
     with pytest.raises(ValueError, match="no such modules"):
         cut_points(model, x, whole=["nowhere"])
     with pytest.raises(ValueError, match="does one thing alone"):
@@ -283,6 +307,29 @@ def test_what_autograd_keeps_is_counted(device):
     assert [layer.saved for layer in layers] == [4 * 10 * n for n in (4, 8, 8)]
     assert [layer.sent for layer in layers] == [2 * 4 * 80, 2 * 4 * 80, 0]
     assert model[0].weight.grad is None
+
+
+class Square(nn.Module):
+    """Its input is kept once, though it is read twice; its weight is not read at all."""
+
+    def __init__(self):
+        super().__init__()
+        self.unread = nn.Parameter(torch.zeros(3))
+
+    def forward(self, x):
+        return x * x
+
+
+def test_layers_are_measured_in_training_mode_with_buffers_counted_once(device):
+    model = nn.Sequential(
+        nn.Linear(4, 8), nn.Dropout(), nn.BatchNorm1d(8), Square(), nn.Linear(8, 2)
+    ).to(device)  # fmt: skip
+    x = torch.zeros(10, 4, device=device)
+    layers = measure_layers(model.eval(), x, training=True, rounds=1, whole=["3"])
+    buffers = 2 * 4 * 8 + 8  # mean, variance, and a count
+    assert [layer.state for layer in layers] == [320, 0, 2 * 4 * 16 + buffers, 2 * 4 * 3, 144]
+    assert layers[1].saved > 0  # what was dropped: nothing is in evaluation mode
+    assert layers[3].saved == 4 * 10 * 8
 
 
 pieces = st.lists(st.tuples(*[st.integers(0, 9)] * 4), min_size=1, max_size=6).map(
