@@ -275,13 +275,16 @@ def test_a_narrow_network_is_saved_and_loaded(device, tmp_path):
 def test_number_format_and_what_is_trained_stay(device):
     model, x = made("encoder", device)
     model = model.float().train()
-    model.embed.weight.requires_grad_(False)
+    for part in (model.embed, model.encoder.layers[1].norm1, model.head):
+        part.requires_grad_(False)
     rotated = rotate(model, x[:1], [x])
     narrow = rotated.narrow(0.5)
-    assert narrow.training
     for one in (rotated.model, narrow):
+        assert all(module.training for module in one.modules())
         assert {p.dtype for p in one.parameters()} == {torch.float32}
-        assert [n for n, p in one.named_parameters() if not p.requires_grad] == ["embed.weight"]
+        held = {n for n, p in one.named_parameters() if not p.requires_grad}
+        norm = "encoder.layers.1.norm1.weight"  # the head has got a bias from the norm before it
+        assert held == {"embed.weight", norm, "head.weight", "head.bias"}
     torch.testing.assert_close(rotated.model.eval()(x), model.eval()(x), rtol=1e-4, atol=1e-5)
     inner = channel_groups(narrow, x[:1])["encoder.layers.0.linear1"]
     take(narrow, {inner: range(6)})(x).sum().backward()  # it is pruned as any other network

@@ -321,7 +321,14 @@ def test_latency_is_the_sum_of_its_parts(rows, entering, slowdown, delay):
 
 def test_no_bandwidth_is_refused():
     layers = [Layer("", 1.0, 0, 0, 0)]
-    for wrong in ({"bandwidth": 0}, {"bandwidth": 1, "delay": -1}, {"bandwidth": float("nan")}):
+    nan = float("nan")
+    for wrong in (
+        {"bandwidth": 0},
+        {"bandwidth": nan},
+        {"bandwidth": 1, "delay": -1},
+        {"bandwidth": 1, "delay": nan},
+        {"bandwidth": 1, "slowdown": nan},
+    ):
         with pytest.raises(ValueError, match="give a bandwidth above 0"):
             split_latency(layers, 1, **wrong)
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from structopt import data, descent, slicing, training
 
-GROUPS, RATES, HIDDEN, EPOCHS = (8, 16), (0.001, 0.003), 128, 3
+GROUPS, RATES, HIDDEN, EPOCHS = (8, 16), (0.001, 0.003, 0.01), 128, 3
 NETWORKS = {
     "3 blocks, pooled": ((8, 24, 48), True),
     "3 blocks, all positions": ((8, 24, 48), False),
