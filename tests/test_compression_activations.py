@@ -324,8 +324,6 @@ def test_linked_layers_merge_exactly_once_their_padding_is_moved():
     assert link.moved
     bare = nn.Sequential(chain[0], chain[2], chain[4])
     expected = copy.deepcopy(bare)(x)
-    from structopt.compression.straight import move_padding_
-
     move_padding_(chain, link)
     assert [chain[k].padding for k in (0, 2, 4)] == [(3, 3), (0, 0), (0, 0)]
     merged = compression.merge_links(chain, x, [link])
@@ -336,6 +334,20 @@ def test_linked_layers_merge_exactly_once_their_padding_is_moved():
     assert not torch.allclose(merged(x), expected), "the border did change"
     with pytest.raises(ValueError, match="share a layer"):
         compression.merge_links(chain, x, [link, link])
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3, (1, 2), (3, 1)])
+def test_padding_is_moved_by_as_many_strides(stride):
+    """Without its border, the first layer makes what it made before; the second one reads all."""
+    pair = nn.Sequential(
+        nn.Conv2d(2, 3, 3, stride, padding=(1, 0)), nn.ReLU(), nn.Conv2d(3, 4, 3, padding=(1, 2))
+    ).double()
+    x = torch.randn(2, 2, 14, 15).double()
+    made, shape = pair[0](x), pair(x).shape
+    move_padding_(pair, Link(("1",), ("0", "2"), (0, 0), moved=True))
+    torch.testing.assert_close(pair[0](x)[..., 1:-1, 2:-2], made)
+    assert pair(x).shape == shape
+    assert pair[2].padding == (0, 0)
 
 
 def test_the_activation_that_the_loss_needs_least_goes():

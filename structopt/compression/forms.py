@@ -55,7 +55,7 @@ def pack(tensor: Tensor, coded: Coded | None = None) -> Packed:
         return _table(coded)
     if isinstance(coded, SharedVectors):
         return _vectors(coded)
-    tensor = tensor.detach().cpu().contiguous()
+    tensor = tensor.detach().cpu()
     if tensor.is_conj() or tensor.is_neg():
         tensor = tensor.resolve_conj().resolve_neg()
     ways = [Packed(["planes"], [write_numbers(tensor)])]
@@ -66,12 +66,12 @@ def pack(tensor: Tensor, coded: Coded | None = None) -> Packed:
         ways.append(
             Packed(["sparse"], [encode((~zeros).view(tensor.shape).byte()), write_numbers(rest)])
         )
-    few = tensor.dtype.itemsize < 16 and len(bits) > 1
-    if few and len(torch.unique(bits[:SAMPLE])) <= 256:
+    few = len(torch.unique(bits[:SAMPLE])) <= 256
+    if few and not tensor.is_complex():  # a table is read by numbers of its own type
         values, index = torch.unique(bits, return_inverse=True)
         if len(values) <= 256:
-            table = values.bool() if tensor.dtype == torch.bool else values.view(tensor.dtype)
-            ways.append(_table(Shared(index.view(tensor.shape).byte(), table[None])))
+            table = values.view(tensor.dtype)[None]
+            ways.append(_table(Shared(index.view(tensor.shape).byte(), table)))
     return min(ways, key=lambda way: way.bytes)
 
 

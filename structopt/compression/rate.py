@@ -25,21 +25,22 @@ class _Bits(torch.autograd.Function):
     """Σ table[round(y)] forwards; backwards y sees the line between its two neighbours."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, table: Tensor) -> Tensor:
+    def forward(ctx: Any, y: Tensor, counts: Tensor, table: Tensor) -> Tensor:
         ctx.save_for_backward(y, table)
-        return _counts(y).to(table.dtype) @ table
+        return counts @ table
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         y, table = ctx.saved_tensors
-        below = (y.floor().long() + LAST).clamp(max=2 * LAST - 1)
+        below = (y.floor().int() + LAST).clamp(max=2 * LAST - 1)
         slopes = (table.diff() * gradients[0]).to(y.dtype)
-        return slopes[below], None
+        return slopes.index_select(0, below.flatten()).view_as(y), None, None
 
 
 def _counts(codes: Tensor) -> Tensor:
     """How often each code from -127 to 127 occurs."""
-    return torch.bincount(codes.round().long().flatten() + LAST, minlength=2 * LAST + 1)
+    places = codes.detach().round().int().flatten() + LAST
+    return torch.bincount(places, minlength=2 * LAST + 1)
 
 
 class LearnedCode(nn.Module):
@@ -76,21 +77,25 @@ class LearnedCode(nn.Module):
     def bits(self, x: Tensor) -> Tensor:
         """What the codes of ``x`` cost together, a scalar with a gradient."""
         codes = self.codes(x)
-        if self.training and torch.is_grad_enabled():
-            self.fit(codes.detach(), rounds=2)
-        made: Tensor = _Bits.apply(codes, self.table())
+        counts = _counts(codes).to(self.shares.dtype)
+        if self.training and torch.is_grad_enabled() and codes.numel():
+            self._follow(counts, rounds=2)
+        made: Tensor = _Bits.apply(codes, counts, self.table())
         return made
 
     def forward(self, x: Tensor) -> Tensor:
         codes = self.codes(x)
         return straight_through(codes, codes.round(), torch.ones_like(codes)) * self.log_step.exp()
 
-    @torch.no_grad()
     def fit(self, codes: Tensor, rounds: int) -> None:
         """Lay the mixture over these codes, from where it is."""
-        counts = _counts(codes).to(self.shares.dtype)
-        size = torch.arange(-LAST, LAST + 1, device=codes.device).abs()
-        for _ in range(rounds if codes.numel() else 0):
+        if codes.numel():
+            self._follow(_counts(codes).to(self.shares.dtype), rounds)
+
+    @torch.no_grad()
+    def _follow(self, counts: Tensor, rounds: int) -> None:
+        size = torch.arange(-LAST, LAST + 1, device=counts.device).abs()
+        for _ in range(rounds):
             chances = self.chances()
             whole = chances.sum(0).clamp(min=torch.finfo(chances.dtype).tiny)
             mine = chances / whole * counts  # (3, 255): how many codes are of which part

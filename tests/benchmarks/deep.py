@@ -4,17 +4,19 @@ LeNet-300-100 and LeNet-5 (20-50-500), each by two routes: pruned gradually, its
 among a few values and coded; or trained with a price on each bit. A convolutional network teaches
 all of them, on each training image and its mirror image.
 
-Each network begins from the dense one of its seed, which learned from the labels; the dense
-network that it is compared with learns on from the teacher for as long. Each is written to a
+Each network begins from the dense one of its seed, taught already; the dense network that it is
+compared with learns on for as long. Each is written to a
 file, loaded into a fresh process, and judged there. 5,000 training images are held out for
 choosing; the test images are seen by no choice. Rows are kept in _build/deep as they come: a run
 that was cut off goes on where it was.
 """
 
+import copy
 import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -37,13 +39,17 @@ from structopt import (
 from structopt.compression import MSE, Grid
 
 FOLDER = Path("_build/deep")
-SEEDS, HELD_OUT, BATCH = (0, 1, 2), 5000, 512
-LABELS = training.supervised()
+SEEDS, HELD_OUT = (0, 1, 2), 5000
+Point = tuple[float, nn.Module, dict[str, Any]]
 NETWORKS = {"LeNet300": networks.LeNet300, "LeNet5": networks.LeNet5}
-FIRST = {"LeNet300": 4, "LeNet5": 2}  # passes over the images and their mirror images
-THEN = {"LeNet300": 8, "LeNet5": 2}
-PRICES = {"LeNet300": (8.0, 4.0, 16.0), "LeNet5": (8.0, 16.0, 4.0)}
-SPARSITIES = {"LeNet300": (0.97, 0.98, 0.95), "LeNet5": (0.97, 0.98, 0.95)}
+BATCH = {"LeNet300": 256, "LeNet5": 256}
+# Passes over the images and their mirror images: of the dense network; at each price or sparsity;
+# and of a copy that learns its shared values
+FIRST = {"LeNet300": 6, "LeNet5": 2}
+EACH = {"LeNet300": 5, "LeNet5": 1}
+SHARE = {"LeNet300": 2, "LeNet5": 1}
+PRICES = {"LeNet300": (0.4, 0.8, 1.2), "LeNet5": (0.5, 1.0)}
+SPARSITIES = {"LeNet300": (0.95, 0.97), "LeNet5": (0.95, 0.97)}
 VALUES = 8
 ROUTES = {
     "dense, as long": "dense_as_long",
@@ -54,10 +60,13 @@ JUDGE = """
 import json, sys, torch
 from structopt import compression, data, networks, training
 train, test = data.fashion_mnist(full=True)
-sets = {"validation": train.split(int(sys.argv[3]))[1], "test": test}
-model = compression.load(sys.argv[2], getattr(networks, sys.argv[1])())
-scores = {k: 100 * training.evaluate(model, v, device="cpu") for k, v in sets.items()}
-print(json.dumps({k: round(score, 2) for k, score in scores.items()}))
+name, held_out, *paths = sys.argv[1:]
+sets, made = {"validation": train.split(int(held_out))[1], "test": test}, []
+for path in paths:
+    model = compression.load(path, getattr(networks, name)())
+    scores = {k: 100 * training.evaluate(model, v, device="cpu") for k, v in sets.items()}
+    made.append({k: round(score, 2) for k, score in scores.items()})
+print(json.dumps(made))
 """
 
 
@@ -108,18 +117,19 @@ class Bench:
         fit = self.fitted[: len(self.fitted) // 2]
         batches = data.batches(fit, 256, seed=0, augment=[data.Flip()])
         training.train(
-            model, batches, LABELS,
+            model, batches, training.supervised(),
             descent.fused_adamw(model, 0.003, weight_decay=0.02),
             epochs=1 if self.quick else 10, device="cpu", schedule=descent.one_cycle(),
         )  # fmt: skip
         checkpoint.save(model, path)
         return model
 
-    def fit(self, model: nn.Module, seed: int, epochs: int, lr: float, **options: Any) -> None:
-        decay, objective = options.pop("decay", 0.01), options.pop("objective", None)
-        examples = self.fitted if objective is LABELS else self.numbered
+    def fit(self, model: nn.Module, name: str, seed: int, epochs: int, **options: Any) -> None:
+        """Train by what the teacher says."""
+        objective = options.pop("objective", self.objective)
+        lr, decay = options.pop("lr", 0.003), options.pop("decay", 0.01)
         training.train(
-            model, data.batches(examples, BATCH, seed=seed), objective or self.objective,
+            model, data.batches(self.numbered, BATCH[name], seed=seed), objective,
             descent.fused_adamw(model, lr, weight_decay=decay),
             epochs=1 if self.quick else epochs, device="cpu", progress=False,
             schedule=descent.one_cycle(0.15), **options,
@@ -130,55 +140,69 @@ class Bench:
         model, path = NETWORKS[name](), self.folder / f"{name}-{seed}"
         if path.exists():
             return checkpoint.load(path, model)
-        self.fit(model, seed, FIRST[name], 0.003, objective=LABELS)
+        self.fit(model, name, seed, FIRST[name])
         checkpoint.save(model, path)
         return model
 
-    def dense_as_long(self, name: str, seed: int, _: float) -> tuple[nn.Module, Any]:
+    def dense_as_long(self, name: str, seed: int) -> Iterator[Point]:
         model = self.dense(name, seed)
-        self.fit(model, seed + 100, THEN[name], 0.003)
-        return model, {}
+        self.fit(model, name, seed + 100, EACH[name] * len(PRICES[name]))
+        yield 0.0, model, {}
 
-    def priced(self, name: str, seed: int, price: float) -> tuple[nn.Module, Any]:
+    def priced(self, name: str, seed: int) -> Iterator[Point]:
+        """One training whose price rises, a file at the end of each."""
         model = self.dense(name, seed)
         rated = compression.prepare_rate(model, [key for key, _ in model.named_parameters()])
-        objective = compression.RatePenalty(self.objective, price)
-        self.fit(rated, seed + 100, THEN[name], 0.003, objective=objective, decay=0.0)
-        return rated.finish()
+        for k, price in enumerate(PRICES[name], 1):
+            objective = compression.RatePenalty(self.objective, price)
+            options = {"objective": objective, "decay": 0.0}
+            self.fit(rated, name, seed + 100 * k, EACH[name], **options)
+            yield price, *rated.finish()
 
-    def pruned(self, name: str, seed: int, sparsity: float) -> tuple[nn.Module, Any]:
-        model, half = self.dense(name, seed), THEN[name] // 2
-        steps = -(-len(self.fitted) // BATCH) * half
-        schedule = pruning.Gradual(sparsity, 1, max(2, int(0.6 * steps)), every=20)
-        prune = pruning.PruneWhileTraining(schedule, scope=pruning.Global(floor=0.02))
-        self.fit(model, seed + 100, half, 0.003, after_step=prune)
-        tied = compression.tie(compression.share_weights(model, VALUES))
-        tied(model)
-        self.fit(model, seed + 200, THEN[name] - half, 0.0005, after_step=tied)
-        biases = [key for key, p in model.named_parameters() if p.ndim == 1]
-        codes = compression.quantize_weights(model, Grid(6, fit=MSE()), biases) | tied.codes
-        return compression.put_(model, codes), codes
+    def pruned(self, name: str, seed: int) -> Iterator[Point]:
+        """One training that goes on losing weights; at each sparsity a copy shares its values."""
+        model, masks, before = self.dense(name, seed), {}, 0.0
+        steps = -(-len(self.fitted) // BATCH[name]) * EACH[name]
+        for k, sparsity in enumerate(SPARSITIES[name], 1):
+            schedule = pruning.Gradual(sparsity, 1, max(2, int(0.6 * steps)), 20, before)
+            prune = pruning.PruneWhileTraining(schedule, scope=pruning.Global(floor=0.02))
+            prune.masks = masks
+            self.fit(model, name, seed + 100 * k, EACH[name], after_step=prune)
+            masks, before, made = prune.masks, sparsity, copy.deepcopy(model)
+            tied = compression.tie(compression.share_weights(made, VALUES))
+            tied(made)
+            self.fit(made, name, seed + 100 * k + 50, SHARE[name], lr=0.0005, after_step=tied)
+            biases = [key for key, p in made.named_parameters() if p.ndim == 1]
+            codes = compression.quantize_weights(made, Grid(6, fit=MSE()), biases) | tied.codes
+            yield sparsity, compression.put_(made, codes), codes
 
-    def row(self, name: str, seed: int, route: str, setting: float) -> None:
-        """Train, write, judge in a fresh process, and note; nothing where it is noted already."""
-        key = {"network": name, "route": route, "setting": setting, "seed": seed}
+    def rows(self, name: str, seed: int, route: str) -> None:
+        """Train, write, and note; nothing where it is noted already."""
+        key = {"network": name, "route": route, "seed": seed}
         if any(key.items() <= row.items() for row in noted(self.folder)):
             return
-        model, codes = getattr(self, ROUTES[route])(name, seed, setting)
-        path = self.folder / f"{name}-{ROUTES[route]}-{setting}-{seed}.sopt"
-        size = compression.save(model, path, codes).bytes
-        command = [sys.executable, "-c", JUDGE, name, str(path), str(HELD_OUT)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        row = key | {"bytes": size} | json.loads(done.stdout.splitlines()[-1])
+        rows = []
+        for setting, model, codes in getattr(self, ROUTES[route])(name, seed):
+            path = self.folder / f"{name}-{ROUTES[route]}-{setting}-{seed}.sopt"
+            size = compression.save(model, path, codes).bytes
+            rows.append(key | {"setting": setting, "bytes": size, "file": path.name})
         with (self.folder / "rows.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(row, flush=True)
+            file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def noted(folder: Path) -> list[dict[str, Any]]:
     """The rows so far."""
     path = folder / "rows.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def judged(rows: list[dict[str, Any]], name: str, folder: Path) -> list[dict[str, Any]]:
+    """The rows with the right answers in %, which a fresh process finds from the files alone."""
+    paths = [str(folder / row.pop("file")) for row in rows]
+    command = [sys.executable, "-c", JUDGE, name, str(HELD_OUT), *paths]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    scores = json.loads(done.stdout.splitlines()[-1])
+    return [row | score for row, score in zip(rows, scores, strict=True)]
 
 
 def table(rows: list[dict[str, Any]], dense: int) -> list[dict[str, Any]]:
@@ -204,10 +228,12 @@ def written(quick: bool) -> None:
     folder, result = FOLDER / ("quick" if quick else ""), {}
     for name, build in NETWORKS.items():
         if rows := [row for row in noted(folder) if row["network"] == name]:
+            rows = judged(rows, name, folder)
             dense = 4 * sum(p.numel() for p in build().parameters())
-            epochs = {"dense": 2 * FIRST[name], "then": 2 * THEN[name]}
-            result[name] = {"epochs": epochs, "table": table(rows, dense), "rows": rows}
-    budget = {"training images": 60_000 - HELD_OUT, "batch": BATCH, "values": VALUES}
+            passes = {"dense": 2 * FIRST[name], "each": 2 * EACH[name], "shared": 2 * SHARE[name]}
+            shape = {"batch": BATCH[name], "passes over the images": passes}
+            result[name] = shape | {"table": table(rows, dense), "rows": rows}
+    budget = {"training images": 60_000 - HELD_OUT, "values": VALUES}
     device = torch.device("cpu")
     made = {"benchmark": "deep", "machine": machine(device), "budget": budget, "results": result}
     keep("deep", made, quick)
@@ -222,12 +248,9 @@ def main() -> None:
     if not options.table:
         bench = Bench(options.quick)
         for name in options.network or NETWORKS:
-            plan = [("dense, as long", 0.0)]
-            for price, share in zip(PRICES[name], SPARSITIES[name], strict=True):
-                plan += [("price on bits", price), ("pruned, shared", share)]
-            for route, setting in plan[:3] if options.quick else plan:
-                for seed in options.seed or (SEEDS[:1] if options.quick else SEEDS):
-                    bench.row(name, seed, route, setting)
+            for seed in options.seed or (SEEDS[:1] if options.quick else SEEDS):
+                for route in ROUTES:
+                    bench.rows(name, seed, route)
     written(options.quick)
 
 
