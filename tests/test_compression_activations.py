@@ -11,6 +11,7 @@ from torch import nn
 
 from structopt import compression
 from structopt.compression import MSE, Blend, Grid, Linearise, MinMax, PerAxis
+from structopt.compression.straight import Link, move_padding_
 from structopt.networks import LeNet300
 from structopt.training import supervised
 

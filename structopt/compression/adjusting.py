@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from structopt.channels import ChannelGroup, Member, channel_groups, take
+from structopt.compression.codes import naming
 from structopt.compression.evidence import readers, watch
 from structopt.compression.folding import computes_the_same
+from structopt.compression.quantize import as_finite
 
 Vector = npt.NDArray[np.float64]
 
@@ -29,7 +31,7 @@ def equalize(model: nn.Module, example: Any, *, rounds: int = 4) -> nn.Module:
     made alike with what comes before it, too. Fold batch norms first: they undo what comes before.
 
     Nagel et al., 2019, "Data-free quantization through weight equalization and bias correction".
-    Raises ValueError as :func:`structopt.channels.channel_groups`.
+    Raises ValueError as :func:`structopt.channels.channel_groups`, and for NaN or infinite weights.
 
     >>> model = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1))
     >>> _ = model[0].weight.data.copy_(torch.tensor([[1.0, 0, 0], [100.0, 0, 0]]))
@@ -72,7 +74,8 @@ def _factors(
     for member in members:
         weight = model.get_parameter(member.parameter)
         if weight.ndim > 1:
-            largest = weight.detach().abs().movedim(member.dim, 0).flatten(1).amax(1)
+            with naming(member.parameter):
+                largest = as_finite(weight).abs().movedim(member.dim, 0).flatten(1).amax(1)
             known = member.channel >= 0
             values = largest.double().cpu().numpy()[known]
             np.maximum.at(reach[member.reads or member is reader], member.channel[known], values)
@@ -114,7 +117,8 @@ def correct_biases_(model: nn.Module, reference: nn.Module, batches: Iterable[An
     Layer by layer, in the order in which they run, bias += mean of the reference's output - mean of
     this model's, for each channel over all batches. Layers without a bias stay as they are.
 
-    Nagel et al., 2019. Raises ValueError for no batches, and where the layers of the two differ.
+    Nagel et al., 2019. Raises ValueError for no batches, where the layers of the two differ, and
+    where an output is NaN or infinite; the model stays as it was.
 
     >>> reference, rounded = nn.Linear(2, 1), nn.Linear(2, 1)
     >>> x = torch.randn(9, 2)
@@ -126,6 +130,7 @@ def correct_biases_(model: nn.Module, reference: nn.Module, batches: Iterable[An
     if list(layers) != list(others):
         raise ValueError(f"the model has the layers {list(layers)}, the reference {list(others)}")
     expected = _means(reference, batches, others)
+    _means(model, batches, layers)  # complains before anything is written
     for name in expected:  # in the order in which they ran
         layer = layers[name]
         if isinstance(layer.bias, Tensor):
@@ -148,4 +153,9 @@ def _means(
         count[name] = count.get(name, 0) + rows.shape[1]
 
     watch(model, batches, layers, see)
+    for name, sums in total.items():
+        if not bool(sums.isfinite().all()):
+            raise ValueError(
+                f"what {name or 'the model'} makes of these batches is NaN or infinite"
+            )
     return {name: total[name] / count[name] for name in total}

@@ -154,7 +154,10 @@ def _bounded(
 
 @torch.no_grad()
 def changed_by(model: nn.Module, other: nn.Module, batches: Iterable[Any]) -> float:
-    """‖other(x) - model(x)‖ / ‖model(x)‖ over all outputs of all batches, in evaluation mode."""
+    """‖other(x) - model(x)‖ / ‖model(x)‖ over all outputs of all batches, in evaluation mode.
+
+    Raises ValueError where they are NaN or infinite, and where shapes differ.
+    """
     moved = whole = 0.0
     with evaluating(model), evaluating(other):
         for batch in batches:
@@ -165,4 +168,8 @@ def changed_by(model: nn.Module, other: nn.Module, batches: Iterable[Any]) -> fl
                     raise ValueError(f"outputs of {tuple(y.shape)} became {tuple(z.shape)}")
                 moved += float((z.double() - y.double()).square().sum())
                 whole += float(y.double().square().sum())
+    if not math.isfinite(moved + whole):
+        raise ValueError(
+            "the outputs on these batches are NaN or infinite: they cannot be compared"
+        )
     return (moved / whole) ** 0.5 if whole else 0.0 if not moved else float("inf")

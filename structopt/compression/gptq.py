@@ -26,7 +26,8 @@ def gptq(weight: Tensor, hessian: Tensor, grid: Grid, *, damp: float = 0.01) -> 
     a share of its mean diagonal. Exact zeros stay: a pruned weight stays pruned.
 
     Frantar et al., 2023, "GPTQ: accurate post-training quantization for generative pre-trained
-    transformers". Raises ValueError where the shapes do not fit, and as ``quantize``.
+    transformers". Raises ValueError where the shapes do not fit, for a Hessian that is no such sum,
+    and as ``quantize``.
 
     >>> x, weight = torch.randn(99, 6), torch.randn(4, 6)
     >>> gptq(weight, x.T @ x, Grid(3)).codes.shape
@@ -75,12 +76,19 @@ def _rounded(rows: Tensor, steps: Steps, hessian: Tensor, grid: Grid, damp: floa
 
 def _upper(hessian: Tensor, damp: float) -> Tensor:
     """U with Uᵀ U = the inverse of the damped Hessian; inputs that are always 0 are apart."""
-    hessian = hessian.clone()
+    with naming("hessian"):
+        hessian = as_finite(hessian).clone()
     diagonal = hessian.diagonal()
     diagonal[diagonal == 0] = 1
     diagonal += damp * diagonal.mean()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    made: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    try:
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+        made: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    except torch.linalg.LinAlgError as error:
+        raise ValueError(
+            f"a hessian of shape {tuple(hessian.shape)} is no sum of x xᵀ, or damp={damp} is too "
+            f"small for it: {error}"
+        ) from error
     return made
 
 

@@ -97,4 +97,6 @@ def _columns(layer: nn.Module, x: Tensor) -> Tensor:
         raise ValueError(
             f"the inputs of {type(layer).__name__} are not unfolded here: leave it out"
         )
+    if isinstance(layer, nn.Linear) and not layer.in_features:
+        return x.new_zeros(1, 0, 1)
     return columns(layer, x)

@@ -78,7 +78,8 @@ def factorize(
         ranks = chosen_ranks(spectra(model, form, batches), shapes, form, target)
     made = copy.deepcopy(model)
     for name, rank in ranks.items():
-        product = _product(layers[name], rank, form, _root(model, batches, name, form))
+        with naming(name or "the model"):
+            product = _product(layers[name], rank, form, _root(model, batches, name, form))
         if not name:
             return product
         parent, _, key = name.rpartition(".")
@@ -90,8 +91,13 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: layer
         for name, layer in readers(model).items()
-        if isinstance(layer, nn.Linear)
-        or (isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros")
+        if layer.get_parameter("weight").numel()
+        and (
+            isinstance(layer, nn.Linear)
+            or (
+                isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros"
+            )
+        )
     }
 
 
@@ -121,8 +127,9 @@ def _root(model: nn.Module, batches: Iterable[Any] | None, name: str, form: Form
 def _product(layer: nn.Module, ranks: Ranks, form: Form, root: Tensor | None) -> nn.Sequential:
     """The layers of the product, on the device and in the type of the layer."""
     weight = layer.get_parameter("weight")
+    wide = as_finite(weight).double()
     bias = layer.bias if isinstance(layer.bias, nn.Parameter) else None
-    parts = form.parts(weight.detach().double(), ranks, root)
+    parts = form.parts(wide, ranks, root)
     made = nn.Sequential()
     for place, (tensor, settings) in enumerate(parts):
         last = place == len(parts) - 1

@@ -60,7 +60,7 @@ def input_zeros(
 
     watch(model, batches, layers, see)
     share = {name: zero[name] / max(1, total[name]) for name in total}
-    always = {name: 1 - float(used[name].double().mean()) for name in total}
+    always = {name: int((~used[name]).sum()) / max(1, len(used[name])) for name in total}
     return Zeros(share, always)
 
 

@@ -48,8 +48,8 @@ BATCH = {"LeNet300": 256, "LeNet5": 256}
 FIRST = {"LeNet300": 6, "LeNet5": 2}
 EACH = {"LeNet300": 5, "LeNet5": 1}
 SHARE = {"LeNet300": 2, "LeNet5": 1}
-PRICES = {"LeNet300": (0.4, 0.8, 1.2), "LeNet5": (0.5, 1.0)}
-SPARSITIES = {"LeNet300": (0.95, 0.97), "LeNet5": (0.95, 0.97)}
+PRICES = {"LeNet300": (0.4, 0.8, 1.2), "LeNet5": (1.0, 1.6, 2.2)}
+SPARSITIES = {"LeNet300": (0.95, 0.97), "LeNet5": (0.96,)}
 VALUES = 8
 ROUTES = {
     "dense, as long": "dense_as_long",

@@ -1,0 +1,161 @@
+"""Weights and batches at the edge, through every technique.
+
+Each gives the exact result, or an error that names the layer and leaves the model as it was.
+"""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from structopt import compression
+from structopt.compression import MSE, Energy, Grid, LeastSquares, MinMax, Percentile, Weights
+
+GRIDS = [Grid(8), Grid(4, False), Grid(1), Grid(2, fit=LeastSquares()), Grid(3, fit=MSE())]
+
+
+def layer(value, outputs=4, inputs=6):
+    """A network of one layer, whose weights are all the same."""
+    model = nn.Sequential(nn.Linear(1, 1)).requires_grad_(False)
+    model[0] = nn.Linear(1, 1)
+    model[0].in_features, model[0].out_features = inputs, outputs
+    model[0].weight = nn.Parameter(torch.full((outputs, inputs), value))
+    model[0].bias = nn.Parameter(torch.randn(outputs))
+    return model
+
+
+def second_order(model, x, grid=GRIDS[1]):
+    return compression.put_(copy.deepcopy(model), compression.gptq_weights(model, [x], grid))
+
+
+def to_nearest(model, x, grid=GRIDS[1]):
+    return compression.put_(copy.deepcopy(model), compression.quantize_weights(model, grid))
+
+
+def mixed(model, x):
+    codes = compression.mix_bits(model, [x], 10_000, Grid()).codes
+    return compression.put_(copy.deepcopy(model), codes)
+
+
+def equalized(model, x):
+    return compression.equalize(
+        nn.Sequential(*model, nn.ReLU(), nn.Linear(len(model[0].bias), 2)), x
+    )
+
+
+WAYS = {
+    "quantize_weights": to_nearest,
+    "share_weights": lambda model, x: compression.put_(
+        copy.deepcopy(model), compression.share_weights(model, 256)
+    ),
+    "gptq_weights": second_order,
+    "mix_bits": mixed,
+    "prepare_qat": lambda model, x: compression.prepare_qat(model, Grid(4)).finish()[0],
+    "prepare_rate": lambda model, x: compression.prepare_rate(model).finish()[0],
+    "factorize to an energy": lambda model, x: compression.factorize(model, Energy(0.9)),
+    "factorize to a size": lambda model, x: compression.factorize(model, Weights(0.9)),
+    "factorize by the inputs": lambda model, x: compression.factorize(
+        model, Energy(0.9), batches=[x]
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("value", "shape"),
+    [(0.0, (4, 6)), (0.7, (4, 6)), (0.0, (0, 6)), (0.0, (4, 0))],
+    ids=["zeros", "one value", "no outputs", "no inputs"],
+)
+def test_few_numbers_come_through_exactly(way, value, shape):
+    model, x = layer(value, *shape), torch.randn(5, shape[1])
+    made = WAYS[way](model, x)
+    torch.testing.assert_close(made(x), model(x))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("way", [*WAYS, "factorize to a rank", "equalize", "spectra"])
+def test_weights_that_are_no_numbers_are_named(way, value):
+    more = {
+        "factorize to a rank": lambda model, x: compression.factorize(model, {"0": 1}),
+        "spectra": lambda model, x: compression.spectra(model),
+        "equalize": equalized,
+    }
+    model, x = layer(0.5), torch.randn(5, 6)
+    model[0].weight.data[2, 3] = value
+    with pytest.raises(ValueError, match=r"^0(\.weight)?: 1 of 24 numbers are NaN or infinite"):
+        (WAYS | more)[way](model, x)
+
+
+def corrected(model, x):
+    return compression.correct_biases_(model, layer(0.4), [x])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "way",
+    [
+        second_order, mixed, corrected, WAYS["factorize by the inputs"],
+        lambda model, x: compression.calibrate(model, [x], Grid(8)),
+        lambda model, x: compression.prepare_qat(model, Grid(4), inputs=Grid(8), batches=[x]),
+    ],
+)  # fmt: skip
+def test_batches_that_are_no_numbers_change_nothing(way, value):
+    model, x = layer(0.5), torch.randn(5, 6)
+    x[3, 1] = value
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        way(model, x)
+    assert all(torch.equal(model.state_dict()[key], old) for key, old in before.items())
+
+
+def test_a_later_layer_without_numbers_leaves_earlier_biases_alone():
+    reference = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    model, x = copy.deepcopy(reference), torch.randn(5, 3)
+    model[0].weight.data.mul_(0.5)
+    model[1].weight.data[0, 0] = math.nan
+    before = model[0].bias.clone()
+    with pytest.raises(ValueError, match="what 1 makes of these batches"):
+        compression.correct_biases_(model, reference, [x])
+    assert torch.equal(model[0].bias, before)
+
+
+@pytest.mark.parametrize("value", [0.0, 2.0, -3.0])
+@pytest.mark.parametrize("fit", [MinMax(), Percentile(99), MSE()], ids=str)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_batches_of_one_value_are_kept_exactly(value, fit, symmetric):
+    model, x, grid = layer(0.5), torch.full((4, 6), value), Grid(8, symmetric, fit=fit)
+    made = compression.round_inputs(model, grid, compression.calibrate(model, [x], grid))
+    torch.testing.assert_close(made(x), model(x))
+    torch.testing.assert_close(second_order(model, x)(x), model(x))
+    assert mixed(model, x)(x).isfinite().all()
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_files_of_few_numbers(tmp_path, grid):
+    for value, shape in (0.0, (4, 6)), (0.7, (4, 6)), (0.0, (0, 6)), (0.0, (4, 0)):
+        model = layer(value, *shape)
+        codes = compression.quantize_weights(model, grid)
+        made = compression.put_(copy.deepcopy(model), codes)
+        compression.save(made, tmp_path / "x", codes)
+        found = compression.load(tmp_path / "x", layer(9.0, *shape))
+        assert torch.equal(found[0].weight, made[0].weight)
+        torch.testing.assert_close(found[0].weight, model[0].weight)
+
+
+@pytest.mark.parametrize(
+    ("hessian", "match"),
+    [
+        (torch.full((6, 6), math.nan), "hessian: 36 of 36 numbers are NaN"),
+        (-torch.eye(6), r"hessian of shape \(6, 6\) is no sum of x xᵀ, or damp=0.01 is too small"),
+    ],
+)
+def test_hessians_that_are_none(hessian, match):
+    with pytest.raises(ValueError, match=match):
+        compression.gptq(torch.randn(4, 6), hessian, Grid(4))
+
+
+def test_zeros_are_counted_where_there_is_no_input():
+    found = compression.input_zeros(layer(0.0, 4, 0), [torch.randn(5, 0)])
+    assert (found.share, found.always) == ({"0": 0.0}, {"0": 0.0})
