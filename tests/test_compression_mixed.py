@@ -19,12 +19,13 @@ def small(device="cpu"):
     return model.to(device).requires_grad_(False)
 
 
-def test_bits_are_those_of_the_measured_changes(device):
+@pytest.mark.parametrize("budget", [150, 190, 215])
+def test_bits_are_those_of_the_measured_changes(budget, device):
     model, x = small(device), torch.randn(30, 5, device=device)
     before = copy.deepcopy(model.state_dict())
     grid, bits = Grid(per=PerAxis(0), fit=MSE()), (2, 4, 8)
-    found = compression.mix_bits(model, [x[:10], x[10:]], 190, grid, bits=bits)
-    assert found.bytes <= 190
+    found = compression.mix_bits(model, iter([x[:10], x[10:]]), budget, grid, bits=bits)
+    assert found.bytes <= budget
     assert found.bytes == sum(size_of(codes) for codes in found.codes.values())
     assert {name: codes.grid.bits for name, codes in found.codes.items()} == found.bits
     alone = copy.deepcopy(model)
@@ -38,7 +39,7 @@ def test_bits_are_those_of_the_measured_changes(device):
     best = min(
         sum(found.changes[n][b] ** 2 for n, b in zip(names, pick, strict=True))
         for pick in every
-        if sum(-(-n * b // 8) + 4 * r for n, b, r in zip(shapes, pick, rows, strict=True)) <= 190
+        if sum(-(-n * b // 8) + 4 * r for n, b, r in zip(shapes, pick, rows, strict=True)) <= budget
     )
     assert found.expected == pytest.approx(best**0.5)
     together = compression.put_(copy.deepcopy(model), found.codes)(x)
@@ -63,6 +64,18 @@ def test_no_other_choice_within_the_budget_is_cheaper(sizes, more, random):
     for other in itertools.product(*sizes):
         if sum(own[b] for own, b in zip(sizes, other, strict=True)) <= budget:
             assert found <= sum(cost[b] for cost, b in zip(costs, other, strict=True)) + 1e-12
+
+
+def test_sizes_and_what_just_fits():
+    x = torch.randn(3, 5)
+    for symmetric, zeros in (True, 0), (False, 3):
+        codes = compression.quantize(x, Grid(3, symmetric, PerAxis(0)))
+        assert size_of(codes) == 6 + 4 * 3 + zeros  # 45 bits are 6 bytes; 3 scales, 3 zeros
+    sizes, costs = [{2: 10, 4: 21}], [{2: 1.0, 4: 0.1}]
+    assert _cheapest(sizes, costs, 20) == (2,)
+    assert _cheapest(sizes, costs, 21) == (4,)
+    apart = [{2: 300_001, 3: 300_001, 8: 900_000}] * 5  # so many units that none of them is left
+    assert _cheapest(apart, [{2: 1.0, 3: 0.5, 8: 0.1}] * 5, 1_500_005) == (3,) * 5
 
 
 def test_large_budgets_stay_within_themselves():
@@ -130,6 +143,8 @@ def test_closed_forms_at_the_edge():
     torch.testing.assert_close(
         compression.quantize(x, ragged).dequantize(), torch.tensor([[0.0, 3.0, -5.0]])
     )
+    signs = compression.quantize(x, Grid(1, per=PerGroup(2), fit=LeastSquares()))
+    torch.testing.assert_close(signs.dequantize(), torch.tensor([[2.0, 2.0, -5.0]]))
     for bits in 1, 2:
         zeros = compression.quantize(torch.zeros(2, 3), Grid(bits, fit=LeastSquares()))
         assert not zeros.dequantize().any()

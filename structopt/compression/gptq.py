@@ -81,14 +81,14 @@ def _upper(hessian: Tensor, damp: float) -> Tensor:
     diagonal = hessian.diagonal()
     diagonal[diagonal == 0] = 1
     diagonal += damp * diagonal.mean()
-    try:
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-        made: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    except torch.linalg.LinAlgError as error:
+    lower, wrong = torch.linalg.cholesky_ex(hessian)
+    upper, worse = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    if int(wrong) or int(worse):
         raise ValueError(
             f"a hessian of shape {tuple(hessian.shape)} is no sum of x xᵀ, or damp={damp} is too "
-            f"small for it: {error}"
-        ) from error
+            "small to invert it"
+        )
+    made: Tensor = upper
     return made
 
 
