@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from structopt.compression.codes import naming
 from structopt.compression.grids import Grid, Steps
 from structopt.compression.in_turn import in_turn
 from structopt.compression.quantize import Quantized, as_finite
