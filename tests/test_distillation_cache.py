@@ -12,6 +12,7 @@ from torch import nn
 from structopt import data, descent, networks, training
 from structopt import distillation as d
 from structopt.data import Examples
+from structopt.distillation.cache import fingerprint
 
 
 @pytest.fixture
@@ -105,15 +106,21 @@ def test_a_cache_of_another_teacher_is_refused(teacher: nn.Module, tmp_path: Pat
         d.cache_outputs(later, given, path)
     with pytest.raises(ValueError, match="lacks the features of conv3"):
         d.cache_outputs(teacher, given, path, names=["conv3"])
+    others = (d.Teacher(teacher, autocast=torch.bfloat16), [teacher, later], nn.Sequential(teacher))
+    for other in others:
+        with pytest.raises(ValueError, match="another teacher"):
+            d.cache_outputs(other, given, path)
+    assert fingerprint(given.inputs) != fingerprint(given.inputs.flatten(1))  # the same bytes
 
 
 def test_what_is_no_cache_is_refused(teacher: nn.Module, tmp_path: Path) -> None:
     from structopt import files
 
     given, path = examples(), tmp_path / "other.safetensors"
-    files.save_tensors(path, {"logits": torch.ones(22, 10)}, {})
-    with pytest.raises(ValueError, match="holds no outputs of a teacher"):
-        d.cache_outputs(teacher, given, path)
+    for name, notes in (("logits", {}), ("others", {"kind": "structopt.distillation 1"})):
+        files.save_tensors(path, {name: torch.ones(22, 10)}, notes)
+        with pytest.raises(ValueError, match="holds no outputs of a teacher"):
+            d.cache_outputs(teacher, given, path)
     path.write_bytes(b"half")
     with pytest.raises(ValueError, match="truncated, corrupt"):
         d.cache_outputs(teacher, given, path)
