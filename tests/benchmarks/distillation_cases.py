@@ -1,9 +1,7 @@
-"""Longer training, few labels, an unseen class, what a teacher costs: to distillation's file.
+"""Few labels, a class that the student never saw, and what a teacher costs: to distillation's file.
 
-Longer: the images and their mirror images for LONGER epochs, four times as many steps as in
-``distillation.py``; each contender at the better of two learning rates on the held-out sixth.
 Students of 3% of the training images learn from labels, or from teachers that saw all of them. In
-the third part the transfer set lacks one class, and no label is looked at; afterwards the bias of
+the second part the transfer set lacks one class, and no label is looked at; afterwards the bias of
 that class is raised until the student names it as often as the teachers do on the held-out sixth.
 Test images are seen by the final figures alone.
 """
@@ -13,40 +11,16 @@ from functools import partial
 
 import torch
 from common import clock, interleaved, ratios
-from distillation import choose, settings, student
-from distillation_lab import Laboratory, Record, laboratory, percent
+from distillation import settings, student
+from distillation_lab import Laboratory, Record, laboratory, percent, scored
 from torch import Tensor, nn
 
 from structopt import data, descent, distillation, networks, training
-from structopt.data import Examples
 
-LONGER, RATES = 10, (0.04, 0.08)
 FEW, FEW_EPOCHS = 250, 60
 UNSEEN, UNSEEN_EPOCHS = "ankle boot", 24  # of five classes tried, the best on held-out images
 TEMPERATURES = (8.0, 20.0, 40.0)
 ROUNDS, STEPS = 15, 20
-
-
-def scored(lab: Laboratory, taught: Callable[[int], nn.Module], seed: int) -> float:
-    return percent(taught(seed), lab.test)
-
-
-def longer(lab: Laboratory, record: Record) -> None:
-    whole = lab.train
-    inputs = torch.cat([whole.inputs, whole.inputs.flip(-1)])
-    lab.train = Examples(inputs, whole.targets.repeat(2), whole.classes)
-    lab.cached = distillation.cache_outputs(lab.teachers, lab.train.to(lab.device))
-    for method in ("labels", "label smoothing", "standardised_logits"):
-        tries = [{**settings(lab, record, method), "lr": lr} for lr in RATES]
-        given = choose(lab, record, "longer rates tried", method, tries, LONGER)
-        lengths = (LONGER, 2 * LONGER) if method == "labels" else (LONGER,)
-        for epochs in lengths:
-            taught = partial(student, lab, method, given, epochs)
-            row = method if epochs == LONGER else f"{method}, twice as long"
-            notes = {"images": len(lab.train), "epochs": epochs, "settings": given}
-            record.scores("longer", row, partial(scored, lab, taught), **notes)
-    lab.train = whole
-    lab.__dict__.pop("cached")
 
 
 def few(lab: Laboratory, record: Record) -> None:
@@ -160,7 +134,6 @@ def speed(lab: Laboratory, record: Record) -> None:
 
 def main() -> None:
     lab, record = laboratory(__doc__)
-    longer(lab, record)
     unseen_class(lab, record)
     speed(lab, record)
     few(lab, record)

@@ -89,14 +89,14 @@ def percent(model: nn.Module, examples: Examples) -> float:
 class Record:
     """The result, written after each addition."""
 
-    def __init__(self, device: torch.device, quick: bool) -> None:
-        self.quick = quick
-        self.result: dict[str, Any] = {} if quick else kept("distillation", device)
-        self.result |= {"benchmark": "distillation", "machine": machine(device)}
+    def __init__(self, device: torch.device, quick: bool, name: str = "distillation") -> None:
+        self.quick, self.name = quick, name
+        self.result: dict[str, Any] = {} if quick else kept(name, device)
+        self.result |= {"benchmark": name, "machine": machine(device)}
 
     def save(self) -> None:
         with contextlib.redirect_stdout(io.StringIO()):  # not the whole of it each time
-            keep("distillation", self.result, self.quick)
+            keep(self.name, self.result, self.quick)
 
     def scores(self, part: str, row: str, measure: Callable[[int], float], **notes: Any) -> None:
         """One number for each seed that has none yet, with these notes."""
@@ -109,6 +109,11 @@ class Record:
             rows[row] = {**notes, "test accuracy in %": found, **mean_and_spread(found)}
             print(f"{part}: {row}, seed {seed}: {found[-1]}", flush=True)
             self.save()
+
+
+def scored(lab: Laboratory, taught: Callable[[int], nn.Module], seed: int) -> float:
+    """The test accuracy of what ``taught`` makes of this seed."""
+    return percent(taught(seed), lab.test)
 
 
 def laboratory(text: str | None) -> tuple[Laboratory, Record]:
