@@ -39,6 +39,7 @@ from structopt.compression.report import Report, Row
 from structopt.compression.shallower import Linearise, Shallower, shallower
 from structopt.compression.sharing import Shared, Tie, share, tie
 from structopt.compression.slopes import linearising
+from structopt.compression.smoothing import smooth_inputs
 from structopt.compression.straight import Link, merge_links
 from structopt.compression.targets import Energy, Error, Target, Weights
 from structopt.compression.vectors import SharedVectors, share_vectors
@@ -142,6 +143,7 @@ __all__ = [
     "share_weight_vectors",
     "share_weights",
     "skip_zeros",
+    "smooth_inputs",
     "spectra",
     "threshold_activations",
     "tie",
