@@ -129,11 +129,22 @@ def test_a_turned_stream_keeps_the_function_and_lies_on_its_principal_axes(name,
     gram = rows.T @ rows
     assert_close(gram / gram.trace(), torch.diag(rotated.shares.to(device)))
     assert (rotated.shares.diff() <= 1e-12).all()
-    assert_close(rotated.narrow(1.0)(x), model(x))
+    whole = rotated.narrow(1.0)
+    assert_close(whole(x), model(x))
+    assert whole is not rotated.model
     assert rotated.lost(1.0) == 0
     if name != "RMS":  # no layer norm sees the mean: one axis costs nothing
         assert rotated.lost(7 / 8) < 1e-12
         assert_close(rotated.narrow(7 / 8)(x), model(x))
+
+
+def test_the_largest_entry_of_each_axis_is_positive(device):
+    """Eigenvectors have no sign: without a rule it could differ from machine to machine."""
+    model, x = made("RMS", device)
+    turned = rotate(model, x[:1], [x]).model.embed.weight
+    axes = torch.linalg.pinv(model.embed.weight) @ turned
+    assert_close(axes.T @ axes, torch.eye(8).to(axes))
+    assert (axes.gather(0, axes.abs().argmax(0)[None]) > 0).all()
 
 
 # ------------------------------------------------------------------ what narrowing leaves
@@ -300,6 +311,7 @@ class Wrong(nn.Module):
         super().__init__()
         self.embed, self.norm = nn.Linear(3, 4), norm or nn.LayerNorm(4)
         self.inner, self.scale = nn.Linear(4, 4), nn.Parameter(torch.ones(4))
+        self.past, self.rows = nn.Linear(4, 4), nn.Linear(2, 2)
         self.act, self.head = act, head or nn.Linear(4, 2)
 
     def forward(self, x):
@@ -310,6 +322,11 @@ class Wrong(nn.Module):
 
 class OwnNorm(nn.LayerNorm):
     pass
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return x + x
 
 
 WRONG = {
@@ -323,6 +340,20 @@ WRONG = {
     "no residual stream is found": Wrong(lambda m, x: x, norm=OwnNorm(4)),
     "in head.1, the op convolution reads the stream, and is no nn.Linear": Wrong(
         lambda m, x: x, head=nn.Sequential(nn.Unflatten(-1, (4, 1)), nn.Conv1d(4, 2, 1))
+    ),
+    "the op ones makes a part of the stream": Wrong(lambda m, x: torch.cat([x, torch.ones(1, 4)])),
+    "in rows, the op .* reads the stream, and is no nn.Linear": Wrong(
+        lambda m, x: x + m.rows(x.T).T  # over positions, as an MLP-Mixer does
+    ),
+    r"in head\.0, .* normalises what another norm gave": Wrong(
+        lambda m, x: x, head=nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 2))
+    ),
+    r"in head\.0, the op add adds what a norm gave": Wrong(
+        lambda m, x: x, head=nn.Sequential(Doubled(), nn.Linear(4, 2))
+    ),
+    "in past, reads the stream past the norms": Wrong(lambda m, x: x + m.past(x)),
+    "cannot be given RMS norms exactly": Wrong(
+        lambda m, x: x if isinstance(m.norm, nn.LayerNorm) else 2 * x
     ),
     "is what the model gives": Wrong(lambda m, x: x, head=nn.Identity()),
 }

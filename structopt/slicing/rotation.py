@@ -163,9 +163,9 @@ def _converted(model: nn.Module, example: Any) -> tuple[nn.Module, Stream]:
 def _edited(
     model: nn.Module, example: Any, edit: Callable[[nn.Module], nn.Module], what: str
 ) -> nn.Module:
-    """An edited copy, after the same edit has held in double precision."""
+    """The model edited in place, after the same edit of a copy has held in double precision."""
     _demand_equal(model, edit(substitute(model, wide)), example, what)
-    return edit(copy.deepcopy(model))
+    return edit(model)
 
 
 def _demand_equal(model: nn.Module, made: nn.Module, example: Any, what: str) -> None:
