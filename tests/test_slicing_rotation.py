@@ -117,6 +117,7 @@ def test_layer_norms_become_rms_norms_exactly(name, device):
         assert_close(converted(x), model(x))
     assert all(type(converted.get_submodule(n)) is nn.RMSNorm for n in norms(model))
     assert all((converted.get_submodule(n).weight == 1).all() for n in norms(model))
+    assert not any(module.training for module in converted.modules())
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 

@@ -24,6 +24,7 @@ from structopt.slicing import (
     pipeline_cost,
     split_stages,
 )
+from structopt.slicing.pipelines import _equal_parts
 
 
 def small():
@@ -432,3 +433,10 @@ def test_a_pipeline_needs_a_process_for_each_stage():
     stages = split_stages(small(), torch.zeros(2, 4), ["1"])
     with pytest.raises(ValueError, match=r"2 stages and 1 processes.*nproc_per_node 2"):
         pipeline(stages, torch.device("cpu"), microbatches=2)
+
+
+def test_a_micro_batch_of_another_size_is_refused():
+    parts = _equal_parts(nn.functional.mse_loss)
+    assert parts(torch.ones(2, 3), torch.zeros(2, 3)) == 1
+    with pytest.raises(ValueError, match="1 targets and 2 outputs"):
+        parts(torch.ones(2, 3), torch.zeros(1, 3))

@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe
@@ -61,7 +62,25 @@ def through(name, device, schedule):
     return found
 
 
+def refuses(device):
+    """What is wrong is said in every process, before anybody waits for another."""
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), torch.zeros(2, 4)
+    stages = split_stages(model, x, ["1"])
+    for settings, problem in (
+        ({"microbatches": 0}, "microbatches=0: give at least 1"),
+        ({"microbatches": 2, "timeout": 0}, "timeout=0: give seconds"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            pipeline(stages, device, **settings)
+    with pytest.raises(ValueError, match="3 stages and 2 processes"):
+        pipeline(split_stages(model, x, ["0", "1"]), device, microbatches=2)
+    model[2].weight = model[0].weight
+    with pytest.raises(ValueError, match=r"stages 0 and 1 share a weight \(0.weight, 2.weight\)"):
+        pipeline(split_stages(model, x, ["1"]), device, microbatches=2)
+
+
 def equal(folder, device):
+    refuses(device)
     for name in CUTS:
         for label, schedule in SCHEDULES.items():
             found = through(name, device, schedule)
