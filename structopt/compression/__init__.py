@@ -9,6 +9,7 @@ True
 """
 
 from structopt.compression.activations import Blend, blend_activations, separate_activations
+from structopt.compression.adaround import adaround, adaround_weights
 from structopt.compression.adjusting import correct_biases_, equalize
 from structopt.compression.bounding import Bounded, clip_activations, threshold_activations
 from structopt.compression.codes import Coded, Codes, put_, quantize_weights, share_weights
@@ -102,6 +103,8 @@ __all__ = [
     "Tucker",
     "Weights",
     "Zeros",
+    "adaround",
+    "adaround_weights",
     "blend_activations",
     "calibrate",
     "canonical_words",

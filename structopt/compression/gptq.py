@@ -35,12 +35,7 @@ def gptq(weight: Tensor, hessian: Tensor, grid: Grid, *, damp: float = 0.01) -> 
     torch.Size([4, 6])
     """
     rows = as_finite(weight).flatten(1)  # (O, n)
-    parts = hessian if hessian.ndim == 3 else hessian[None]
-    if weight.ndim < 2 or parts.shape[1:] != (rows.shape[1],) * 2 or len(rows) % len(parts):
-        raise ValueError(
-            f"a hessian of shape {tuple(hessian.shape)} does not fit a weight of shape "
-            f"{tuple(weight.shape)}: it is the sum of x xᵀ over what its rows multiply"
-        )
+    parts = fitting(hessian, weight)
     steps = grid.fit.steps(grid.per.split(rows.view(weight.shape)), grid)
     units = grid.per.split(torch.zeros_like(rows).view(weight.shape))
     scale, zero = (
@@ -53,6 +48,18 @@ def gptq(weight: Tensor, hessian: Tensor, grid: Grid, *, damp: float = 0.01) -> 
     kind = torch.int8 if grid.codes[0] < 0 else torch.uint8
     codes = torch.cat(made).view(weight.shape).to(kind)
     return Quantized(codes, steps, grid, weight.dtype)
+
+
+def fitting(hessian: Tensor, weight: Tensor) -> Tensor:
+    """The hessian as (groups, n, n), after every complaint that can be made."""
+    parts = hessian if hessian.ndim == 3 else hessian[None]
+    numbers = weight[0].numel() if weight.ndim > 1 and len(weight) else -1
+    if parts.shape[1:] != (numbers, numbers) or len(weight) % len(parts):
+        raise ValueError(
+            f"a hessian of shape {tuple(hessian.shape)} does not fit a weight of shape "
+            f"{tuple(weight.shape)}: it is the sum of x xᵀ over what its rows multiply"
+        )
+    return parts
 
 
 def _rounded(rows: Tensor, steps: Steps, hessian: Tensor, grid: Grid, damp: float) -> Tensor:
