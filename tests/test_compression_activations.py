@@ -209,7 +209,9 @@ def test_zeros_are_skipped_where_the_clock_says_so():
     never = compression.skip_zeros(model, [x], rounds=1, at_least=float("inf"))
     assert never.names == ()
     assert str(never.model) == str(model)
-    always = compression.skip_zeros(model, [x], rounds=1, at_least=0)
+    batches = [x, torch.eye(6)]
+    always = compression.skip_zeros(model, iter(batches), rounds=1, at_least=0)
+    assert always.zeros == compression.input_zeros(model, batches).share
     assert always.names == ("0", "2")
     assert isinstance(always.model[2], compression.SkipZeros)
     assert set(always.times) == {"0", "2"}

@@ -141,10 +141,16 @@ def skip_zeros(
     layers = {n: m for n, m in readers(model).items() if isinstance(m, nn.Linear)}
     if not layers:
         raise ValueError(f"this {type(model).__name__} has no linear layer")
-    batches = list(batches)
     seen: dict[str, Tensor] = {}
-    watch(model, batches, layers, lambda name, given, made: seen.setdefault(name, given))
-    zeros = input_zeros(model, batches, list(seen)).share
+    counts: dict[str, tuple[int, int]] = {}  # zeros among how many
+
+    def see(name: str, given: Tensor, made: Tensor) -> None:
+        seen.setdefault(name, given)
+        zero, total = counts.get(name, (0, 0))
+        counts[name] = zero + int((given == 0).sum()), total + given.numel()
+
+    watch(model, batches, layers, see)
+    zeros = {name: zero / max(1, total) for name, (zero, total) in counts.items()}
     made, names, times, device = copy.deepcopy(model), [], {}, ""
     for name, given in seen.items():
         layer = layers[name]
