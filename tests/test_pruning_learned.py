@@ -1,16 +1,34 @@
 """What training itself decides: channels pressed to zero, movement, and gates that learn."""
 
 import copy
+import math
 
 import pytest
 import torch
 from pruning_networks import batches, fit, network
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
 
 from structopt import pruning, training
 from structopt.channels import channel_groups, take
-from structopt.pruning import Filters, MovementWhileTraining, NOfM, OneShot, ShrinkChannels
+from structopt.pruning import (
+    Filters,
+    Global,
+    MovementWhileTraining,
+    NOfM,
+    OneShot,
+    PerLayer,
+    ShrinkChannels,
+)
+
+
+def scale_(model, k, factor):
+    """All that `parts` gives, in place."""
+    with torch.no_grad():
+        for p in (model[0].weight, model[0].bias, model[1].weight, model[1].bias):
+            p[k] *= factor
+        model[4].weight.unflatten(1, (6, 16))[:, k] *= factor
 
 
 def parts(model, k):
@@ -25,10 +43,8 @@ def test_shrinking_is_the_proximal_step_of_the_penalty(device, step):
     """v = argmin ½ ‖v - w‖² + τ √n ‖v‖: its conditions, channel by channel."""
     model = network(device).double()
     nn.init.normal_(model[1].bias)
-    with torch.no_grad():
-        for p in (model[0].weight, model[0].bias, model[1].weight, model[1].bias):
-            p[2] *= 0.01
-        model[4].weight.unflatten(1, (6, 16))[:, 2] *= 0.01
+    scale_(model, 2, 0.01)
+    scale_(model, 5, 0.0)  # is zero already
     groups = channel_groups(model, torch.zeros(1, 1, 6, 6, device=device, dtype=torch.double))
     before, after = copy.deepcopy(model), ShrinkChannels(groups, strength=0.02, end=10)
     after(model, step)
@@ -41,8 +57,10 @@ def test_shrinking_is_the_proximal_step_of_the_penalty(device, step):
         else:
             assert old.norm() <= price
     assert not parts(model, 2).any()
+    assert not parts(model, 5).any()
     assert parts(model, 0).any()
-    assert after.zeros(model) == {"0": 1}
+    scale_(model, 0, 1e-6)  # small is not zero
+    assert after.zeros(model) == {"0": 2}
     assert torch.equal(model[4].bias, before[4].bias)
     assert torch.equal(model[1].running_var, before[1].running_var)
 
@@ -57,6 +75,25 @@ def test_what_lies_in_two_groups_takes_both_factors(device):
     w = model[1].weight
     expected = w * (first[1].weight / w) * (second[1].weight / w)
     torch.testing.assert_close(both[1].weight, expected)
+
+
+class Beside(nn.Module):
+    """Two layers read the input, one reads both: of its columns each has some."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 4), nn.Linear(3, 5), nn.Linear(9, 2)
+
+    def forward(self, x):
+        return self.c(torch.cat([self.a(x), self.b(x)], 1))
+
+
+def test_a_reader_s_columns_of_other_groups_are_left_alone(device):
+    model = Beside().to(device)
+    groups, before = channel_groups(model, torch.randn(1, 3, device=device)), copy.deepcopy(model)
+    ShrinkChannels([groups["a"]], strength=0.05, end=1)(model, 1)
+    assert torch.equal(model.c.weight[:, 4:], before.c.weight[:, 4:])
+    assert (model.c.weight[:, :4].abs() < before.c.weight[:, :4].abs()).all()
 
 
 def test_channels_trained_to_zero_leave_without_a_trace(device):
@@ -76,7 +113,9 @@ def test_channels_trained_to_zero_leave_without_a_trace(device):
 def test_shrinking_refuses_what_it_cannot_do(device):
     model = network(device)
     groups, x = channel_groups(model, torch.zeros(1, 1, 6, 6, device=device)), {"strength": 1e-3}
-    for bad in ({"strength": 0.0, "end": 9}, {"strength": 1e-3, "end": 0}):
+    for bad in (
+        {"strength": 0.0, "end": 9}, {"strength": 1e-3, "end": 0}, {"strength": math.inf, "end": 9}
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="counts steps from 1"):
             ShrinkChannels(groups, **bad)
     for none in ([], groups.frozen[:1]):
@@ -88,8 +127,12 @@ def test_shrinking_refuses_what_it_cannot_do(device):
         after(narrow, 1)
     with pytest.raises(ValueError, match=r"of another model: no 0.weight"):
         after(nn.Linear(3, 2).to(device), 1)
-    with pytest.raises(ValueError, match="every channel of group '0' is pressed to zero"):
-        ShrinkChannels(groups, strength=99.0, end=1)(model, 1)
+    flat = nn.Sequential(*copy.deepcopy(model)[:4], nn.BatchNorm1d(96)).to(device)
+    with pytest.raises(ValueError, match=r"of another model: dimension 1 of 4.weight, \(96,\)"):
+        after(flat, 1)
+    for step in (1, 100, 150):
+        with pytest.raises(ValueError, match="every channel of group '0' is pressed to zero"):
+            ShrinkChannels(groups, strength=1e5, end=150)(model, step)
     assert all(
         torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters(), strict=True)
     )
@@ -123,11 +166,50 @@ def test_movement_is_that_of_the_paper(device):
     )  # the sign counts
 
 
-def test_movement_goes_on_after_a_break(device, tmp_path):
+@pytest.mark.parametrize("scope", [PerLayer(), Global()])
+@pytest.mark.parametrize("pattern", [pruning.Unstructured(), Filters()])
+def test_movement_is_ranked_as_the_scope_and_the_pattern_say(device, scope, pattern):
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4)).to(device)
+    after = MovementWhileTraining(OneShot(0.25, at=1), scope=scope, pattern=pattern)
+    after(model)
+    for layer, much in zip(model, (1.0, 5.0), strict=True):  # the second moves further, both ways
+        layer.weight.grad = much * torch.randn_like(layer.weight)
+    moved = [-(layer.weight * layer.weight.grad).detach() for layer in model]
+    after(model, 1)
+    rows = pattern == Filters()  # with all scores above zero, as the least is taken off
+    least = min(m.min() for m in moved)
+    units = [(m - least).sum(1) if rows else m.flatten() for m in moved]
+    masks = [m.all(1) if rows else m.flatten() for m in after.masks.values()]
+    if scope == Global():
+        units, masks = [torch.cat(units)], [torch.cat(masks)]
+    for unit, mask in zip(units, masks, strict=True):
+        assert int((~mask).sum()) == len(mask) // 4
+        assert unit[~mask].max() < unit[mask].min()
+
+
+def test_movement_begins_with_its_first_call_and_a_copy_goes_on_by_itself(device):
+    model = network(device)
+    how = {"pattern": Filters(), "scope": Global(), "leave": ("0.*",)}
+    after = MovementWhileTraining(OneShot(0.5, at=9), **how)
+    after(model, 1)  # with no weights of before, there is no movement
+    assert not after.movement["4.weight"].any()
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    twin = copy.deepcopy(after)
+    twin(model, 2)
+    assert not after.movement["4.weight"].any()
+    after(model, 2)
+    assert after.movement["4.weight"].any()
+    assert torch.equal(after.movement["4.weight"], twin.movement["4.weight"])
+    assert {name: getattr(twin, name) for name in how} == how
+
+
+@pytest.mark.parametrize("at", [6, 14])  # before and after the break
+def test_movement_goes_on_after_a_break(device, tmp_path, at):
     def run(epochs, path=None):
         torch.manual_seed(1)
         model = network(device)
-        after = MovementWhileTraining(OneShot(0.6, at=14), leave=("0.*",))
+        after = MovementWhileTraining(OneShot(0.6, at=at), leave=("0.*",))
         after(model)
         torch.manual_seed(2)
         return fit(model, batches(device), epochs, after_step=after, checkpoint=path), after
@@ -163,6 +245,8 @@ def test_gates_are_open_as_often_as_they_are_said_to_be(device):
         (z > 0).float().mean(0), pruning.open_chance(where), rtol=0, atol=0.01
     )
     assert ((z == 1).float().mean(0) > 0.01).all()
+    settled = (1.2 * where.sigmoid() - 0.1).clamp(0, 1)
+    torch.testing.assert_close(pruning.hard_concrete(where), settled)
     assert z.min() >= 0
     assert z.max() <= 1
 
@@ -186,7 +270,12 @@ def test_the_price_of_gates_and_its_slope():
 )
 def test_gates_learn_masks_and_leave_exactly(device, pattern, share, price):
     model, data = network(device), batches(device)
+    network_weight = model[0].weight.detach().clone()
     pruning.add_gates_(model, pattern=pattern, share=share, leave=["4.*"][: pattern == Filters()])
+    settled = copy.deepcopy(model).eval()
+    weight = settled[0].weight / network_weight
+    expected = torch.full_like(weight, min(1.0, 1.2 * share - 0.1))
+    torch.testing.assert_close(weight, expected)  # where gates begin
     noisy = [model.train()(data[0][0]) for _ in range(2)]
     assert not torch.equal(*noisy)
     with pytest.raises(ValueError, match="the model has gates"):
@@ -196,13 +285,13 @@ def test_gates_learn_masks_and_leave_exactly(device, pattern, share, price):
         model, data, pruning.with_price(price), optimizer, epochs=10, device=device, autocast=None
     )
     expected = model.eval()(data[0][0])
-    masks = pruning.remove_gates_(model)
-    assert torch.equal(model(data[0][0]), expected)
+    masks = pruning.remove_gates_(model.train())  # no noise is written into the weights
+    assert model.training
+    assert torch.equal(model.eval()(data[0][0]), expected)
     assert sorted(dict(model.named_parameters())) == sorted(
         dict(network(device).named_parameters())
     )
     assert type(model[0]) is nn.Conv2d
-    assert not model.training
     assert 0.1 < pruning.sparsity_of(masks) < 0.99
     for name, mask in masks.items():
         assert torch.equal(mask, model.get_parameter(name) != 0)
@@ -219,12 +308,17 @@ def test_gates_refuse_what_they_cannot_do(device):
         "share=1.0 is where the gates begin": lambda: pruning.add_gates_(model, share=1.0),
         "no parameter is called 'a'": lambda: pruning.add_gates_(model, leave=["a"]),
         "strength is the price": lambda: pruning.with_price(0.0),
+        "with every gate open: inf": lambda: pruning.with_price(math.inf),
         "this Sequential has no gates": lambda: pruning.remove_gates_(model),
         "this Sequential has no gates: add": lambda: pruning.with_price(1.0)(model, None),
     }.items():
         with pytest.raises(ValueError, match=words):
             call()
         assert not pruning.gates._gates(model)
+    with pytest.raises(ValueError, match="this Linear has no gates"):
+        pruning.remove_gates_(weight_norm(nn.Linear(3, 2)))
+    quiet = pruning.add_gates_(nn.Linear(3, 2).eval())
+    assert torch.equal(quiet.weight, quiet.weight)  # gates take the mode of the model
     pruning.add_gates_(model)
     nn.init.constant_(model[4].parametrizations.weight[0].log_alpha, -9)
     with pytest.raises(ValueError, match=r"every gate of 4.weight is shut"):

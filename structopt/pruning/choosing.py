@@ -44,7 +44,8 @@ class Limits:
         given: object = self.leave
         if isinstance(given, str):  # would be taken for one pattern a letter
             raise ValueError(f"leave is a tuple of names: leave=({given!r},)")
-        if self.multiple_of not in range(1, 1 << 30) or not self.floor > 0:
+        whole = isinstance(self.multiple_of, int) and self.multiple_of >= 1
+        if not whole or not self.floor > 0:
             raise ValueError(f"{self}: multiple_of is a whole number from 1 on, floor above 0")
         for name, ratio in self.ratios.items():
             need_sparsity(ratio, f"the ratio of {name!r}")

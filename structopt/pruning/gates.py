@@ -50,7 +50,7 @@ class _Gated(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         noise = None
         if self.training:
-            noise = torch.rand_like(self.log_alpha).clamp(1e-6, 1 - 1e-6)
+            noise = torch.rand_like(self.log_alpha)  # 0 and 1 do no harm: z is 0 and 1
         return weight * hard_concrete(self.log_alpha, noise)
 
 
@@ -65,7 +65,7 @@ def add_gates_(
 
     Each weight that ``score`` would score, but those of `leave`, is multiplied by
     :func:`hard_concrete` gates: noisy ones in training mode, settled ones in evaluation mode. At
-    first s is `share` where the noise is at its median. Make the optimiser after this, so that it
+    first s is `share` in evaluation mode. Make the optimiser after this, so that it
     holds the gates; train with :func:`with_price`; then :func:`remove_gates_`.
 
     Raises ValueError for another pattern, a share outside (0, 1), and a model that has gates.

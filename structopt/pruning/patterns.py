@@ -67,8 +67,8 @@ class Block:
     c: int
 
     def __post_init__(self) -> None:
-        if min(self.r, self.c) < 1:
-            raise ValueError(f"{self}: a block has at least one row and one column")
+        if not all(isinstance(n, int) and n >= 1 for n in (self.r, self.c)):
+            raise ValueError(f"{self}: a block has at least one row and one column, whole numbers")
 
     def pool(self, name: str, scores: Tensor) -> Tensor:
         matrix, (r, c) = _matrix(scores), (self.r, self.c)
@@ -96,8 +96,9 @@ class NOfM:
     m: int
 
     def __post_init__(self) -> None:
-        if not 1 <= self.n < self.m:
-            raise ValueError(f"{self}: n of m stay, with 1 <= n < m")
+        whole = isinstance(self.n, int) and isinstance(self.m, int)
+        if not whole or not 1 <= self.n < self.m:
+            raise ValueError(f"{self}: n of m stay, whole numbers with 1 <= n < m")
 
     @property
     def sparsity(self) -> float:
