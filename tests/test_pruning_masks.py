@@ -188,6 +188,8 @@ def test_masks_are_the_same_on_every_device(device, scope, pattern):
         (lambda s: Global(floor=1.0), "floor"),
         (lambda s: NOfM(4, 4), "1 <= n < m"),
         (lambda s: Block(0, 2), "at least one row"),
+        (lambda s: NOfM(2.5, 4), "whole numbers"),
+        (lambda s: Block(2.0, 4), "whole numbers"),
     ],
 )  # fmt: skip
 def test_bad_input_is_a_clear_error(call, words):
