@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("family", nargs="?", choices=FAMILIES)
     parser.add_argument("names", nargs="*")
     parser.add_argument("--library", choices=LIBRARIES)
-    parser.add_argument("--seconds", type=int, default=120, help="of processor time for each")
+    parser.add_argument("--seconds", type=int, default=900, help="of processor time for each")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
