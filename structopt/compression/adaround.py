@@ -28,9 +28,9 @@ def adaround(
     ŵ = low + h(v) (high - low), between the two values of the grid around w, with the rectified
     sigmoid h(v) = clip(1.2 σ(v) - 0.1, 0, 1). Adam lowers, for each row,
     (ŵ - w) H (ŵ - w)ᵀ, as a share of what rounding to nearest loses, plus
-    ``price`` · mean(1 - |2 h - 1|^β); β falls from 20 to 2, and draws each h to 0 or 1. What is not
-    there in the end is rounded. A row that then loses more than it does to the nearest keeps the
-    nearest. ``hessian`` as in :func:`structopt.compression.gptq`. Exact zeros stay.
+    ``price`` · mean(1 - abs(2 h - 1)^β); β falls from 20 to 2, and draws each h to 0 or 1. What is
+    not there in the end is rounded. A row that then loses more than it does to the nearest keeps
+    the nearest. ``hessian`` as in :func:`structopt.compression.gptq`. Exact zeros stay.
 
     Nagel et al., 2020, "Up or down? Adaptive rounding for post-training quantization", with the
     layer's whole output in place of batches of it, and without its activation. Raises ValueError

@@ -53,7 +53,7 @@ def gptq(weight: Tensor, hessian: Tensor, grid: Grid, *, damp: float = 0.01) -> 
 def fitting(hessian: Tensor, weight: Tensor) -> Tensor:
     """The hessian as (groups, n, n), after every complaint that can be made."""
     parts = hessian if hessian.ndim == 3 else hessian[None]
-    numbers = weight[0].numel() if weight.ndim > 1 and len(weight) else -1
+    numbers = weight.shape[1:].numel() if weight.ndim > 1 else -1
     if parts.shape[1:] != (numbers, numbers) or len(weight) % len(parts):
         raise ValueError(
             f"a hessian of shape {tuple(hessian.shape)} does not fit a weight of shape "

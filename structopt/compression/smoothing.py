@@ -29,13 +29,14 @@ def smooth_inputs(
 ) -> nn.Module:
     """A copy that computes the same, in which what layers read has fewer outliers: SmoothQuant.
 
-    Channel j of an input is divided by s = max |x_j|^α / max |w_j|^(1-α), and the weights that read
-    it are multiplied: α = 0 makes all w reach equally far, α = 1 all x, ½ shares the trouble. The
-    norm, linear layer or convolution before takes 1/s into its weight and bias; all layers that
-    read the same tensor take s together. Maxima are over the batches, and over those layers. Each
-    move is run in double precision on random numbers like the first batch, and only kept where
-    outputs stay: an activation between has to be positively homogeneous, such as ReLU, and nothing
-    else may read the tensor. Round inputs afterwards, :func:`structopt.compression.round_inputs`.
+    Channel j of an input is divided by s = max(abs x_j)^α / max(abs w_j)^(1-α), and the weights
+    that read it are multiplied: α = 0 makes all w reach equally far, α = 1 all x, ½ shares the
+    trouble. The norm, linear layer or convolution before takes 1/s into its weight and bias; all
+    layers that read the same tensor take s together. Maxima are over the batches, and over those
+    layers. Each move is run in double precision on random numbers like the first batch, and only
+    kept where outputs stay: an activation between has to be positively homogeneous, such as ReLU,
+    and nothing else may read the tensor. Round inputs afterwards,
+    :func:`structopt.compression.round_inputs`.
 
     Layers before which nothing can take a scale stay as they are, unless ``names`` asks for them.
 
