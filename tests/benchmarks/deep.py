@@ -125,7 +125,7 @@ class Bench:
         checkpoint.save(model, path)
         return model
 
-    def fit(self, model: nn.Module, name: str, seed: int, epochs: int, **options: Any) -> None:
+    def fit(self, model: nn.Module, seed: int, epochs: int, **options: Any) -> None:
         """Train by what the teacher says."""
         objective = options.pop("objective", self.objective)
         lr, decay = options.pop("lr", 0.003), options.pop("decay", 0.01)
@@ -141,13 +141,13 @@ class Bench:
         model, path = NETWORKS[name](), self.folder / f"{name}-{seed}"
         if path.exists():
             return checkpoint.load(path, model)
-        self.fit(model, name, seed, FIRST[name])
+        self.fit(model, seed, FIRST[name])
         checkpoint.save(model, path)
         return model
 
     def dense_as_long(self, name: str, seed: int) -> Iterator[Point]:
         model = self.dense(name, seed)
-        self.fit(model, name, seed + 100, EACH[name] * len(PRICES[name]))
+        self.fit(model, seed + 100, EACH[name] * len(PRICES[name]))
         yield 0.0, model, {}
 
     def priced(self, name: str, seed: int) -> Iterator[Point]:
@@ -157,7 +157,7 @@ class Bench:
         for k, price in enumerate(PRICES[name], 1):
             objective = compression.RatePenalty(self.objective, price)
             options = {"objective": objective, "decay": 0.0}
-            self.fit(rated, name, seed + 100 * k, EACH[name], **options)
+            self.fit(rated, seed + 100 * k, EACH[name], **options)
             yield price, *rated.finish()
 
     def pruned(self, name: str, seed: int) -> Iterator[Point]:
@@ -168,11 +168,11 @@ class Bench:
             schedule = pruning.Gradual(sparsity, 1, max(2, int(0.6 * steps)), 20, before)
             prune = pruning.PruneWhileTraining(schedule, scope=pruning.Global(floor=0.02))
             prune.masks = masks
-            self.fit(model, name, seed + 100 * k, EACH[name], after_step=prune)
+            self.fit(model, seed + 100 * k, EACH[name], after_step=prune)
             masks, before, made = prune.masks, sparsity, copy.deepcopy(model)
             tied = compression.tie(compression.share_weights(made, VALUES))
             tied(made)
-            self.fit(made, name, seed + 100 * k + 50, SHARE[name], lr=0.0005, after_step=tied)
+            self.fit(made, seed + 100 * k + 50, SHARE[name], lr=0.0005, after_step=tied)
             biases = [key for key, p in made.named_parameters() if p.ndim == 1]
             codes = compression.quantize_weights(made, Grid(6, fit=MSE()), biases) | tied.codes
             yield sparsity, compression.put_(made, codes), codes
