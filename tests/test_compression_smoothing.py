@@ -107,6 +107,13 @@ def test_one_step_serves_all_channels_of_an_input(device):
     assert error(compression.smooth_inputs(model, [x])) < 0.5 * error(model)
 
 
+def test_the_nearest_of_two_layers_takes_the_scale() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).eval()
+    made = compression.smooth_inputs(model, [torch.randn(20, 4)], names=["2"])
+    assert torch.equal(made[0].weight, model[0].weight)  # it could: the norm keeps its scale
+    assert not torch.equal(made[1].weight, model[1].weight)
+
+
 def test_dead_channels_are_left_alone():
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
     with torch.no_grad():

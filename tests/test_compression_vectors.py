@@ -203,7 +203,7 @@ def test_bad_input_and_the_edge():
         compression.share_vectors(torch.tensor([[torch.nan] + [1.0] * 7]), 4, 2)
     with pytest.raises(ValueError, match="cannot stand for zeros"):
         compression.share_vectors(torch.tensor([[0.0, 0, 1, 1]]), 1, 2)
-    with pytest.raises(ValueError, match=r"hessian of shape \(3, 3\) does not fit rows of 4"):
+    with pytest.raises(ValueError, match=r"shape \(3, 3\) does not fit a weight of shape \(2, 4\)"):
         compression.share_vectors(torch.ones(2, 4), 4, 2, hessian=torch.eye(3))
     assert compression.share_vectors(torch.ones(0, 4), 4, 2).dequantize().shape == (0, 4)
     assert compression.share_vectors(torch.ones(6), 4, 2).dequantize().tolist() == [1] * 6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import pytest
@@ -147,8 +148,9 @@ def test_a_temperature_that_flattens(
 
 
 def test_bad_input_is_named(split: tuple[Examples, Examples], teacher: nn.Module) -> None:
-    with pytest.raises(ValueError, match="temperature is a number above 0, not 0"):
-        d.diagnose(teacher, [], split[1], temperature=0)
+    for wrong in (0, math.inf):
+        with pytest.raises(ValueError, match=f"number above 0 and finite, not {wrong}"):
+            d.diagnose(teacher, [], split[1], temperature=wrong)
     with pytest.raises(ValueError, match="hold no example"):
         d.diagnose(teacher, [], split[1])
     with pytest.raises(ValueError, match="are pairs"):

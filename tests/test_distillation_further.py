@@ -326,8 +326,9 @@ def bad() -> list[tuple[str, Callable[[], object]]]:
         (r"embeddings \(B, D\) of both, not \(4, 5\) and \(4, 6\)",
          lambda: d.contrastive(flat, torch.zeros(4, 6), Y)),
         (r"class indices \(4,\), not \(3,\)", lambda: d.contrastive(flat, flat, Y[:3])),
-        (r"above 0, not 0", lambda: d.contrastive(flat, flat, Y, temperature=0)),
-        (r"above 0, not 0", lambda: d.contrast(teacher, student, pair, x, temperature=0)),
+        *((rf"above 0 and finite, not {t}", partial(ask, temperature=t)) for t in (0, math.inf)
+          for ask in (partial(d.contrastive, flat, flat, Y),
+                      partial(d.contrast, teacher, student, pair, x))),
         (r"name a pair of layers", lambda: d.contrast(teacher, student, {}, x)),
         (r"no layer 'conv9'", lambda: d.contrast(teacher, student, {"conv9": "fc"}, x)),
         (r"weight counts.*-1", lambda: d.contrast(teacher, student, pair, x, weight=-1)),
@@ -336,6 +337,7 @@ def bad() -> list[tuple[str, Callable[[], object]]]:
         (r"not -1, 0.0 and 3.0", lambda: deep(["conv1"], x, weight=-1)),
         (r"not 0.3, 1.5 and 3.0", lambda: deep(["conv1"], x, share=1.5)),
         (r"not 0.3, 0.0 and 0", lambda: deep(["conv1"], x, temperature=0)),
+        (r"not 0.3, 0.0 and inf", lambda: deep(["conv1"], x, temperature=math.inf)),
         (r"\(1, 2, 2, 2, 2\) cannot be pooled",
          lambda: d.deep_supervision(
              nn.Sequential(nn.Unflatten(1, (2, 2, 2, 2)), nn.Flatten()), ["0"], torch.ones(1, 16))),

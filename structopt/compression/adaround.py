@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structopt.compression.gptq import fitting
+from structopt.compression.evidence import fitting
 from structopt.compression.grids import Grid
 from structopt.compression.in_turn import in_turn
 from structopt.compression.quantize import Quantized, as_finite
@@ -62,8 +62,7 @@ def adaround(
     up = matrix((near == high).to(rows.dtype)) > 0
     learned = _learned(ends[0], ends[1], parts.to(rows), up, steps, price)
     codes = torch.where(learned, matrix(high), matrix(low)).view(weight.shape)
-    kind = torch.int8 if grid.codes[0] < 0 else torch.uint8
-    return Quantized(codes.to(kind), fitted, grid, weight.dtype)
+    return Quantized(codes.to(grid.dtype), fitted, grid, weight.dtype)
 
 
 def _learned(

@@ -51,3 +51,15 @@ def watch(
             count += 1
     if not count:
         raise ValueError("the batches are empty: there is nothing to calibrate with")
+
+
+def fitting(hessian: Tensor, weight: Tensor) -> Tensor:
+    """The hessian as (groups, n, n), after every complaint that can be made."""
+    parts = hessian if hessian.ndim == 3 else hessian[None]
+    numbers = weight.shape[1:].numel() if weight.ndim > 1 else -1
+    if parts.shape[1:] != (numbers, numbers) or len(weight) % len(parts):
+        raise ValueError(
+            f"a hessian of shape {tuple(hessian.shape)} does not fit a weight of shape "
+            f"{tuple(weight.shape)}: it is the sum of x xᵀ over what its rows multiply"
+        )
+    return parts

@@ -52,9 +52,9 @@ def pack(tensor: Tensor, coded: Coded | None = None) -> Packed:
     if isinstance(coded, Quantized):
         return _grid(coded)
     if isinstance(coded, Shared):
-        return _table(coded)
+        return _tabled("table", coded)
     if isinstance(coded, SharedVectors):
-        return _vectors(coded)
+        return _tabled("vectors", coded)
     tensor = tensor.detach().cpu()
     if tensor.is_conj() or tensor.is_neg():
         tensor = tensor.resolve_conj().resolve_neg()
@@ -71,7 +71,7 @@ def pack(tensor: Tensor, coded: Coded | None = None) -> Packed:
         values, index = torch.unique(bits, return_inverse=True)
         if len(values) <= 256:
             table = values.view(tensor.dtype)[None]
-            ways.append(_table(Shared(index.view(tensor.shape).byte(), table)))
+            ways.append(_tabled("table", Shared(index.view(tensor.shape).byte(), table)))
     return min(ways, key=lambda way: way.bytes)
 
 
@@ -140,8 +140,7 @@ def _ungrid(
         zero = read_numbers(parts[1], torch.uint8, len(scale)).to(scale.dtype)
     if len(parts) != (2 if symmetric else 3):
         raise ValueError(f"a grid has 2 or 3 parts, not {len(parts)}")
-    kind = torch.int8 if grid.codes[0] < 0 else torch.uint8
-    shifted = (codes.to(torch.int16) + grid.codes[0]).to(kind)
+    shifted = (codes.to(torch.int16) + grid.codes[0]).to(grid.dtype)
     return Quantized(shifted, Steps(scale, zero), grid, dtype).dequantize()
 
 
@@ -164,14 +163,8 @@ def _scales(data: bytes, per: Granularity, dtype: torch.dtype, shape: torch.Size
     return read_numbers(data, wide, len(per.split(torch.zeros((), dtype=wide).expand(shape))))
 
 
-def _table(shared: Shared) -> Packed:
-    form = ["table", *shared.table.shape, _named(shared.per)]
-    parts = [write_numbers(shared.table), encode(shared.index)]
-    return Packed(form, parts, entropy_bits(shared.index) / 8)
-
-
-def _vectors(shared: SharedVectors) -> Packed:
-    form = ["vectors", *shared.table.shape, _named(shared.per)]
+def _tabled(kind: str, shared: Shared | SharedVectors) -> Packed:
+    form = [kind, *shared.table.shape, _named(shared.per)]
     parts = [write_numbers(shared.table), encode(shared.index)]
     return Packed(form, parts, entropy_bits(shared.index) / 8)
 

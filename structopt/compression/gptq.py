@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from structopt.compression.codes import naming
+from structopt.compression.evidence import fitting
 from structopt.compression.grids import Grid, Steps
 from structopt.compression.in_turn import in_turn
 from structopt.compression.quantize import Quantized, as_finite
@@ -45,21 +46,8 @@ def gptq(weight: Tensor, hessian: Tensor, grid: Grid, *, damp: float = 0.01) -> 
     for part, own in enumerate(parts):
         mine = slice(part * size, (part + 1) * size)
         made.append(_rounded(rows[mine], Steps(scale[mine], zero[mine]), own, grid, damp))
-    kind = torch.int8 if grid.codes[0] < 0 else torch.uint8
-    codes = torch.cat(made).view(weight.shape).to(kind)
+    codes = torch.cat(made).view(weight.shape).to(grid.dtype)
     return Quantized(codes, steps, grid, weight.dtype)
-
-
-def fitting(hessian: Tensor, weight: Tensor) -> Tensor:
-    """The hessian as (groups, n, n), after every complaint that can be made."""
-    parts = hessian if hessian.ndim == 3 else hessian[None]
-    numbers = weight.shape[1:].numel() if weight.ndim > 1 else -1
-    if parts.shape[1:] != (numbers, numbers) or len(weight) % len(parts):
-        raise ValueError(
-            f"a hessian of shape {tuple(hessian.shape)} does not fit a weight of shape "
-            f"{tuple(weight.shape)}: it is the sum of x xᵀ over what its rows multiply"
-        )
-    return parts
 
 
 def _rounded(rows: Tensor, steps: Steps, hessian: Tensor, grid: Grid, damp: float) -> Tensor:

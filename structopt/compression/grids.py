@@ -154,6 +154,11 @@ class Grid:
         return 0, 2**self.bits - 1
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The type that codes are kept in: int8 where some are below 0, else uint8."""
+        return torch.int8 if self.codes[0] < 0 else torch.uint8
+
+    @property
     def table(self) -> tuple[float, ...]:
         """The values of the levels, in order; of an evenly spaced grid, none."""
         return () if self.levels is None else as_table(self.levels, self.bits)

@@ -96,8 +96,7 @@ def quantize(x: Tensor, grid: Grid, steps: Steps | None = None) -> Quantized:
     units = grid.per.split(as_finite(x))
     steps = grid.fit.steps(units, grid) if steps is None else _fitting(steps, units, grid)
     codes = grid.nearest(units, steps).clamp(*grid.codes)
-    kind = torch.int8 if grid.codes[0] < 0 else torch.uint8
-    return Quantized(grid.per.join(codes, x.shape).to(kind), steps, grid, x.dtype)
+    return Quantized(grid.per.join(codes, x.shape).to(grid.dtype), steps, grid, x.dtype)
 
 
 def fake_quantize(x: Tensor, grid: Grid, steps: Steps | None = None) -> Tensor:

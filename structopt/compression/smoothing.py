@@ -53,7 +53,7 @@ def smooth_inputs(
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha={alpha}: from 0, weights made even, to 1, inputs made even")
-    batches, made = list(batches), copy.deepcopy(model)
+    batches, made, wide = list(batches), copy.deepcopy(model), copy.deepcopy(model).double()
     wanted, reach = readers(model, names), _reach(model, batches)
     missing = [name for name in wanted if name not in reach]
     if missing and names is not None:
@@ -67,14 +67,15 @@ def smooth_inputs(
         w = torch.stack([weight.flatten() for weight in weights]).amax(0).double()
         x = torch.stack([reach[name] for name in members]).amax(0)
         factors = torch.where((x > 0) & (w > 0), x**alpha / w ** (1 - alpha), 1.0)
-        moved = _moved(made, before, members, factors, example)
-        if moved is None and names is not None:
+        maker = _maker(wide, before, members, factors, example)
+        if maker is None and names is not None:
             raise ValueError(
                 f"{asked[0]!r} reads what no layer before it can scale by channels: there has to "
                 "be a norm with weights, a linear layer or a convolution of as many channels, read "
                 f"by {', '.join(members)} alone, with at most a ReLU between"
             )
-        made = made if moved is None else moved
+        if maker is not None:
+            made, wide = (_scaled(each, maker, members, factors) for each in (made, wide))
     return made
 
 
@@ -117,15 +118,14 @@ def _readings(model: nn.Module, example: Any) -> list[tuple[list[str], list[str]
     return [(list(dict.fromkeys(members)), before) for _, members, before in found.values()]
 
 
-def _moved(
-    model: nn.Module, before: list[str], members: list[str], factors: Tensor, example: Any
-) -> nn.Module | None:
-    """The model with the factors moved from the nearest layer that can give them, if any can."""
-    wide = copy.deepcopy(model).double()
-    fitting = [n for n in before if len(_weight(model.get_submodule(n))) == len(factors)]
-    for name in fitting[:TRIED]:
+def _maker(
+    wide: nn.Module, before: list[str], members: list[str], factors: Tensor, example: Any
+) -> str | None:
+    """The nearest layer before that can take the inverse of the factors, if any can."""
+    as_many = [n for n in before if len(_weight(wide.get_submodule(n))) == len(factors)]
+    for name in as_many[:TRIED]:
         if computes_the_same(wide, _scaled(wide, name, members, factors), example):
-            return _scaled(model, name, members, factors)
+            return name
     return None
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from structopt.compression.coding import matrix_shape
+from structopt.compression.evidence import fitting
 from structopt.compression.granularity import Granularity, PerTensor
 from structopt.compression.quantize import as_finite
 
@@ -160,12 +161,7 @@ def _means(vectors: Tensor, places: Tensor, table: Tensor) -> Tensor:
 
 def _blocks(hessian: Tensor, rows: Tensor, size: int) -> Tensor:
     """The blocks on the diagonals of the hessians, (groups, vectors of a row, size, size)."""
-    parts = hessian if hessian.ndim == 3 else hessian[None]
-    if parts.shape[1:] != (rows.shape[1],) * 2 or len(rows) % len(parts):
-        raise ValueError(
-            f"a hessian of shape {tuple(hessian.shape)} does not fit rows of {rows.shape[1]}: it "
-            "is the sum of x xᵀ over what they multiply"
-        )
+    parts = fitting(hessian, rows)
     count = rows.shape[1] // size
     tiles = parts.reshape(len(parts), count, size, count, size)
     return tiles.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)

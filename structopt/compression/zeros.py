@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from structopt.compression.evidence import readers, watch
+from structopt.compression.evidence import See, readers, watch
 from structopt.measure import latency
 
 
@@ -45,12 +45,21 @@ def input_zeros(
     layer                            zeros    always
     1                                37.5%     25.0%
     """
-    layers = readers(model, names)
+    return _counted(model, batches, readers(model, names))
+
+
+def _counted(
+    model: nn.Module,
+    batches: Iterable[Any],
+    layers: Mapping[str, nn.Module],
+    also: See = lambda name, given, made: None,
+) -> Zeros:
     total: dict[str, int] = {}
     zero: dict[str, int] = {}
     used: dict[str, Tensor] = {}
 
     def see(name: str, given: Tensor, made: Tensor) -> None:
+        also(name, given, made)
         weight = layers[name].get_parameter("weight")
         dim = given.ndim - 1 - (weight.ndim - 2)  # channels stand before the places
         units = (given != 0).movedim(dim, 0).flatten(1)  # (channels, everything else)
@@ -90,14 +99,11 @@ class SkipZeros(nn.Module):
             values, starts = rows[0, places], places.new_zeros(1)
         else:
             row, places = rows.nonzero(as_tuple=True)
-            values, starts = rows[row, places], torch.searchsorted(row, _counted(rows))
+            numbers = torch.arange(len(rows), device=rows.device)
+            values, starts = rows[row, places], torch.searchsorted(row, numbers)
         made = F.embedding_bag(places, self.columns, starts, mode="sum", per_sample_weights=values)
         made = made if self.bias is None else made + self.bias
         return made.reshape(*x.shape[:-1], made.shape[-1])
-
-
-def _counted(rows: Tensor) -> Tensor:
-    return torch.arange(len(rows), device=rows.device)
 
 
 @dataclass(frozen=True)
@@ -142,15 +148,9 @@ def skip_zeros(
     if not layers:
         raise ValueError(f"this {type(model).__name__} has no linear layer")
     seen: dict[str, Tensor] = {}
-    counts: dict[str, tuple[int, int]] = {}  # zeros among how many
-
-    def see(name: str, given: Tensor, made: Tensor) -> None:
-        seen.setdefault(name, given)
-        zero, total = counts.get(name, (0, 0))
-        counts[name] = zero + int((given == 0).sum()), total + given.numel()
-
-    watch(model, batches, layers, see)
-    zeros = {name: zero / max(1, total) for name, (zero, total) in counts.items()}
+    zeros = _counted(
+        model, batches, layers, lambda name, given, made: seen.setdefault(name, given)
+    ).share
     made, names, times, device = copy.deepcopy(model), [], {}, ""
     for name, given in seen.items():
         layer = layers[name]

@@ -48,8 +48,8 @@ def contrastive(
         >>> contrastive(x, x, y) < contrastive(x, x.roll(1, 0), y)
         tensor(True)
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature divides the products: above 0, not {temperature}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature divides the products: above 0 and finite, not {temperature}")
     if student.shape != teacher.shape or student.ndim != 2:
         raise ValueError(
             f"contrast needs embeddings (B, D) of both, not {tuple(student.shape)} and "
@@ -108,8 +108,8 @@ def contrast(
         Linear(in_features=8, out_features=128, bias=True)
     """
     source = as_source(teacher)
-    if not temperature > 0:
-        raise ValueError(f"temperature is a number above 0, not {temperature}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature is a number above 0 and finite, not {temperature}")
     ours, theirs = shapes(source, student, layers, example)
     loss, terms = partial(contrastive, temperature=temperature), []
     for name, other in layers.items():

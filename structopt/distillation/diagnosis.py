@@ -86,8 +86,8 @@ def diagnose(
         1. The teacher is in training mode: ...
         2. The temperature flattens everything: ...
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature is a number above 0, not {temperature}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature is a number above 0 and finite, not {temperature}")
     device = next((p.device for p in teacher.parameters()), torch.device("cpu"))
     seen = [
         (x.to(device), (y[:, 0] if cached is not None else y).to(device), y.to(device))

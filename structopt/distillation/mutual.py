@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -53,16 +54,16 @@ def mutual(
     each from the labels and from what the others say. They may differ in shape.
 
     Raises ``ValueError`` for a model that is not such a list, a weight below 0, a temperature not
-    above 0.
+    above 0 or infinite.
 
     >>> students = nn.ModuleList([nn.Linear(2, 3), nn.Linear(2, 3)])
     >>> mutual()(students, (torch.ones(4, 2), torch.zeros(4).long())).ndim
     0
     """
-    if not weight >= 0 or not temperature > 0:
+    if not weight >= 0 or not 0 < temperature < math.inf:
         raise ValueError(
             f"weight counts what the others say, at least 0: {weight}; temperature divides the "
-            f"logits, above 0: {temperature}"
+            f"logits, above 0 and finite: {temperature}"
         )
 
     def objective(model: nn.Module, batch: Any) -> Tensor:

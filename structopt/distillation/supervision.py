@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -101,10 +102,10 @@ def deep_supervision(
     names = list(dict.fromkeys(layers))
     if not names:
         raise ValueError("name the layers that get a classifier of their own")
-    if not weight >= 0 or not 0 <= share <= 1 or not temperature > 0:
+    if not weight >= 0 or not 0 <= share <= 1 or not 0 < temperature < math.inf:
         raise ValueError(
-            f"weight is at least 0, share from 0 to 1, temperature above 0, not {weight}, {share} "
-            f"and {temperature}"
+            "weight is at least 0, share from 0 to 1, temperature above 0 and finite, not "
+            f"{weight}, {share} and {temperature}"
         )
     with Watch(student, names) as found, evaluating(student), torch.no_grad():
         classes = as_logits(student(example), "student").shape[1]
