@@ -70,14 +70,15 @@ def batch(device: torch.device | str, count: int = 8) -> tuple[Tensor, Tensor]:
 def test_contrast_maps_the_pooled_features_of_both(device: torch.device) -> None:
     teacher, student = nets(device)
     x, y = batch(device)
-    objective = d.contrast(teacher, student, {"conv3": "residual3"}, x[:2], weight=0.5)
+    pair = {"conv3": "residual3"}
+    objective = d.contrast(teacher, student, pair, x[:2], weight=0.5, temperature=0.3)
     got = objective(student.eval(), (x, y))
     maps = objective.adapters[0]
     with d.watch(student, ["conv3"]) as ours, d.watch(teacher.eval(), ["residual3"]) as theirs:
         logits, _ = student(x), teacher(x)
         s = maps.student(ours["conv3"].mean((2, 3)))
         t = maps.teacher(theirs["residual3"].mean((2, 3)))
-        want = F.cross_entropy(logits, y) + 0.5 * d.contrastive(s, t, y)
+        want = F.cross_entropy(logits, y) + 0.5 * d.contrastive(s, t, y, temperature=0.3)
     assert s.shape == t.shape == (8, 128)
     torch.testing.assert_close(got, want)
     got.backward()

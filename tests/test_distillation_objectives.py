@@ -9,13 +9,14 @@ import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from structopt import channels, data, descent, networks, slicing, training
+from structopt import channels, data, descent, losses, networks, slicing, training
 from structopt import distillation as d
 from structopt.data import Examples
 
@@ -394,7 +395,10 @@ def test_an_objective_keeps_no_graph(device: torch.device) -> None:
     del loss
     gc.collect()
     assert graph() is None
-    assert not any(value.requires_grad for value in objective.parts.values())
+    deep = d.deep_supervision(student, ["conv1"], batch(device)[0])
+    deep(student, batch(device))
+    parts = [*objective.parts.values(), *deep.parts.values()]
+    assert not any(value.requires_grad for value in parts)
 
 
 # Bad input
@@ -455,3 +459,42 @@ def test_bad_input_is_named(number: int) -> None:
     message, call = bad()[number]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_builders_pass_on_the_weight_and_the_loss_of_the_labels(device: torch.device) -> None:
+    teacher, student = nn.Sequential(nn.Linear(4, 3)), nn.Sequential(nn.Linear(4, 3))
+    teacher, student = teacher.to(device), student.to(device)
+    batch = torch.randn(5, 4, device=device), torch.tensor([0, 1, 2, 0, 1], device=device)
+
+    def said(objective: d.Distillation, label_weight: float, task: Any) -> None:
+        total, parts = objective(student, batch), objective.parts
+        labels = task(student(batch[0]), batch[1])
+        rest = torch.stack([part for name, part in parts.items() if name != "labels"]).sum()
+        torch.testing.assert_close(total, label_weight * labels + rest)
+
+    def squared(logits: Tensor, targets: Tensor) -> Tensor:
+        return (logits - F.one_hot(targets, 3)).square().mean()
+
+    plain, layers = losses.cross_entropy, {"0": "0"}
+    said(d.from_logits(teacher, label_weight=0.3), 0.3, plain)
+    said(d.from_logits(teacher, task=squared), 1.0, squared)
+    said(d.from_features(teacher, layers, d.soft_targets, label_weight=0.3), 0.3, plain)
+    said(d.hints(teacher, student, layers, batch[0], label_weight=0.3), 0.3, plain)
+    both = [d.from_logits(teacher, loss, task=squared) for loss in (d.soft_targets, d.logit_mse)]
+    said(d.together(*both, label_weight=0.3), 0.3, squared)
+    with pytest.raises(ValueError, match="one loss of the labels"):
+        d.together(both[0], d.from_logits(teacher))
+
+
+def test_making_an_objective_leaves_the_student_as_it_was() -> None:
+    student, teacher, x = networks.StudentNet(), networks.TeacherNet(), torch.rand(4, 1, 28, 28)
+    for module in (student, teacher):
+        module.train()
+    before = copy.deepcopy(student.state_dict())
+    pair = {"conv3": "residual3"}
+    d.hints(teacher, student, pair, x)
+    d.contrast(teacher, student, pair, x)
+    d.deep_supervision(student, ["conv1", "conv2"], x)
+    for name, tensor in student.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert student.training
