@@ -301,6 +301,17 @@ def test_bombs_are_refused_by_what_they_declare(file, tmp_path):
     _, took = refused(path, r"declares tensors of 4,398,046,\d+ bytes|pass limit=")
     assert took < 5
 
+    for form in (
+        ["table", 2**30, 256, ["PerGroup", 1]],
+        ["vectors", 2**30, 256, 1, ["PerGroup", 1]],
+    ):
+
+        def tables(header, form=form):
+            header["tensors"][0][3] = form
+
+        path.write_bytes(rewritten(data, tables))
+        refused(path, r"declares tensors of 1,09\d,\d+,\d+,\d+ bytes|pass limit=")
+
     for bad in (
         [["9", 8, True, None]],
         [["0", 80, True, None]],

@@ -207,3 +207,13 @@ def test_bad_input_is_named():
     for wrong in (lambda: Energy(0), lambda: Error(1), lambda: Weights(1.5)):
         with pytest.raises(ValueError):
             wrong()
+
+
+def test_attention_and_fused_layers_go_on_running():
+    block = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
+    x = torch.randn(2, 5, 32)
+    made = compression.factorize(block, {"linear1": 32, "linear2": 32}).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(made(x), block(x), rtol=1e-4, atol=1e-5)
+        half = compression.factorize(block, Weights(0.5))(x)  # without the attention's own layers
+    assert half.shape == x.shape

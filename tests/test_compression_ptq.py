@@ -328,3 +328,32 @@ def test_bad_input_is_named():
         compression.gptq_weights(
             nn.ModuleDict({"fc1": nn.Bilinear(2, 2, 2)}), [1], Grid(), ["fc1.weight"]
         )
+
+
+def test_what_second_order_rounding_is_not_asked_is_told():
+    class Aside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.used(x)
+
+    for rounded in compression.gptq_weights, compression.adaround_weights:
+        with pytest.raises(ValueError, match=r"'used.bias' is no weight of a linear layer"):
+            rounded(Aside(), [torch.randn(9, 4)], Grid(3), ["used.bias"])
+        with pytest.raises(ValueError, match="'unused' never ran"):
+            rounded(Aside(), [torch.randn(9, 4)], Grid(3), ["unused.weight"])
+
+
+def test_rounded_inputs_are_saved_whole_or_refused(tmp_path):
+    model, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(16, 8) ** 3
+    rounded = compression.round_inputs(model, Grid(3, symmetric=False, fit=compression.MSE()))
+    with pytest.raises(ValueError, match=r"0 finds steps by MSE.* use MinMax"):
+        compression.save(rounded, tmp_path / "a")
+    wide, y = copy.deepcopy(model).double(), x.double()
+    steps = compression.calibrate(wide, [y], Grid(4, symmetric=False))
+    static = compression.round_inputs(wide, Grid(4, symmetric=False), steps)
+    compression.save(static, tmp_path / "b")
+    again = compression.load(tmp_path / "b", nn.Sequential(nn.Linear(8, 8)).double())
+    assert torch.equal(again(y), static(y))

@@ -267,3 +267,23 @@ def test_what_is_wrong_is_named():
         Mixed(0)
     with pytest.raises(ValueError, match=r"3 groups do not split a weight of shape \(4, 6\)"):
         assign_groups(torch.ones(4, 6), 3)
+    with pytest.raises(ValueError, match="names no layer"):
+        group_layers(model, x, 2, layers=[])
+    tied = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    tied[2].weight = tied[1].weight
+    with pytest.raises(ValueError, match="1 shares its weight with another layer"):
+        group_layers(tied, torch.zeros(1, 8), 2, layers=["1"])
+    twice = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+    with pytest.raises(ValueError, match="0 shares its weight"):
+        group_layers(nn.Sequential(twice, twice), torch.zeros(1, 8), 2, layers=["0.0"])
+
+
+@pytest.mark.parametrize("exchange", [Shuffled(), Mixed(2)], ids=str)
+def test_frozen_and_evaluating_layers_stay_so(exchange):
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    model[2].requires_grad_(False)
+    grouped = group_layers(model.bfloat16().eval(), torch.zeros(1, 8).bfloat16(), 2,
+                           exchange=exchange, layers=["2"])  # fmt: skip
+    assert not any(module.training for module in grouped.modules())
+    assert not any(p.requires_grad for p in grouped[2].parameters())
+    assert all(p.requires_grad for p in grouped[0].parameters())

@@ -440,3 +440,23 @@ def test_a_micro_batch_of_another_size_is_refused():
     assert parts(torch.ones(2, 3), torch.zeros(2, 3)) == 1
     with pytest.raises(ValueError, match="1 targets and 2 outputs"):
         parts(torch.ones(2, 3), torch.zeros(1, 3))
+
+
+class Averaged(nn.Module):
+    """Reads a size into a number, and says so in a condition: only export traces it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.rest = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        y = self.first(x).relu()
+        return self.rest(y.sum(1) / float(y.shape[1]))
+
+
+def test_stages_of_export_refuse_other_sizes():
+    model, x = Averaged().eval(), torch.randn(2, 5, 4)
+    stages = split_stages(model, x, ["first"])
+    assert torch.equal(stages(x), model(x))
+    with pytest.raises(ValueError, match=r"for \[\(2, 5, 4\)\], not \[\(3, 9, 4\)\]: cut again"):
+        stages(torch.randn(3, 9, 4))

@@ -142,7 +142,10 @@ class _Entry:
         if not all(type(n) is int and 0 <= n < 1 << 48 for n in [*shape, *parts]) or not parts:
             raise ValueError(f"{name} has no shape {shape} or no parts {parts}")
         self.shape = torch.Size(shape)
-        self.bytes = math.prod(shape) * self.dtype.itemsize
+        tables = {"table": form[1:3], "vectors": form[1:4]}.get(form[0], [0])  # unpacked too
+        if not all(type(n) is int and 0 <= n < 1 << 48 for n in tables):
+            raise ValueError(f"{name} has no table of {tables}")
+        self.bytes = (math.prod(shape) + math.prod(tables)) * self.dtype.itemsize
 
     def read(self, file: BinaryIO) -> Tensor:
         parts = [file.read(length) for length in self.parts]

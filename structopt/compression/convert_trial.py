@@ -114,6 +114,8 @@ def relative_error(found: Any, expected: Any) -> float:
     """
     pairs = list(zip(tensors_of(found), tensors_of(expected), strict=True))
     pairs = [(a.double(), b.double()) for a, b in pairs if b.is_floating_point()]
+    if not pairs:
+        raise ValueError("the network makes no floating-point output, by which an error is judged")
     off = torch.stack([(a - b).square().sum() for a, b in pairs]).sum()
     whole = torch.stack([b.square().sum() for _, b in pairs]).sum()
     error = float((off / whole).sqrt()) if whole else float(off.sqrt())

@@ -86,20 +86,26 @@ class PerBlock:
 
     def split(self, x: Tensor) -> Tensor:
         down, across = _matrix(x.shape)
-        over = -down % self.rows, -across % self.columns
+        rows, columns = self._within(down, across)
+        over = -down % rows, -across % columns
         matrix = x.reshape(down, across)
         if any(over):
             matrix = torch.nn.functional.pad(matrix, (0, over[1], 0, over[0]), value=math.nan)
-        high, wide = len(matrix) // self.rows, matrix.shape[1] // self.columns
-        tiles = matrix.reshape(high, self.rows, wide, self.columns).transpose(1, 2)
-        return tiles.reshape(high * wide, self.rows * self.columns)
+        high, wide = len(matrix) // rows, matrix.shape[1] // columns
+        tiles = matrix.reshape(high, rows, wide, columns).transpose(1, 2)
+        return tiles.reshape(high * wide, rows * columns)
 
     def join(self, units: Tensor, shape: torch.Size) -> Tensor:
         down, across = _matrix(shape)
-        high, wide = -(-down // self.rows), -(-across // self.columns)
-        tiles = units.reshape(high, wide, self.rows, self.columns).transpose(1, 2)
-        matrix = tiles.reshape(high * self.rows, wide * self.columns)
+        rows, columns = self._within(down, across)
+        high, wide = -(-down // rows), -(-across // columns)
+        tiles = units.reshape(high, wide, rows, columns).transpose(1, 2)
+        matrix = tiles.reshape(high * rows, wide * columns)
         return matrix[:down, :across].reshape(shape).contiguous()
+
+    def _within(self, down: int, across: int) -> tuple[int, int]:
+        """Rows and columns of a block, no more than there are."""
+        return min(self.rows, max(1, down)), min(self.columns, max(1, across))
 
 
 def _matrix(shape: torch.Size) -> tuple[int, int]:

@@ -75,7 +75,7 @@ class MSE:
         best = grid.between(low, high)
         least = _squares(units, best, grid)
         for part in range(1, self.tries):
-            found = grid.between(low * part / self.tries, high * part / self.tries)
+            found = grid.between(low * (part / self.tries), high * (part / self.tries))
             squares = _squares(units, found, grid)
             better = squares < least
             least = torch.where(better, squares, least)

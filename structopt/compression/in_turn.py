@@ -34,9 +34,13 @@ def in_turn(
     if names is None:
         layers = readers(coded)
     else:
-        layers = readers(coded, [name.rpartition(".")[0] for name in chosen(coded, names)])
+        if others := [name for name in chosen(coded, names) if name.rpartition(".")[2] != "weight"]:
+            raise ValueError(f"{others[0]!r} is no weight of a linear layer or convolution")
+        layers = readers(coded, [name.rpartition(".")[0] for name in names])
     order: list[str] = []
     watch(coded, batches[:1], layers, lambda name, given, out: order.append(name))
+    if names is not None and (silent := [name for name in layers if name not in order]):
+        raise ValueError(f"{silent[0]!r} never ran on these batches: leave it out of names")
     for layer in dict.fromkeys(order):
         name = f"{layer}.weight".lstrip(".")
         with naming(name):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from structopt.compression.evidence import readers, watch
 from structopt.compression.granularity import PerTensor
-from structopt.compression.grids import Grid, Steps
+from structopt.compression.grids import Grid, MinMax, Steps
 from structopt.compression.quantize import fake_quantize, fit
 
 SAMPLE = 1 << 16  # numbers kept of each input in each batch, its extremes among them
@@ -102,6 +102,11 @@ def noted(model: nn.Module) -> list[list[Any]]:
     for name, layer in model.named_modules():
         for hook in layer._forward_pre_hooks.values():
             if isinstance(hook, RoundInput):
+                if hook.steps is None and hook.grid.fit != MinMax():
+                    raise ValueError(
+                        f"{name or 'the model'} finds steps by {hook.grid.fit} in each call, which "
+                        "has no place in a file: use MinMax(), or the steps of calibrate"
+                    )
                 steps = hook.steps and [float(part) for part in hook.steps]
                 made.append([name, hook.grid.bits, hook.grid.symmetric, steps])
     return made
@@ -116,7 +121,8 @@ def read_hooks(listed: list[list[Any]]) -> list[tuple[str, RoundInput]]:
         steps = None
         if numbers is not None:
             scale, zero = numbers
-            steps = Steps(torch.tensor([float(scale)]), torch.tensor([float(zero)]))
+            numbers = torch.tensor([[float(scale)], [float(zero)]], dtype=torch.float64)
+            steps = Steps(*numbers)
         made.append((name, RoundInput(Grid(bits, symmetric), steps)))
     return made
 
@@ -128,7 +134,10 @@ def attach_(model: nn.Module, hooks: list[tuple[str, RoundInput]]) -> None:
             if isinstance(hook, RoundInput):
                 del layer._forward_pre_hooks[key]
     for name, hook in hooks:
-        model.get_submodule(name).register_forward_pre_hook(hook)
+        layer = model.get_submodule(name)
+        wide = torch.promote_types(layer.get_parameter("weight").dtype, torch.float32)
+        hook.steps = hook.steps and Steps(*(part.to(wide) for part in hook.steps))
+        layer.register_forward_pre_hook(hook)
 
 
 def _whole(grid: Grid) -> None:

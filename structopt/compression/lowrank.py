@@ -83,7 +83,10 @@ def factorize(
         if not name:
             return product
         parent, _, key = name.rpartition(".")
-        setattr(made.get_submodule(parent), key, product)
+        owner = made.get_submodule(parent)
+        setattr(owner, key, product)
+        if isinstance(owner, nn.TransformerEncoderLayer):  # its fused form reads the weights itself
+            owner.activation_relu_or_gelu = 0
     return made
 
 
@@ -92,6 +95,7 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
         name: layer
         for name, layer in readers(model).items()
         if layer.get_parameter("weight").numel()
+        and type(layer) in LAYERS  # torch's attention reads the weight of its own kind of layer
         and (
             isinstance(layer, nn.Linear)
             or (

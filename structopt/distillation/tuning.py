@@ -84,8 +84,8 @@ def tune(
         4.0
     """
     alive = list(itertools.product(temperatures, weights))
-    if not alive or not all(t > 0 and w >= 0 for t, w in alive):
-        raise ValueError("tune needs temperatures above 0 and weights of at least 0")
+    if not alive or not all(0 < t < math.inf and w >= 0 for t, w in alive):
+        raise ValueError("tune needs finite temperatures above 0 and weights of at least 0")
     rounds = max(1, math.ceil(math.log2(len(alive))))
     if budget // rounds < len(alive):
         raise ValueError(

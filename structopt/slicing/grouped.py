@@ -168,10 +168,11 @@ def lost(layer: Layer, groups: int) -> Tensor:
 def mixing(layer: Layer, groups: int, rank: int) -> Mixing:
     """The blocks, and the truncated singular value decomposition of what lies outside them."""
     weight = lost(layer, groups)
-    left, values, right = torch.linalg.svd(weight.flatten(1), full_matrices=False)
+    left, values, right = torch.linalg.svd(weight.flatten(1).double(), full_matrices=False)
     rank = min(rank, len(values))
     root = values[:rank].sqrt()
     into, out = root[:, None] * right[:rank], left[:, :rank] * root
+    into, out = into.to(weight), out.to(weight)
     if isinstance(layer, nn.Linear):
         down: Layer = nn.Linear(weight.shape[1], rank, bias=False)
         up: Layer = nn.Linear(rank, weight.shape[0], bias=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -75,6 +76,8 @@ def group_layers(
         >>> small.stage3[1].conv2.groups
         2
     """
+    if layers is not None and not layers:
+        raise ValueError("layers=[] names no layer; leave it out for all that fit")
     if groups < 2:
         raise ValueError(f"groups counts the parts of a layer, at least 2: {groups}")
     channels = channel_groups(model, example)
@@ -89,7 +92,9 @@ def group_layers(
         new = _passing(layer, groups, exchange)
         if not (outputs and inputs):
             new = _between_shuffles(layer, groups, outputs, inputs)
-        made.set_submodule(name, new)
+        if not layer.weight.requires_grad:
+            new.requires_grad_(False)
+        made.set_submodule(name, new.train(layer.training))
     return made
 
 
@@ -134,6 +139,8 @@ def _candidates(
 ) -> dict[str, _Sides]:
     """The layers that can be grouped, in the order of the model."""
     ran, found, reasons = _ran(model, channels.example), dict[str, _Sides](), list[str]()
+    names = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
+    weights = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     any_order = shuffled and patterns is not None  # what has a fixed order, a shuffle can turn
     for name, module in model.named_modules():
         if type(module) not in LAYERS or not any(fnmatchcase(name, p) for p in patterns or ["*"]):
@@ -142,6 +149,8 @@ def _candidates(
         outputs, inputs = module.weight.shape[:2]
         if module not in ran or getattr(module, "groups", 1) > 1:
             reasons.append(f"{name} is not called by itself, or has groups already")
+        elif names[id(module)] > 1 or weights[id(module.weight)] > 1:
+            reasons.append(f"{name} shares its weight with another layer")
         elif outputs % groups or inputs % groups:
             reasons.append(f"{name} has {inputs} inputs and {outputs} outputs")
         elif not any_order and not (sides.makes and sides.reads):

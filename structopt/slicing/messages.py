@@ -52,10 +52,10 @@ def receive(connection: socket.socket, limit: int, timeout: float) -> tuple[int,
     Raises ConnectionError for what is no message, or not all of one, TimeoutError for a slow peer.
     No more than `limit` bytes are ever set aside, whatever the header claims.
     """
-    end = time.monotonic() + timeout
-    header = _exactly(connection, HEADER.size, end, may_end=True)
+    header = _exactly(connection, HEADER.size, time.monotonic() + timeout, may_end=True)
     if not header:
         return None
+    end = time.monotonic() + timeout  # waiting for a message is not reading it
     magic, version, kind, length, checksum = HEADER.unpack(header)
     if magic != MAGIC:
         raise ConnectionError(f"the peer does not speak this language: it begins with {magic!r}")

@@ -58,7 +58,9 @@ def serve(
         with connection:
             try:
                 while message := receive(connection, limit, timeout):
-                    send(connection, *_answer(stage, decode, message[1]))
+                    answer = _answer(stage, decode, message[1])
+                    connection.settimeout(timeout)  # what waiting and reading left is no limit
+                    send(connection, *answer)
             except OSError:  # of this peer alone
                 continue
 

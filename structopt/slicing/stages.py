@@ -39,7 +39,8 @@ def split_stages(
     dicts of all stages together are the network's. They run the same operations in the same order;
     the example is tried, and any difference is an error. What the model decides outside of its
     modules by its ``training`` flag, and all where ``torch.export`` had to trace it, is fixed:
-    such stages refuse to change their mode.
+    such stages refuse to change their mode. Those that ``torch.export`` traced, which fixes sizes
+    too, refuse inputs of others than the example's.
 
     Args:
         model: as for `cut_points`, with ``example`` and ``whole``.
@@ -69,7 +70,31 @@ def split_stages(
             raise ValueError(f"cuts={names}: name each once, in the order in which they run")
         stages = Stages(*_stages(graph, ends))
         _verify(model, stages, example)
+        if "exported" in graph.meta:
+            _hold_shapes(stages, example)
     return stages
+
+
+def _hold_shapes(stages: Stages, example: Example) -> None:
+    """What torch.export traced is right for these shapes alone."""
+    value = example
+    with torch.no_grad():
+        for stage in stages:
+            stage.register_forward_pre_hook(_Shapes(value), with_kwargs=True)
+            value = call(stage, value)
+
+
+class _Shapes:
+    def __init__(self, example: Example) -> None:
+        self.shapes = [tuple(tensor.shape) for tensor in tensors_of(example)]
+
+    def __call__(self, _stage: nn.Module, args: Any, named: Any) -> None:
+        found = [tuple(tensor.shape) for tensor in tensors_of((*args, *named.values()))]
+        if found != self.shapes:
+            raise ValueError(
+                f"these stages were traced by torch.export, which fixes all sizes, for "
+                f"{self.shapes}, not {found}: cut again with an example of that size"
+            )
 
 
 def _stages(whole: Stage, ends: Sequence[int]) -> Iterator[Stage]:

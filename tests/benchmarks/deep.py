@@ -4,13 +4,14 @@ LeNet-300-100 and LeNet-5 (20-50-500), each by two routes: pruned gradually, its
 among a few values and coded; or trained with a price on each bit. A convolutional network teaches
 all of them, on each training image and its mirror image.
 
-Each route is one training that begins from the dense network of its seed, taught already: the
-price or the sparsity rises in stages, and the end of a stage is a point of the curve. The dense
-network that they are compared with learns on for as long as the last price. Each point is written
-to a file, loaded into a fresh process, and judged there. 5,000 training images are held out for
-choosing; the test images are seen by no choice. (Beyond 97 % the ranking of all weights together
-empties the last layer of LeNet-300-100.) Rows are kept in _build/deep as they come: a run that was
-cut off goes on where it was.
+A training begins from the dense network of its seed, taught already; its price or sparsity rises in
+stages, and the end of a stage is a point of the curve. Points are compared with two dense networks
+trained for as long as the longest training on a price: one taught as they are, one from the labels
+alone, as networks usually come to be compressed. Each point is written to a file, loaded into a
+fresh process, and judged there. 5,000 training images are held out for choosing; the test images
+are seen by no choice. (Beyond 97 % the ranking of all weights together empties the last layer of
+LeNet-300-100.) Rows are kept in _build/deep as they come: a run that was cut off goes on where it
+was.
 """
 
 import copy
@@ -46,17 +47,19 @@ Point = tuple[float, nn.Module, dict[str, Any]]
 NETWORKS = {"LeNet300": networks.LeNet300, "LeNet5": networks.LeNet5}
 # Passes over the images and their mirror images: of the dense network; at each price or sparsity;
 # and of a copy that learns its shared values
-FIRST = {"LeNet300": 6, "LeNet5": 2}
-EACH = {"LeNet300": 5, "LeNet5": 1}
-SHARE = {"LeNet300": 2, "LeNet5": 1}
-PRICES = {"LeNet300": (0.4, 0.8, 1.2), "LeNet5": (1.2, 2.2)}
+FIRST = {"LeNet300": 8, "LeNet5": 4}
+EACH = {"LeNet300": 12, "LeNet5": 5}
+SHARE = {"LeNet300": 3, "LeNet5": 2}
+PRICES = {"LeNet300": [(0.4, 0.6, 0.9)], "LeNet5": [(0.7,), (1.2, 2.0)]}  # of each training
 SPARSITIES = {"LeNet300": (0.95, 0.97), "LeNet5": (0.96,)}
 VALUES = 8
 ROUTES = {
     "dense, as long": "dense_as_long",
+    "dense, labels alone": "dense_from_labels",
     "price on bits": "priced",
     "pruned, shared": "pruned",
 }
+BASELINES = {"dense, as long": "", "dense, labels alone": " to labels"}
 JUDGE = """
 import json, sys, torch
 from structopt import compression, data, networks, training
@@ -126,11 +129,13 @@ class Bench:
         return model
 
     def fit(self, model: nn.Module, seed: int, epochs: int, **options: Any) -> None:
-        """Train by what the teacher says."""
-        objective = options.pop("objective", self.objective)
+        """Train by what the teacher says, or by the labels alone."""
+        labels = options.pop("labels", False)
+        objective = training.supervised() if labels else options.pop("objective", self.objective)
         lr, decay = options.pop("lr", 0.003), options.pop("decay", 0.01)
+        examples = self.fitted if labels else self.numbered
         training.train(
-            model, data.batches(self.numbered, BATCH, seed=seed), objective,
+            model, data.batches(examples, BATCH, seed=seed), objective,
             descent.fused_adamw(model, lr, weight_decay=decay),
             epochs=1 if self.quick else epochs, device="cpu", progress=False,
             schedule=descent.one_cycle(0.15), **options,
@@ -147,18 +152,26 @@ class Bench:
 
     def dense_as_long(self, name: str, seed: int) -> Iterator[Point]:
         model = self.dense(name, seed)
-        self.fit(model, seed + 100, EACH[name] * len(PRICES[name]))
+        self.fit(model, seed + 100, EACH[name] * stages(name))
+        yield 0.0, model, {}
+
+    def dense_from_labels(self, name: str, seed: int) -> Iterator[Point]:
+        torch.manual_seed(seed)
+        model = NETWORKS[name]()
+        epochs = FIRST[name] + EACH[name] * stages(name)
+        self.fit(model, seed, epochs, labels=True)
         yield 0.0, model, {}
 
     def priced(self, name: str, seed: int) -> Iterator[Point]:
-        """One training whose price rises, a file at the end of each."""
-        model = self.dense(name, seed)
-        rated = compression.prepare_rate(model, [key for key, _ in model.named_parameters()])
-        for k, price in enumerate(PRICES[name], 1):
-            objective = compression.RatePenalty(self.objective, price)
-            options = {"objective": objective, "decay": 0.0}
-            self.fit(rated, seed + 100 * k, EACH[name], **options)
-            yield price, *rated.finish()
+        """Trainings whose price rises, a file at the end of each price."""
+        for prices in PRICES[name]:
+            model = self.dense(name, seed)
+            rated = compression.prepare_rate(model, [key for key, _ in model.named_parameters()])
+            for k, price in enumerate(prices, 1):
+                objective = compression.RatePenalty(self.objective, price)
+                options = {"objective": objective, "decay": 0.0}
+                self.fit(rated, seed + 100 * k, EACH[name], **options)
+                yield price, *rated.finish()
 
     def pruned(self, name: str, seed: int) -> Iterator[Point]:
         """One training that goes on losing weights; at each sparsity a copy shares its values."""
@@ -191,6 +204,11 @@ class Bench:
             file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
+def stages(name: str) -> int:
+    """Prices of the longest training."""
+    return max(map(len, PRICES[name]))
+
+
 def noted(folder: Path) -> list[dict[str, Any]]:
     """The rows so far."""
     path = folder / "rows.jsonl"
@@ -206,20 +224,24 @@ def judged(rows: list[dict[str, Any]], name: str, folder: Path) -> list[dict[str
     return [row | score for row, score in zip(rows, scores, strict=True)]
 
 
-def table(rows: list[dict[str, Any]], dense: int) -> list[dict[str, Any]]:
-    """Means and spreads over the seeds, and what is lost against the dense network as long."""
-    whole = {row["seed"]: row for row in rows if row["route"] == "dense, as long"}
+def table(rows: list[dict[str, Any]], whole: int) -> list[dict[str, Any]]:
+    """Means and spreads over the seeds, and what is lost against the two dense networks."""
+    dense = {
+        suffix: {row["seed"]: row for row in rows if row["route"] == route}
+        for route, suffix in BASELINES.items()
+    }
     made = []
     for route, setting in dict.fromkeys((row["route"], row["setting"]) for row in rows):
         cells = [r for r in rows if (r["route"], r["setting"]) == (route, setting)]
         line = {"route": route, "setting": setting, "seeds": len(cells)}
         line["bytes"] = mean_and_spread([float(c["bytes"]) for c in cells])
-        line["times smaller"] = round(dense / statistics.fmean(c["bytes"] for c in cells), 1)
+        line["times smaller"] = round(whole / statistics.fmean(c["bytes"] for c in cells), 1)
         for kind in ("validation", "test"):
             line[f"{kind} in %"] = mean_and_spread([c[kind] for c in cells])
-            lost = [whole[c["seed"]][kind] - c[kind] for c in cells if c["seed"] in whole]
-            if lost:
-                line[f"{kind}, points lost"] = mean_and_spread(lost)
+            for suffix, own in dense.items():
+                lost = [own[c["seed"]][kind] - c[kind] for c in cells if c["seed"] in own]
+                if lost:
+                    line[f"{kind}, points lost{suffix}"] = mean_and_spread(lost)
         made.append(line)
     return made
 
@@ -230,11 +252,11 @@ def written(quick: bool) -> None:
     for name, build in NETWORKS.items():
         if rows := [row for row in noted(folder) if row["network"] == name]:
             rows = judged(rows, name, folder)
-            dense = 4 * sum(p.numel() for p in build().parameters())
+            whole = 4 * sum(p.numel() for p in build().parameters())
             passes = {"dense": 2 * FIRST[name], "each": 2 * EACH[name], "shared": 2 * SHARE[name]}
             result[name] = {
                 "passes over the images": passes,
-                "table": table(rows, dense),
+                "table": table(rows, whole),
                 "rows": rows,
             }
     budget = {"training images": 60_000 - HELD_OUT, "batch": BATCH, "values": VALUES}
