@@ -155,7 +155,7 @@ class Grid:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type that codes are kept in: int8 where some are below 0, else uint8."""
+        """The type that codes are kept in, int8 where some are below 0, else uint8."""
         return torch.int8 if self.codes[0] < 0 else torch.uint8
 
     @property
