@@ -418,3 +418,18 @@ def test_memory_is_bounded_by_a_tensor_and_not_by_the_network(tmp_path):
     assert loading[2] < loading[1] + 360_000
     assert saving[2] < 40 * 360_000
     assert loading[2] < 10 * 360_000
+
+
+def test_a_rounded_input_of_a_layer_without_weights_loads(tmp_path):
+    def net():
+        return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+
+    path = tmp_path / "net"
+    compression.save(net(), path)
+
+    def rounding(header):
+        header["inputs"] = [["1", 8, True, [0.1, 0.0]]]
+
+    path.write_bytes(rewritten(path.read_bytes(), rounding))
+    (hook,) = compression.load(path, net())[1]._forward_pre_hooks.values()
+    assert hook.steps.scale == torch.tensor([0.1])

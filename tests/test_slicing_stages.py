@@ -443,7 +443,7 @@ def test_a_micro_batch_of_another_size_is_refused():
 
 
 class Averaged(nn.Module):
-    """Reads a size into a number, and says so in a condition: only export traces it."""
+    """Makes a float of a size, which only export traces."""
 
     def __init__(self):
         super().__init__()

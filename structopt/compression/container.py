@@ -22,7 +22,7 @@ from torch.nn.parameter import is_lazy
 
 from structopt import checkpoint, files
 from structopt.compression.codes import Coded
-from structopt.compression.forms import DTYPES, NEWER, Packed, pack, unpack
+from structopt.compression.forms import DTYPES, NEWER, Packed, in_table, pack, unpack
 from structopt.compression.inputs import attach_, noted, read_hooks
 from structopt.compression.report import Report, Row
 from structopt.compression.skeleton import bare, stand_in
@@ -142,10 +142,7 @@ class _Entry:
         if not all(type(n) is int and 0 <= n < 1 << 48 for n in [*shape, *parts]) or not parts:
             raise ValueError(f"{name} has no shape {shape} or no parts {parts}")
         self.shape = torch.Size(shape)
-        tables = {"table": form[1:3], "vectors": form[1:4]}.get(form[0], [0])  # unpacked too
-        if not all(type(n) is int and 0 <= n < 1 << 48 for n in tables):
-            raise ValueError(f"{name} has no table of {tables}")
-        self.bytes = (math.prod(shape) + math.prod(tables)) * self.dtype.itemsize
+        self.bytes = (math.prod(shape) + in_table(form)) * self.dtype.itemsize
 
     def read(self, file: BinaryIO) -> Tensor:
         parts = [file.read(length) for length in self.parts]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -51,6 +51,13 @@ def watch(
             count += 1
     if not count:
         raise ValueError("the batches are empty: there is nothing to calibrate with")
+
+
+def all_ran(wanted: Iterable[str], ran: Container[str]) -> None:
+    """Raises ValueError for the first layer that was asked for by name, but never ran."""
+    for name in wanted:
+        if name not in ran:
+            raise ValueError(f"{name!r} never ran on these batches: leave it out of names")
 
 
 def fitting(hessian: Tensor, weight: Tensor) -> Tensor:

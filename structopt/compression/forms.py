@@ -102,6 +102,14 @@ def unpack(form: list[Any], parts: list[bytes], dtype: torch.dtype, shape: torch
     raise ValueError(f"there is no form {kind!r}")
 
 
+def in_table(form: list[Any]) -> int:
+    """How many numbers the table of a form has, which are in memory beside the tensor's own."""
+    sizes = {"table": form[1:3], "vectors": form[1:4]}.get(form[0], [0])
+    if not all(type(size) is int and 0 <= size < 1 << 48 for size in sizes):
+        raise ValueError(f"there is no table of {sizes}")
+    return math.prod(sizes)
+
+
 def _grid(coded: Quantized) -> Packed:
     """Scales, zeros where the grid is affine, and codes counted from the lowest."""
     grid, (scale, zero) = coded.grid, coded.steps

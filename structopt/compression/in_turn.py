@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from structopt.compression.codes import Coded, chosen, naming, put_
-from structopt.compression.evidence import readers, watch
+from structopt.compression.evidence import all_ran, readers, watch
 from structopt.compression.granularity import Granularity
 from structopt.compression.quantize import as_finite
 from structopt.compression.vectors import SharedVectors, share_vectors
@@ -39,8 +39,8 @@ def in_turn(
         layers = readers(coded, [name.rpartition(".")[0] for name in names])
     order: list[str] = []
     watch(coded, batches[:1], layers, lambda name, given, out: order.append(name))
-    if names is not None and (silent := [name for name in layers if name not in order]):
-        raise ValueError(f"{silent[0]!r} never ran on these batches: leave it out of names")
+    if names is not None:
+        all_ran(layers, order)
     for layer in dict.fromkeys(order):
         name = f"{layer}.weight".lstrip(".")
         with naming(name):

@@ -135,7 +135,8 @@ def attach_(model: nn.Module, hooks: list[tuple[str, RoundInput]]) -> None:
                 del layer._forward_pre_hooks[key]
     for name, hook in hooks:
         layer = model.get_submodule(name)
-        wide = torch.promote_types(layer.get_parameter("weight").dtype, torch.float32)
+        double = any(p.dtype == torch.float64 for p in layer.parameters(recurse=False))
+        wide = torch.float64 if double else torch.float32
         hook.steps = hook.steps and Steps(*(part.to(wide) for part in hook.steps))
         layer.register_forward_pre_hook(hook)
 

@@ -94,14 +94,10 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: layer
         for name, layer in readers(model).items()
-        if layer.get_parameter("weight").numel()
-        and type(layer) in LAYERS  # torch's attention reads the weight of its own kind of layer
-        and (
-            isinstance(layer, nn.Linear)
-            or (
-                isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros"
-            )
-        )
+        if type(layer) in LAYERS  # torch's attention reads the weight of its own kind of layer
+        and layer.get_parameter("weight").numel()
+        and getattr(layer, "groups", 1) == 1
+        and getattr(layer, "padding_mode", "zeros") == "zeros"
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structopt.compression.evidence import READERS, readers, watch
+from structopt.compression.evidence import READERS, all_ran, readers, watch
 from structopt.compression.folding import computes_the_same
 from structopt.measure.running import call
 from structopt.training.observing import observed
@@ -55,9 +55,8 @@ def smooth_inputs(
         raise ValueError(f"alpha={alpha}: from 0, weights made even, to 1, inputs made even")
     batches, made, wide = list(batches), copy.deepcopy(model), copy.deepcopy(model).double()
     wanted, reach = readers(model, names), _reach(model, batches)
-    missing = [name for name in wanted if name not in reach]
-    if missing and names is not None:
-        raise ValueError(f"{missing[0]!r} never ran on these batches: leave it out of names")
+    if names is not None:
+        all_ran(wanted, reach)
     example = placed(inputs_of(batches[0]), model)
     for members, before in _readings(model, example):
         asked = [name for name in members if name in wanted]

@@ -139,7 +139,6 @@ def _candidates(
 ) -> dict[str, _Sides]:
     """The layers that can be grouped, in the order of the model."""
     ran, found, reasons = _ran(model, channels.example), dict[str, _Sides](), list[str]()
-    names = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
     weights = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     any_order = shuffled and patterns is not None  # what has a fixed order, a shuffle can turn
     for name, module in model.named_modules():
@@ -149,7 +148,7 @@ def _candidates(
         outputs, inputs = module.weight.shape[:2]
         if module not in ran or getattr(module, "groups", 1) > 1:
             reasons.append(f"{name} is not called by itself, or has groups already")
-        elif names[id(module)] > 1 or weights[id(module.weight)] > 1:
+        elif weights[id(module.weight)] > 1:
             reasons.append(f"{name} shares its weight with another layer")
         elif outputs % groups or inputs % groups:
             reasons.append(f"{name} has {inputs} inputs and {outputs} outputs")

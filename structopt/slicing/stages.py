@@ -69,27 +69,21 @@ def split_stages(
             names = [point if isinstance(point, str) else point.name for point in cuts]
             raise ValueError(f"cuts={names}: name each once, in the order in which they run")
         stages = Stages(*_stages(graph, ends))
-        _verify(model, stages, example)
         if "exported" in graph.meta:
-            _hold_shapes(stages, example)
+            for stage in stages:
+                stage.register_forward_pre_hook(_SameShapes(), with_kwargs=True)
+        _verify(model, stages, example)
     return stages
 
 
-def _hold_shapes(stages: Stages, example: Example) -> None:
-    """What torch.export traced is right for these shapes alone."""
-    value = example
-    with torch.no_grad():
-        for stage in stages:
-            stage.register_forward_pre_hook(_Shapes(value), with_kwargs=True)
-            value = call(stage, value)
+class _SameShapes:
+    """Holds a stage to the shapes of its first call, which is that of the example."""
 
-
-class _Shapes:
-    def __init__(self, example: Example) -> None:
-        self.shapes = [tuple(tensor.shape) for tensor in tensors_of(example)]
+    shapes: list[tuple[int, ...]] | None = None
 
     def __call__(self, _stage: nn.Module, args: Any, named: Any) -> None:
         found = [tuple(tensor.shape) for tensor in tensors_of((*args, *named.values()))]
+        self.shapes = found if self.shapes is None else self.shapes
         if found != self.shapes:
             raise ValueError(
                 f"these stages were traced by torch.export, which fixes all sizes, for "
