@@ -247,6 +247,17 @@ def test_bad_input_is_told():
             convert(model, x, calibration=[bad])
     with pytest.raises(ValueError, match="the example holds no tensor"):
         convert(model, ())
+
+    class Largest(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, x):
+            return self.net(x).argmax(1)
+
+    with pytest.raises(ValueError, match="no floating-point output"):
+        convert(Largest(), x)
     with pytest.raises(ValueError, match="calibration= is empty"):
         convert(model, x, calibration=[])
     for route in (ONNXRuntime(static=True), TorchAO(static=True)):

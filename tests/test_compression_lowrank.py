@@ -217,3 +217,8 @@ def test_attention_and_fused_layers_go_on_running():
         torch.testing.assert_close(made(x), block(x), rtol=1e-4, atol=1e-5)
         half = compression.factorize(block, Weights(0.5))(x)  # without the attention's own layers
     assert half.shape == x.shape
+
+
+def test_padding_that_is_not_zeros_is_left_alone():
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1, padding_mode="reflect"), nn.Linear(4, 4))
+    assert list(compression.spectra(model)) == ["1"]

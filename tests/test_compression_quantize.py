@@ -213,3 +213,18 @@ def test_bad_input_is_named():
     ):
         with pytest.raises(ValueError):
             wrong()
+
+
+def test_blocks_larger_than_the_tensor_take_no_more_memory_than_it():
+    x = torch.randn(3, 5)
+    for per in PerGroup(10**12), PerBlock(10**12, 10**12):
+        units = per.split(x)
+        assert units.numel() == x.numel()
+        assert torch.equal(per.join(units, x.shape), x)
+
+
+def test_the_largest_numbers_are_fitted():
+    x = torch.tensor([3e38, -1e38, 0.0])
+    made = compression.quantize(x, Grid(8, fit=MSE()))
+    assert made.dequantize().isfinite().all()
+    torch.testing.assert_close(made.dequantize(), x, rtol=0.02, atol=2e36)

@@ -123,6 +123,22 @@ def test_messages_that_come_together_are_answered_one_by_one():
             assert torch.equal(unpack(data), value.exp())
 
 
+def test_a_slow_message_leaves_its_answer_the_whole_time():
+    value, seconds = torch.zeros(2**21), 2.0  # larger than what lies in buffers between the two
+    request = message(pack(torch.zeros(2)))
+    with (
+        served(lambda x: value, timeout=seconds) as address,
+        socket.create_connection(address, 10) as peer,
+        peer.makefile("rb") as read,
+    ):
+        for part in request[:20], request[20:]:
+            time.sleep(0.6 * seconds)
+            peer.sendall(part)
+        time.sleep(0.7 * seconds)
+        length = struct.unpack("<4sBBQI", read.read(18))[3]
+        assert torch.equal(unpack(read.read(length)), value)
+
+
 def test_a_message_beyond_the_limit_is_not_waited_for():
     with served(torch.exp, limit=10) as address, socket.create_connection(address, 10) as peer:
         peer.sendall(message(b"", length=11))
