@@ -13,6 +13,7 @@ from structopt import checkpoint, networks
 from structopt.channels import channel_groups, take
 from structopt.slicing import Slice, Slimmable, sort_channels
 from structopt.slicing.slices import widths_of
+from structopt.training.layout import wants_channels_last
 
 
 @functools.cache
@@ -240,6 +241,13 @@ def test_it_moves_to_another_type_and_follows_the_model(device):
 
 
 # ------------------------------------------------------------------ bad input
+
+
+def test_a_slice_too_narrow_for_onednn_is_trained_in_plain_order():
+    model, image, cpu = networks.ResNet20(width=16), torch.rand(1, 1, 28, 28), torch.device("cpu")
+    assert wants_channels_last(model, cpu)
+    assert wants_channels_last(Slimmable(networks.ResNet20(width=32), image, [0.5]), cpu)
+    assert not wants_channels_last(Slimmable(model, image, [0.5]), cpu)
 
 
 @pytest.mark.parametrize("width", [0, -0.5, 1.5, float("nan")])

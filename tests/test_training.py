@@ -1,5 +1,6 @@
 """The one loop does what a loop written by hand does, and says what went wrong."""
 
+import copy
 import math
 import signal
 
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from structopt import data, descent
+from structopt import data, descent, networks
 from structopt.training import Average, History, accuracy, evaluate, supervised, train
 from structopt.training.layout import wants_channels_last
 
@@ -382,6 +383,32 @@ def test_only_convolutions_on_devices_that_gain_by_it_want_channels_last():
     assert wants_channels_last(nn.Conv2d(1, 1, 1), cpu)
     assert not wants_channels_last(nn.Linear(1, 1), cpu)
     assert not wants_channels_last(nn.Conv2d(1, 1, 1), torch.device("mps"))
+
+
+def test_what_onednn_would_write_past_its_memory_is_trained_in_plain_order():
+    cpu = torch.device("cpu")
+    narrow = nn.Conv2d(4, 8, 1, stride=2)
+    for fine in (
+        nn.Conv2d(16, 8, 1, stride=2), nn.Conv2d(4, 8, 1), nn.Conv2d(4, 8, 3, stride=2)
+    ):  # fmt: skip
+        assert wants_channels_last(fine, cpu)
+    for spoiled in (narrow, nn.Sequential(nn.Conv2d(1, 4, 3), narrow)):
+        assert not wants_channels_last(spoiled, cpu)
+        assert wants_channels_last(spoiled, torch.device("cuda"))
+    assert not wants_channels_last(nn.Conv2d(32, 8, 1, stride=2, groups=8), cpu)
+
+
+def test_a_narrow_residual_network_in_channels_last_order_gets_the_gradients_of_plain_order():
+    torch.manual_seed(0)
+    model = networks.ResNet20(width=4).to(memory_format=torch.channels_last)
+    reference = copy.deepcopy(model).double().to(memory_format=torch.contiguous_format)
+    images, labels = torch.rand(8, 1, 28, 28), torch.arange(8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    once = [(images, labels)]
+    train(model, once, cross_entropy, optimizer, epochs=1, device="cpu", autocast=None)
+    F.cross_entropy(reference.train()(images.double()), labels).backward()
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p.double(), q - 0.1 * q.grad, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("value", [None, "half", torch.zeros(2), {"a": None}])

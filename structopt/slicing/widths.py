@@ -11,6 +11,7 @@ from torch import nn
 from structopt.channels import channel_groups
 from structopt.slicing.cutting import Named, Narrow, named, narrow
 from structopt.slicing.slices import Slice, as_slice
+from structopt.training.layout import overruns
 from structopt.training.statistics import placed, recalibrate_
 
 _Norm = nn.modules.batchnorm._NormBase
@@ -62,6 +63,7 @@ class Slimmable(nn.Module):
         order = sorted(cut, key=lambda part: _size(cut[part]))
         self._narrow: dict[Slice, Narrow] = {part: cut[part] for part in order}
         self.statistics = nn.ModuleList(_Private(model, cut[part]) for part in order)
+        self.plain_order = any(overruns(cut[part].structure) for part in order)  # for `train`
 
     @property
     def widths(self) -> tuple[Slice, ...]:

@@ -18,7 +18,7 @@ from structopt.training import randomness
 from structopt.training.averaging import Average
 from structopt.training.feeding import Feed, Group, move, not_finite
 from structopt.training.history import History, Validation
-from structopt.training.layout import lay_like_parameters, wants_channels_last
+from structopt.training.layout import lay_like_parameters, overruns, wants_channels_last
 from structopt.training.objectives import Objective, describe
 
 FETCH_STEPS, FETCH_SECONDS = 50, 0.5  # reading a loss waits for the device: do it seldom
@@ -65,6 +65,8 @@ class Run:
         model.to(device)
         if self.channels_last:
             model.to(memory_format=torch.channels_last)
+        elif device.type == "cpu" and overruns(model):
+            model.to(memory_format=torch.contiguous_format)
         if isinstance(objective, nn.Module):
             objective.to(device)
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
