@@ -74,6 +74,7 @@ class Book:
     met: set[int] = field(default_factory=set)  # ids of parameters that some op used
     module: str = ""
     kind: str = ""  # the class of the module at work
+    given: frozenset[int] = frozenset()  # ids of what a layer at work was given to multiply
     op: str = ""
 
     def why(self, text: str) -> str:

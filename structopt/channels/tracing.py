@@ -21,6 +21,7 @@ _PICKED = "_structopt_picked"  # the labels of dimensions that a tensor was pick
 _WEIGHT = "_structopt_weight"  # marks a tensor that is made of parameters only
 _SQUARE = "_structopt_square"  # marks the square of a tensor: its mean belongs to a norm
 _OWED = "_structopt_owed"  # what is frozen once the tensor is used
+_LAYERS = tuple(f"torch.nn.modules.{name}" for name in ("linear", "conv", "activation"))
 _VALUE = "_structopt_value"  # marks a tensor whose values the example or the weights decide
 
 
@@ -45,7 +46,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if hasattr(tensor, _PICKED):
                 call.picked[id(tensor)] = getattr(tensor, _PICKED)
             self.book.met.add(id(tensor))
-            if hasattr(tensor, _WEIGHT):
+            if hasattr(tensor, _WEIGHT) and id(tensor) not in self.book.given:
                 call.weights.add(id(tensor))
             if hasattr(tensor, _VALUE):
                 call.values.add(id(tensor))
@@ -175,19 +176,24 @@ def trace(book: Book, shadow: nn.Module, example: Any) -> list[torch.Size]:
 
 
 def follow_modules(book: Book, model: nn.Module) -> None:
-    """Keep in `book.module` the name of the module at work."""
-    names = {id(module): name for name, module in model.named_modules()}
-    stack: list[tuple[str, str]] = []
+    """Keep in `book.module` the name of the module at work.
 
-    def enter(module: nn.Module, _: Any) -> None:
-        stack.append((book.module, book.kind))
-        book.module, book.kind = names[id(module)], type(module).__name__
+    What a layer of torch's is given to multiply is data to it, parameters too: learned queries.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    stack: list[tuple[str, str, frozenset[int]]] = []
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        stack.append((book.module, book.kind, book.given))
+        book.module, book.kind, book.given = names[id(module)], type(module).__name__, frozenset()
+        if type(module).__module__ in _LAYERS:
+            book.given = frozenset(id(tensor) for tensor in tensors_of((args, kwargs)))
 
     def leave(module: nn.Module, _: Any, __: Any) -> None:
-        book.module, book.kind = stack.pop()
+        book.module, book.kind, book.given = stack.pop()
 
     for module in model.modules():
-        module.register_forward_pre_hook(enter)
+        module.register_forward_pre_hook(enter, with_kwargs=True)
         module.register_forward_hook(leave)
 
 
