@@ -47,7 +47,7 @@ class Channels:
         self.ordinal_of = np.zeros(self.book.labels.size, np.int64)
         self.reads = np.zeros(self.book.labels.size, bool)  # of a label: summed over by an op
         for axis in self.book.readers:
-            self.reads[axis] = True
+            self.reads[self.book.unpaired(axis)] = True
         self.twice: set[int] = set()  # groups that lie on both sides of a grid
         self.apart: list[tuple[Vector, frozenset[int]]] = []
         self.every = made = _collect(self)

@@ -69,6 +69,7 @@ class Book:
     apart: list[tuple[Vector, Vector]] = field(default_factory=list)  # readers; not across these
     grids: list[tuple[Vector, int, Vector]] = field(default_factory=list)  # split labels: from what
     starts: list[int] = field(default_factory=list)  # the first label of each grid, ascending
+    weights: int = 0  # labels below this number are those of axes of parameters
     origins: dict[int, Vector] = field(default_factory=dict)  # what `rows` has found
     picked: list[list[int]] = field(default_factory=list)  # by the op at hand, of each output
     met: set[int] = field(default_factory=set)  # ids of parameters that some op used
@@ -146,10 +147,29 @@ class Book:
             if place >= 0:
                 grid, dim, made = self.grids[place]
                 if label <= made[-1]:
-                    parents = np.unique(grid.take([label - made[0]], axis=dim))
-                    known = np.unique(np.concatenate([self.rows(int(p)) for p in parents]))
+                    above = np.unique(grid.take([label - made[0]], axis=dim)).tolist()
+                    parents = [one for p in above for one in self._sides(p, label)]
+                    known = np.unique(np.concatenate([self.rows(p) for p in parents]))
             self.origins[label] = known
         return known
+
+    def _sides(self, label: int, factor: int) -> list[int]:
+        """Of a label that was paired of two axes, the side that is tied to a factor."""
+        both = [] if label < self.weights else self.labels.factors[:, label].tolist()
+        if not both or both[0] < 0:
+            return [label]
+        sides = [one for side in both for one in self._sides(side, factor)]
+        root = self.labels.find(np.array([factor, *sides]))
+        return [s for s, r in zip(sides, root[1:], strict=True) if r == root[0]] or [label]
+
+    def unpaired(self, axis: Vector) -> Vector:
+        """The labels of an axis, and those that pairs among them were made of."""
+        found, todo = [axis], axis
+        while len(todo):
+            todo = self.labels.factors[:, np.unique(todo[todo >= self.weights])].ravel()
+            todo = todo[todo >= 0]
+            found.append(todo)
+        return np.concatenate(found)
 
     def extent(self, size: int, axis: Axis, name: str = "") -> None:
         """Remember that the module at hand uses `size`, which is the number of these labels."""
@@ -179,8 +199,9 @@ def follow(book: Book, move: Callable[[Tensor], Any], shape: Sequence[int], mirr
         mirrors = mirrors or [[[] for _ in range(out.ndim)] for out in outputs]
         sizes = [out.shape for out in outputs]
         book.picked = book.picked or [[] for _ in outputs]
+        alike = len({out.shape for out in outputs}) == 1
         for out, dims, picked in zip(outputs, mirrors, book.picked, strict=True):
-            for d, labels in _spread(book, out, axis, picked):
+            for d, labels in _spread(book, out, axis, picked, alike):
                 dims[d].append(labels)
     made = [[_combine(book, axes) for axes in dims] for dims in mirrors]
     for shape_, result in zip(sizes, made, strict=True):
@@ -200,7 +221,9 @@ def _combine(book: Book, axes: list[Vector]) -> Axis:
     return result
 
 
-def _spread(book: Book, out: Tensor, axis: Vector, picked: list[int]) -> list[tuple[int, Vector]]:
+def _spread(
+    book: Book, out: Tensor, axis: Vector, picked: list[int], alike: bool
+) -> list[tuple[int, Vector]]:
     """Along which dimensions of `out` the labels of `axis` vary, and how."""
     for d in range(out.ndim):  # constant dimensions of a view have stride 0; others are compared
         if out.shape[d] > 1 and (out.stride(d) == 0 or bool((out == out.narrow(d, 0, 1)).all())):
@@ -212,16 +235,16 @@ def _spread(book: Book, out: Tensor, axis: Vector, picked: list[int]) -> list[tu
         return []
     grid = axis[index]
     if max(index.shape) == index.size < len(axis):
-        _piece(book, index.ravel(), axis)
+        _piece(book, index.ravel(), axis, alike)
     parts = book.split(grid.ravel(), index.shape)
     return [(d, part) for d, part in enumerate(parts) if part is not None]
 
 
-def _piece(book: Book, index: Vector, axis: Vector) -> None:
+def _piece(book: Book, index: Vector, axis: Vector, alike: bool) -> None:
     """Equal pieces are tied, as in `chunk` or in `x[:, ::2]`; another piece stands apart."""
     start, count, size = int(index[0]), len(index), len(axis)
     step = int(index[1] - index[0])
-    if size % count == 0 and np.array_equal(index, np.arange(count) * step + start):
+    if alike and size % count == 0 and np.array_equal(index, np.arange(count) * step + start):
         if step == 1 and start % count == 0:
             blocks = axis.reshape(-1, count)
             book.labels.tie(blocks[1:].ravel(), np.tile(blocks[0], len(blocks) - 1))

@@ -15,8 +15,8 @@ from structopt.channels.calls import Call, flat, join, rule
 from structopt.channels.mirrors import Mirror, follow
 
 
-@rule("_unsafe_view", "repeat", "roll", "flip", "pixel_shuffle", "unfold_copy")
-@rule("pixel_unshuffle", "tril", "triu")
+@rule("_unsafe_view", "repeat", "roll", "flip", "rot90", "pixel_shuffle", "pixel_unshuffle")
+@rule("unfold_copy", "narrow_copy")
 @rule("unsafe_split", "unsafe_chunk", "split_with_sizes_copy", "take_along_dim", "_reshape_alias")
 def moves(call: Call) -> Any:
     """Run the op on indices, and look up which label arrived where."""
@@ -62,7 +62,20 @@ def shuffle(call: Call) -> Mirror:
     return mirror
 
 
-@rule("index", "gather", "_unsafe_index", "index_select")
+@rule("gather")
+def picked(call: Call) -> Mirror:
+    """Along one dimension an index picks; along the others it has the size of what it picks from."""
+    mirror, index, out = list(call.mirror(call[0])), call.mirror(call[2]), call.out.shape
+    for d, axis in enumerate(index):
+        if d == call[1] % len(mirror) or call[0].shape[d] != out[d]:
+            call.freeze_all([mirror[d], axis], "picked by numbers that stay")
+            mirror[d] = None
+        elif axis is not None:
+            mirror[d] = join(call, [mirror[d], axis])
+    return mirror
+
+
+@rule("index", "_unsafe_index", "index_select")
 def gather(call: Call) -> Any:
     """As `moves` along the dimensions that no index picks from; it would pick the old numbers."""
     source, *rest = call.args
@@ -82,7 +95,7 @@ def gather(call: Call) -> Any:
 
 def _unknown_places(call: Call, mirror: Mirror, dims: list[int]) -> Mirror:
     """The dimensions that are not picked from keep their labels; where they are is torch's rule."""
-    if call.book.op in ("gather", "index_select"):
+    if call.book.op == "index_select":
         return mirror
     rest = [axis for d, axis in enumerate(mirror) if d not in dims]
     new: Mirror = [None] * (call.out.ndim - len(rest))
@@ -92,9 +105,6 @@ def _unknown_places(call: Call, mirror: Mirror, dims: list[int]) -> Mirror:
 
 def _indexed(call: Call) -> list[int]:
     """The dimensions that an index picks from."""
-    if call.book.op == "gather":
-        shared = [a == b for a, b in zip(call[0].shape, call[2].shape, strict=True)]
-        return [d for d in range(call[0].ndim) if d == call[1] % call[0].ndim or not shared[d]]
     if call.book.op == "index_select":
         return [call[1] % max(call[0].ndim, 1)]
     dims, place = list[int](), 0
@@ -121,6 +131,40 @@ def put(call: Call) -> Mirror:
             mirror[d] = join(call, [mirror[d], below[d]])
     call.freeze_all(below[: max(value.ndim - len(mirror) + len(dims), 0)], "written by index")
     return mirror
+
+
+@rule("index_add", "index_copy", "index_reduce", "index_fill")
+@rule("scatter", "scatter_add", "scatter_reduce")
+def placed(call: Call) -> Mirror:
+    """Along one dimension values go to places that an index names; along the others they meet."""
+    mirror, index, values = list(call.mirror(call[0])), call[2], call[3]
+    dim = call[1] % max(len(mirror), 1)
+    given = call.mirror(values) if isinstance(values, Tensor) and values.ndim else []
+    places = call.mirror(index) if index.ndim == len(mirror) else []
+    call.freeze_all([mirror[dim], *given[dim : dim + 1], *places[dim : dim + 1]], "written by index")
+    for d, axis in enumerate(given):
+        mirror[d] = join(call, [mirror[d], axis])
+    for d, axis in enumerate(places):
+        mirror[d] = join(call, [mirror[d], axis]) if axis is not None else mirror[d]
+    mirror[dim] = None
+    return mirror
+
+
+@rule("view_as_complex", "view_as_real")
+def as_complex(call: Call) -> Mirror:
+    """Two numbers to one, and back: the last dimension, of size 2, is not one of channels."""
+    mirror = call.mirror(call[0])
+    if call.book.op == "view_as_real":
+        return [*mirror, None]
+    call.book.freeze(mirror[-1], "the two parts of a complex number")
+    return mirror[:-1]
+
+
+@rule("tril", "triu")
+def triangle(call: Call) -> Mirror:
+    mirror = call.mirror(call[0])
+    call.freeze_all(mirror[-2:], "a size of a triangle")
+    return [*mirror[:-2], None, None]
 
 
 def _cpu(tree: Any) -> Any:
@@ -182,9 +226,9 @@ _PRODUCTS = ("mul", "div", "prelu", "_prelu_kernel")
 @rule(
     "celu", "selu", "softplus", "softshrink", "hardshrink", "relu6", "silu", "gelu", "_prelu_kernel"
 )
-@rule("rand_like", "randn_like", "dropout", "feature_dropout", "threshold")
+@rule("rand_like", "randn_like", "dropout", "feature_dropout", "threshold", "polar", "complex")
 def pointwise(call: Call) -> Any:
-    """Tie what meets; a dimension of size 1 is spread over the others and keeps out.
+    """Tie what meets; a dimension of size 1, expanded or not, is spread over the others.
 
     In a product, the first factor that is not a weight is the one that carries a scale.
     """
@@ -194,6 +238,7 @@ def pointwise(call: Call) -> Any:
     result: Mirror = []
     for d in range(-len(shape), 0):
         meet = [t for t in tensors if t.ndim >= -d and t.shape[d] == shape[d]]
+        meet = [t for t in meet if t.stride(d) or call.mirror(t)[d] is not None] or meet
         if call.book.op.rstrip("_") in _PRODUCTS:
             meet.sort(key=lambda t: (id(t) in call.weights, not isinstance(t, nn.Parameter)))
             others = [call.mirror(t)[d] for t in meet[1:]]

@@ -39,6 +39,19 @@ def convolution(call: Call) -> Mirror:
     return [xm[0], out] + [None] * (x.ndim - 2)
 
 
+@rule("torchvision::deform_conv2d")
+def deformed(call: Call) -> Mirror:
+    """A convolution that reads where offsets say."""
+    x, weight, *places, bias = (call.mirror(call[n]) for n in range(5))
+    if call[10] * call[11] > 1:  # groups of channels, groups of offsets
+        call.freeze_everything()
+        return [None] * 4
+    call.freeze_all([*x[2:], *weight[2:], *(a for m in places for a in m)], "a size of a kernel")
+    call.reads(call[1], 1)
+    call.book.tie(x[1], weight[1])
+    return [x[0], call.add(weight[0], bias[0] if bias else None), None, None]
+
+
 def _contract(call: Call, a: Tensor, a_dim: int, b: Tensor, b_dim: int, by_width: bool) -> None:
     """Two dimensions meet and are gone. Between activations, that is a score of attention."""
     query, keys = call.mirror(a)[a_dim], call.mirror(b)[b_dim]

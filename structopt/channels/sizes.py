@@ -103,6 +103,9 @@ def _refresh_torch(module: nn.Module) -> None:
             "input_size": getattr(module, first).shape[1],
             "hidden_size": getattr(module, first.replace("ih", "hh")).shape[1],
         }
+        if module.proj_size:
+            rows = getattr(module, first.replace("ih", "hr")).shape
+            values |= {"proj_size": rows[0], "hidden_size": rows[1]}
         module._flat_weights = [getattr(module, n) for n in module._flat_weights_names]
     if isinstance(module, nn.MultiheadAttention):
         width = module.out_proj.weight.shape[0]

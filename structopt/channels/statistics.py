@@ -116,14 +116,14 @@ def _dims(call: Call, argument: Any, ndim: int) -> list[int]:
 @rule(
     "any", "all", "argmax", "argmin", "logsumexp", "linalg_vector_norm", "norm", "nansum", "median"
 )
+@rule("nanmedian", "mode", "kthvalue", "aminmax")
 def reduction(call: Call) -> Any:
     """The dimensions reduced are gone. A sum or a norm of channels may lose some; nothing else."""
     x, op = call[0], call.book.op
-    position = 2 if op in ("linalg_vector_norm", "norm") else 1
     names = [a.name for a in call.func._schema.arguments]
     if op in ("max", "min") and isinstance(call[1] if len(names) > 1 else None, Tensor):
         return pointwise(call)
-    over = _dims(call, call[position] if "dim" in names else None, x.ndim)
+    over = _dims(call, call[names.index("dim")] if "dim" in names else None, x.ndim)
     keep = bool(call[names.index("keepdim")]) if "keepdim" in names else False
     mirror = call.mirror(x)
     if op == "mean" and id(x) in call.squares:
@@ -136,7 +136,7 @@ def reduction(call: Call) -> Any:
 
 
 @rule("_softmax", "_log_softmax", "_safe_softmax", "softmax", "log_softmax", "cumprod")
-@rule("sort", "topk", "logcumsumexp", "cummax")
+@rule("sort", "topk", "logcumsumexp", "cummax", "cummin", "cumsum")
 def along(call: Call) -> Any:
     """Indices along one dimension depend on one another: that one is frozen."""
     names = [a.name for a in call.func._schema.arguments]
@@ -145,6 +145,16 @@ def along(call: Call) -> Any:
     call.book.freeze(out[dim], "channels that compete along one dimension")
     out[dim] = None
     return out if isinstance(call.out, Tensor) else [list(out) for _ in call.out]
+
+
+@rule("_fft_r2c", "_fft_c2c", "_fft_c2r")
+def fourier(call: Call) -> Mirror:
+    """The dimensions that are transformed are mixed; the others stay."""
+    mirror = list(call.mirror(call[0]))
+    for d in call[1]:
+        call.book.freeze(mirror[d], "mixed by a Fourier transform")
+        mirror[d] = None
+    return mirror
 
 
 @rule("glu")

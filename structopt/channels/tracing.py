@@ -61,7 +61,11 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not call.mirrors and rule is not rules.fresh:
             return out
         self.book.picked = []
-        self._attach(out, rule(call))
+        try:
+            mirrors = rule(call)
+        except Exception:  # used as its rule did not foresee, which is as good as no rule
+            mirrors = rules.unknown(call)
+        self._attach(out, mirrors)
         if rule in (rules.moves, rules.pointwise):
             self._pick(call)
         if rules.is_square(call):
@@ -152,6 +156,7 @@ def label_parameters(book: Book, model: nn.Module) -> dict[tuple[str, int], Vect
             setattr(tensor, MIRROR, mirror)
             setattr(tensor, _WEIGHT, True)
             setattr(tensor, _VALUE, True)
+    book.weights = book.labels.size
     return axes
 
 
