@@ -31,6 +31,8 @@ class Call:
     picked: dict[int, tuple[int, ...]] = field(default_factory=dict)  # labels chosen by number
     weights: set[int] = field(default_factory=set)  # arguments made of parameters only
     squares: set[int] = field(default_factory=set)  # arguments that are squares
+    scaled: dict[int, tuple[Vector, ...]] = field(default_factory=dict)  # what scaled them last
+    scales: list[Axis] | None = None  # axes of the weights that scale the result, and their bias
     owed: list[tuple[Vector, str]] = field(default_factory=list)  # frozen if the result is used
     values: set[int] = field(default_factory=set)  # arguments that another example would change
 

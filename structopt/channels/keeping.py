@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from structopt.channels.groups import Channels
 from structopt.channels.labels import Vector
+from structopt.channels.mirrors import Book
 from structopt.channels.rows import Choice, Edit, Reals, rows_of
 
 
@@ -41,9 +42,11 @@ def _folded(channels: Channels, edit: Edit) -> Reals:
         root = np.sqrt(len(taken) / len(score.labels)) if score.kind in edit.fold else 1.0
         copies = np.bincount(taken, minlength=len(score.labels))
         for label, key, count in zip(score.labels, score.keys, copies, strict=True):
-            rows = book.rows(int(label))
-            same = not score.picked and np.array_equal(rows, book.rows(int(key)))
-            for number in score.picked:
+            rows = _scaling(book, int(label), score.scales)
+            same = not score.picked and np.array_equal(
+                rows, _scaling(book, int(key), score.key_scales)
+            )
+            for number in () if score.scales else score.picked:
                 rows = np.intersect1d(rows, book.rows(number))
             biases = {b for row in rows for b in channels.biases.get(int(row), ())}
             for row in ({*rows.tolist()} | biases) - done:  # one query may meet several keys
@@ -51,6 +54,14 @@ def _folded(channels: Channels, edit: Edit) -> Reals:
                 factor = root / (max(count, 1) if edit.preserve else 1)
                 found[row] = np.sqrt(factor) if same else factor
     return found
+
+
+def _scaling(book: Book, label: int, scales: tuple[Vector, ...]) -> Vector:
+    """The entries of weights that scale a channel: of its own norm, or the rows that make it."""
+    root = book.labels.find(np.array([label]))
+    found = [axis[book.labels.find(axis) == root] for axis in scales]
+    known = np.concatenate(found) if found else np.empty(0, np.int64)
+    return np.unique(known) if len(known) else book.rows(label)
 
 
 def shares(channels: Channels, labels: Vector, taken: Vector, choice: Choice) -> Reals:

@@ -49,6 +49,8 @@ class Score:
     picked: tuple[int, ...]  # labels that the query was picked by, by number
     kind: str  # the class of module that scales it; "": torch does, by the width
     keys: Vector  # the labels on the side of the keys
+    scales: tuple[Vector, ...] = ()  # of what scaled the query anew, as a norm of its own does
+    key_scales: tuple[Vector, ...] = ()
 
 
 @dataclass
@@ -155,8 +157,8 @@ class Book:
 
     def _sides(self, label: int, factor: int) -> list[int]:
         """Of a label that was paired of two axes, the side that is tied to a factor."""
-        both = [] if label < self.weights else self.labels.factors[:, label].tolist()
-        if not both or both[0] < 0:
+        both = self.labels.factors[:, label].tolist()
+        if label < self.weights or both[0] < 0 or max(both) > label:  # which it got when it was tied
             return [label]
         sides = [one for side in both for one in self._sides(side, factor)]
         root = self.labels.find(np.array([factor, *sides]))

@@ -53,14 +53,19 @@ def deformed(call: Call) -> Mirror:
 
 
 def _contract(call: Call, a: Tensor, a_dim: int, b: Tensor, b_dim: int, by_width: bool) -> None:
-    """Two dimensions meet and are gone. Between activations, that is a score of attention."""
+    """Two dimensions meet and are gone. Between activations, that is a score of attention.
+
+    Between two matrices of weights, as those of LoRA, channels that double count twice as well.
+    """
     query, keys = call.mirror(a)[a_dim], call.mirror(b)[b_dim]
     axis = call.book.tie(query, keys)
-    if not call.weights & {id(a), id(b)}:
+    learned = [t for t in (a, b) if id(t) in call.weights]
+    if not learned or (len(learned) == 2 and a.ndim > 1 and b.ndim > 1):
         call.book.extent(a.shape[a_dim], axis, "head_dim")
         if axis is not None and keys is not None:
             kind = "" if by_width else call.book.kind
-            call.book.scored.append(Score(axis, call.picked.get(id(a), ()), kind, keys))
+            scales = [call.scaled.get(id(tensor), ()) for tensor in (a, b)]
+            call.book.scored.append(Score(axis, call.picked.get(id(a), ()), kind, keys, *scales))
     call.reads(b, b_dim)
     call.reads(a, a_dim)
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from structopt.channels import products, statistics  # noqa: F401 - they fill the table
 from structopt.channels.calls import Call, Rule, named
-from structopt.channels.moving import fresh, moves, pointwise
+from structopt.channels.moving import as_complex, cat, fresh, moves, pointwise, stack
 
-__all__ = ["find", "fresh", "is_square", "moves", "pointwise", "unknown"]
+__all__ = ["CARRYING", "find", "fresh", "is_square", "scale", "unknown"]
+
+CARRYING = (moves, pointwise, cat, stack, as_complex)  # what made their arguments, made their result
 
 
 def unknown(call: Call) -> None:
@@ -38,3 +40,16 @@ def is_square(call: Call) -> bool:
     if call.book.op == "pow":
         return isinstance(call[0], Tensor) and call[1] == 2
     return call.book.op == "mul" and call[0] is call[1]
+
+
+def scale(call: Call) -> None:
+    """Note the weights that multiply what an op gives, and those added since."""
+    before = [axis for axes in call.scaled.values() for axis in axes]
+    learned = [
+        axis
+        for argument in call.args
+        if isinstance(argument, nn.Parameter) and call.book.op in ("mul", "add")
+        for axis in call.mirror(argument)
+    ]
+    fresh_start = call.book.op == "mul" and learned and len(call.weights) < len(call.shapes)
+    call.scales = learned if fresh_start else [*before, *learned] if before else None

@@ -25,6 +25,7 @@ def batch_norm(call: Call) -> Any:
             mirror[1] = call.add(call.mirror(tensor)[0], mirror[1])
     if given is not None and isinstance(call[1], Tensor):
         call.book.spent.append((given, None))
+        call.scales = [axis for tensor in (call[1], call[2]) for axis in call.mirror(tensor)]
     call.freeze_all(mirror[2:], "a size that a norm averages over")
     return [[mirror[0], mirror[1]] + [None] * (len(mirror) - 2)] + [None] * (len(call.out) - 1)
 
@@ -33,8 +34,10 @@ def batch_norm(call: Call) -> Any:
 def layer_norm(call: Call) -> Any:
     """The last dimensions are averaged over: exact up to the statistics of what is kept."""
     mirror = list(call.mirror(call[0]))
+    call.scales = []
     for d in range(-len(call[1]), 0):
         for tensor in (call[2], call[3] if "layer" in call.book.op else None):
+            call.scales += call.mirror(tensor)[d:][:1]
             if isinstance(tensor, Tensor) and mirror[d] is not None:
                 mirror[d] = call.book.tie(mirror[d], call.mirror(tensor)[d])
             elif isinstance(tensor, Tensor):

@@ -18,6 +18,7 @@ from structopt.channels.mirrors import MIRROR, Axis, Book, Mirror, mirror_of
 from structopt.channels.shadow import Shadow, plain_kernels
 
 _PICKED = "_structopt_picked"  # the labels of dimensions that a tensor was picked from by number
+_SCALED = "_structopt_scaled"  # the labels of the weights that scaled a tensor last
 _WEIGHT = "_structopt_weight"  # marks a tensor that is made of parameters only
 _SQUARE = "_structopt_square"  # marks the square of a tensor: its mean belongs to a norm
 _OWED = "_structopt_owed"  # what is frozen once the tensor is used
@@ -45,6 +46,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 call.mirrors[id(tensor)] = mirror
             if hasattr(tensor, _PICKED):
                 call.picked[id(tensor)] = getattr(tensor, _PICKED)
+            if hasattr(tensor, _SCALED):
+                call.scaled[id(tensor)] = getattr(tensor, _SCALED)
             self.book.met.add(id(tensor))
             if hasattr(tensor, _WEIGHT) and id(tensor) not in self.book.given:
                 call.weights.add(id(tensor))
@@ -66,8 +69,11 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         except Exception:  # used as its rule did not foresee, which is as good as no rule
             mirrors = rules.unknown(call)
         self._attach(out, mirrors)
-        if rule in (rules.moves, rules.pointwise):
+        if rule in rules.CARRYING:
             self._pick(call)
+            rules.scale(call)
+        for tensor in tensors_of(out) if call.scales else ():
+            setattr(tensor, _SCALED, tuple(axis for axis in call.scales or () if axis is not None))
         if rules.is_square(call):
             setattr(out, _SQUARE, True)
         if call.weights and len(call.weights) == len(call.shapes):
