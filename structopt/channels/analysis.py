@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -48,6 +49,7 @@ def channel_groups(model: nn.Module, example: Any) -> Channels:
                 "a tensor, a tuple of positional arguments or a dict of keyword arguments"
             ) from problem
     channels = Channels(model, example, book, axes)
+    _beware(channels)
     settle(Probe(channels, bare, inputs, shapes))
     return channels
 
@@ -72,6 +74,27 @@ def _check(model: nn.Module, example: Any) -> None:
                 f"the example lies on {away[0].device}, the model on {device}: move the example "
                 "to the device of the model"
             )
+
+
+def _beware(channels: Channels) -> None:
+    """Freeze what a layer may read that another input would reach: nothing is known of it.
+
+    As the experts of a mixture that no token of the example was sent to.
+    """
+    labels = channels.book.labels
+    for group in channels.groups if channels.book.unmet else ():
+        sizes = {len(member.channel) for member in group.members}
+        for name, size in channels.book.unmet:
+            if any(size % own == 0 for own in sizes):
+                roots = np.flatnonzero(channels.group_of == channels.number[id(group)])
+                labels.freeze(
+                    roots,
+                    f"{name}, which the example does not reach but another may, has a dimension of "
+                    f"{size} too: give an example that reaches it",
+                )
+                break
+    if channels.book.unmet:
+        channels.regroup()
 
 
 def _traced(model: nn.Module, example: Any) -> tuple[Book, Axes, list[torch.Size]]:

@@ -56,10 +56,11 @@ class Call:
         """Freeze these once something uses what comes out."""
         self.owed += [(axis, self.book.why(text)) for axis in mirror if axis is not None]
 
-    def freeze_everything(self) -> None:
-        """What an operator without a rule does to all that it touches."""
+    def freeze_everything(self) -> Any:
+        """What an operator without a rule does to all that it touches: nothing comes out of it."""
         for mirror in self.mirrors.values():
             self.freeze_all(mirror, "no rule for this operator")
+        return None
 
     def add(self, axis: Axis, bias: Axis) -> Axis:
         """Tie a bias to the rows whose results it is added to."""

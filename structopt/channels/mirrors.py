@@ -74,7 +74,9 @@ class Book:
     weights: int = 0  # labels below this number are those of axes of parameters
     origins: dict[int, Vector] = field(default_factory=dict)  # what `rows` has found
     picked: list[list[int]] = field(default_factory=list)  # by the op at hand, of each output
+    decided: bool = False  # values of the example or of the weights decided where the model went
     met: set[int] = field(default_factory=set)  # ids of parameters that some op used
+    unmet: list[tuple[str, int]] = field(default_factory=list)  # sizes of others, if `decided`
     module: str = ""
     kind: str = ""  # the class of the module at work
     given: frozenset[int] = frozenset()  # ids of what a layer at work was given to multiply
@@ -158,7 +160,7 @@ class Book:
     def _sides(self, label: int, factor: int) -> list[int]:
         """Of a label that was paired of two axes, the side that is tied to a factor."""
         both = self.labels.factors[:, label].tolist()
-        if label < self.weights or both[0] < 0 or max(both) > label:  # which it got when it was tied
+        if label < self.weights or not 0 <= max(both) < label:  # got when it was tied to a pair
             return [label]
         sides = [one for side in both for one in self._sides(side, factor)]
         root = self.labels.find(np.array([factor, *sides]))

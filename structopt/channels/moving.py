@@ -64,7 +64,7 @@ def shuffle(call: Call) -> Mirror:
 
 @rule("gather")
 def picked(call: Call) -> Mirror:
-    """Along one dimension an index picks; along the others it has the size of what it picks from."""
+    """Along one dimension an index picks; along the others it has the size of its source."""
     mirror, index, out = list(call.mirror(call[0])), call.mirror(call[2]), call.out.shape
     for d, axis in enumerate(index):
         if d == call[1] % len(mirror) or call[0].shape[d] != out[d]:
@@ -141,7 +141,8 @@ def placed(call: Call) -> Mirror:
     dim = call[1] % max(len(mirror), 1)
     given = call.mirror(values) if isinstance(values, Tensor) and values.ndim else []
     places = call.mirror(index) if index.ndim == len(mirror) else []
-    call.freeze_all([mirror[dim], *given[dim : dim + 1], *places[dim : dim + 1]], "written by index")
+    for one in (mirror, given, places):
+        call.freeze_all(one[dim : dim + 1], "written by index")
     for d, axis in enumerate(given):
         mirror[d] = join(call, [mirror[d], axis])
     for d, axis in enumerate(places):

@@ -16,7 +16,8 @@ from structopt.channels.moving import as_complex, cat, fresh, moves, pointwise, 
 
 __all__ = ["CARRYING", "find", "fresh", "is_square", "scale", "unknown"]
 
-CARRYING = (moves, pointwise, cat, stack, as_complex)  # what made their arguments, made their result
+# What made the arguments of these, made their result.
+CARRYING = (moves, pointwise, cat, stack, as_complex)
 
 
 def unknown(call: Call) -> None:

@@ -23,6 +23,7 @@ _WEIGHT = "_structopt_weight"  # marks a tensor that is made of parameters only
 _SQUARE = "_structopt_square"  # marks the square of a tensor: its mean belongs to a norm
 _OWED = "_structopt_owed"  # what is frozen once the tensor is used
 _LAYERS = tuple(f"torch.nn.modules.{name}" for name in ("linear", "conv", "activation"))
+_DECIDES = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2")
 _VALUE = "_structopt_value"  # marks a tensor whose values the example or the weights decide
 
 
@@ -57,6 +58,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 call.squares.add(id(tensor))
             settle_debts(self.book, tensor)
         self.book.op = func._schema.name.removeprefix("aten::")
+        self.book.decided |= bool(call.values) and self.book.op in _DECIDES
         call.out = out = self.compute(func, tuple(args), kwargs)
         for tensor in tensors_of(out) if call.values else ():
             setattr(tensor, _VALUE, True)
@@ -67,7 +69,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         try:
             mirrors = rule(call)
         except Exception:  # used as its rule did not foresee, which is as good as no rule
-            mirrors = rules.unknown(call)
+            mirrors = call.freeze_everything()
         self._attach(out, mirrors)
         if rule in rules.CARRYING:
             self._pick(call)
@@ -179,10 +181,11 @@ def trace(book: Book, shadow: nn.Module, example: Any) -> list[torch.Size]:
     if unmet:
         with contextlib.suppress(Exception):
             _run(book, shadow.train(), example)
-        for p in unmet:
+        for name, p in shadow.named_parameters():
             if id(p) not in book.met:
                 for axis in mirror_of(p) or ():
                     freeze(book, axis, "a weight that the example does not use")
+                book.unmet += [(name, n) for n in p.shape if n > 1 and book.decided]
     return shapes
 
 
