@@ -310,3 +310,54 @@ def test_an_example_of_one_token_verifies_queries(device):
     assert other["ids"].device == ids.device
     assert torch.equal(other["mask"], ids + 1)
     assert lively(model, other["ids"]) is None
+
+
+class Experts(nn.Module):
+    """Sends each row to the expert of its first number's sign."""
+
+    def __init__(self):
+        super().__init__()
+        self.read = nn.Linear(3, 8)
+        self.experts = nn.ModuleList([nn.Linear(8, 6), nn.Linear(8, 6)])
+        self.write, self.free = nn.Linear(6, 7), nn.Linear(7, 2)
+
+    def forward(self, x):
+        y, out = self.read(x), x.new_zeros(len(x), self.write.in_features)
+        for number, expert in enumerate(self.experts):
+            rows = torch.where((x[:, 0] > 0) == bool(number))[0]
+            if len(rows):
+                out[rows] = expert(y[rows])
+        return self.free(self.write(out).relu())
+
+
+def test_what_an_idle_expert_may_read_is_frozen_with_the_remedy(device):
+    """Another input would reach it, and find other channels than it knows."""
+    model = Experts().to(device)
+    x = torch.randn(4, 3, device=device)
+    x[:, 0] = 1
+    idle = channel_groups(model, x)
+    assert [group.name for group in idle] == ["write"]
+    words = r"experts\.0\.weight, which the example does not reach", "give an example that reaches"
+    refused(model, lambda: take(model, {idle["read"]: range(4)}), "group 'read' is frozen", *words)
+    assert any(words[1] in group.frozen for group in explain(model, x).frozen)
+    x[:2, 0] = -1
+    every = channel_groups(model, x)
+    assert {group.name: group.size for group in every} == {"read": 8, "experts.0": 6, "write": 7}
+    turned = take(model, {group: torch.arange(group.size).flip(0) for group in every})
+    torch.testing.assert_close(turned(x), model(x))
+
+
+def test_a_layer_that_no_input_reaches_freezes_nothing_else():
+    model = Fn(lambda s, x: s.b(s.a(x)), a=nn.Linear(3, 8), b=nn.Linear(8, 2), c=nn.Linear(8, 8))
+    channels = channel_groups(model, torch.randn(2, 3))
+    assert [group.name for group in channels] == ["a"]
+
+
+def test_a_use_that_a_rule_does_not_foresee_freezes_instead_of_failing():
+    def forward(s, x):
+        y = s.a(x).contiguous()
+        return s.b(y.as_strided(y.shape, y.stride()))
+
+    model = Fn(forward, a=conv(3, 8), b=conv(8, 5))
+    channels = channel_groups(model, example())
+    assert "as_strided in the model" in channels["a"].frozen

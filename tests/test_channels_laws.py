@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from channel_networks import CASES, Composed, Fn, Llama, conv, filled
+from channel_networks import CASES as FIRST
+from channel_networks import Composed, Fn, Llama, conv, filled
+from channel_networks_further import FURTHER
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -20,6 +22,8 @@ from torch.nn.utils import parametrize
 from structopt.channels import channel_groups, take
 from structopt.channels.copying import substitute
 from structopt.channels.rows import Refused
+
+CASES = FIRST | FURTHER
 
 
 def parameters(model):
