@@ -8,7 +8,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from channel_networks import (
-    IMAGE, WIDTH, Case, Fn, columns, conv, decoded, each, group, images, one, rows, table,
+    IMAGE,
+    WIDTH,
+    Case,
+    Fn,
+    columns,
+    conv,
+    decoded,
+    each,
+    group,
+    images,
+    one,
+    rows,
+    table,
 )  # fmt: skip
 from torch import Tensor, nn
 
@@ -142,7 +154,9 @@ FURTHER: dict[str, Case] = {
         [
             group(8, ALL),
             group(2, columns("write.weight", HEADS)),
-            group(4, columns("write.weight", WIDTH), norms=[("qn", one), ("kn", one)], widens=False),
+            group(
+                4, columns("write.weight", WIDTH), norms=[("qn", one), ("kn", one)], widens=False
+            ),
         ],
     ),
     "complex rotary": Case(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -361,3 +362,36 @@ def test_a_use_that_a_rule_does_not_foresee_freezes_instead_of_failing():
     model = Fn(forward, a=conv(3, 8), b=conv(8, 5))
     channels = channel_groups(model, example())
     assert "as_strided in the model" in channels["a"].frozen
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated")
+def test_a_model_that_cannot_be_copied_or_edited_is_told_from_a_bad_example():
+    import threading
+
+    model = network()
+    model.lock = threading.Lock()
+    with pytest.raises(ValueError, match=r"cannot be copied: .*lock.*copy\.deepcopy\(model\) work"):
+        channel_groups(model, example())
+    scripted = torch.jit.trace(network().eval(), example())
+    with pytest.raises(ValueError, match=r"compiled by torch\.jit.*made from"):
+        channel_groups(scripted, example())
+
+
+def test_in_inference_mode_too_and_what_comes_out_trains():
+    with torch.inference_mode():
+        model = network()
+        channels = channel_groups(model, example())
+        narrow = take(model, {channels["0"]: [0, 1, 5]})
+    narrow(example()).sum().backward()
+    assert all(p.grad is not None for p in narrow.parameters())
+
+
+class Pair(NamedTuple):
+    image: torch.Tensor
+    scale: float
+
+
+def test_an_example_with_named_tuples():
+    model = Fn(lambda s, p: Pair(s.b(s.a(p.image) * p.scale), 1.0), a=conv(3, 8), b=conv(8, 2))
+    (group,) = channel_groups(model, (Pair(example(), 2.0),))
+    assert take(model, {group: range(3)}).a.out_channels == 3

@@ -17,6 +17,7 @@ from structopt.channels.shadow import to_shadow
 from structopt.channels.tracing import label_parameters, map_tensors, tensors_of, trace
 
 
+@torch.inference_mode(False)  # else ops are not taken apart
 def channel_groups(model: nn.Module, example: Any) -> Channels:
     """Find which channels of a model belong together, in one run.
 
@@ -35,8 +36,9 @@ def channel_groups(model: nn.Module, example: Any) -> Channels:
     0.weight[dim 0], 0.bias[dim 0], 1.weight[dim 0]
     """
     _check(model, example)
+    bare = _copied(model)
     try:  # no values are needed, unless the model's own control flow asks for some
-        bare, inputs = substitute(model, to_shadow).eval(), map_tensors(example, to_shadow)
+        inputs = map_tensors(example, to_shadow)
         book, axes, shapes = _traced(bare, inputs)
     except Exception:
         bare, inputs = model, example
@@ -58,6 +60,12 @@ def _check(model: nn.Module, example: Any) -> None:
     """Refuse at once what is no model, has no weights yet, or lies on several devices."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"give the model as an nn.Module, not {type(model).__name__}")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"{name or 'the model'} is compiled by torch.jit, which cannot be edited: give the "
+                "model that it was made from"
+            )
     places: dict[torch.device, str] = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(tensor):
@@ -74,6 +82,17 @@ def _check(model: nn.Module, example: Any) -> None:
                 f"the example lies on {away[0].device}, the model on {device}: move the example "
                 "to the device of the model"
             )
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy without values."""
+    try:
+        return substitute(model, to_shadow).eval()
+    except Exception as problem:
+        raise ValueError(
+            f"the model cannot be copied: {type(problem).__name__}: {problem}. Make "
+            "copy.deepcopy(model) work first: take away the attribute that stands in its way"
+        ) from problem
 
 
 def _beware(channels: Channels) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -17,11 +15,10 @@ from structopt.channels.groups import Channels
 from structopt.channels.members import ChannelGroup
 from structopt.channels.mirrors import Extent
 from structopt.channels.sizes import guesses
+from structopt.channels.tables import columns, few, percent, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-_WIDTH = 100  # columns of the plain text
 
 
 @dataclass(frozen=True)
@@ -88,22 +85,22 @@ class Explanation:
     def __str__(self) -> str:
         lines = [self._summary(), ""]
         if self.free:
-            lines += _columns(["group", "size", "layer[dimension], → reads them"], self._rows(), 2)
+            lines += columns(["group", "size", "layer[dimension], → reads them"], self._rows(), 2)
         if any(group.averaged for group in self.free):
             lines += ["", _AVERAGED]
         if self.frozen:
-            lines += ["", *_columns(["frozen because", "layer[dimension] (size)"], self._why(), 1)]
+            lines += ["", *columns(["frozen because", "layer[dimension] (size)"], self._why(), 1)]
         return "\n".join(line.rstrip() for line in lines)
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        free = _table(
+        free = table(
             "Groups of channels that can change",
             ["group", "size", "share of the parameters", "layers [dimension], → reads them"],
-            [[g.name, f"{g.size:,}", _percent(g.share), _said(g)] for g in self.free],
+            [[g.name, f"{g.size:,}", percent(g.share), _said(g)] for g in self.free],
         )
-        why = _table("What is frozen", ["because", "layers [dimension] (size)"], self._why())
+        why = table("What is frozen", ["because", "layers [dimension] (size)"], self._why())
         notes = f"<p>{escape(_AVERAGED)}</p>" if any(g.averaged for g in self.free) else ""
         return (
             f"<p>{escape(self._summary())}</p>\n{free if self.free else ''}{notes}\n"
@@ -114,7 +111,7 @@ class Explanation:
         count = len(self.free)
         return (
             f"{self.model}: {count} group{'s' * (count != 1)} of channels can change; "
-            f"{_percent(self.freedom)} of {self.parameters:,} parameters lie in "
+            f"{percent(self.freedom)} of {self.parameters:,} parameters lie in "
             f"{'it' if count == 1 else 'them'}."
         )
 
@@ -131,7 +128,7 @@ class Explanation:
             where = {g.frozen.partition(": ")[2]: None for g in groups} if len(groups) > 1 else {}
             reason = groups[0].frozen if len(where) < 2 else reason
             places = [f"{p} ({g.size})" for g in groups for p in g.places[:1]]
-            rows.append([reason, _few(places, 4 if len(where) > 1 else 12)])
+            rows.append([reason, few(places, 4 if len(where) > 1 else 12)])
         return rows
 
 
@@ -226,48 +223,3 @@ def _numbers(channels: Channels, extent: Extent) -> Iterable[int]:
 def _said(group: Tied) -> str:
     kept = f"; kept as {', '.join(group.attributes)}" if group.attributes else ""
     return f"{group}{kept}"
-
-
-def _few(names: Sequence[str], most: int) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
-def _percent(share: float) -> str:
-    return f"{math.floor(share * 1000) / 10:.1f}%"  # never 100% for less than all
-
-
-def _columns(head: list[str], rows: list[list[str]], wrapped: int) -> list[str]:
-    """Plain columns; the one numbered `wrapped` runs on over several lines."""
-    sizes = [max(len(row[k]) for row in [head, *rows]) for k in range(wrapped)]
-    sizes = [min(size, 60) for size in sizes]
-    rest = max(_WIDTH - sum(sizes) - 2 * wrapped, 30)
-    lines = []
-    for row in [head, None, *rows]:
-        if row is None:
-            row = ["-" * size for size in sizes] + ["-" * min(rest, len(head[wrapped]))]
-        parts = textwrap.wrap(row[wrapped], rest, break_long_words=False, break_on_hyphens=False)
-        left = [
-            cell.rjust(size) if k and cell[:1].isdigit() else cell.ljust(size)
-            for k, (cell, size) in enumerate(zip(row[:wrapped], sizes, strict=True))
-        ]
-        pad = [" " * max(size, len(cell)) for cell, size in zip(left, sizes, strict=True)]
-        for n, part in enumerate(parts or [""]):
-            lines.append("  ".join([*(pad if n else left), part]))
-    return lines
-
-
-def _table(caption: str, head: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table that takes its colours from the page; rows and columns have headers."""
-    left = 'style="text-align: left; vertical-align: top"'
-    top = "".join(f'<th scope="col" {left}>{escape(name)}</th>' for name in head)
-    body = "\n".join(
-        f'<tr><th scope="row" {left}>{escape(row[0])}</th>'
-        + "".join(f"<td {left}>{escape(cell)}</td>" for cell in row[1:])
-        + "</tr>"
-        for row in rows
-    )
-    return (
-        f'<table>\n<caption style="text-align: left">{escape(caption)}</caption>\n'
-        f"<thead><tr>{top}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
-    )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structopt.channels import products, statistics  # noqa: F401 - they fill the table
+from structopt.channels import picking, products, statistics  # noqa: F401 - they fill the table
 from structopt.channels.calls import Call, Rule, named
 from structopt.channels.moving import as_complex, cat, fresh, moves, pointwise, stack
 

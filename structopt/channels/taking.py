@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from structopt.channels.asking import asked
@@ -18,6 +19,7 @@ from structopt.channels.sizes import guesses
 Numbers = Sequence[int] | Sequence[float] | Tensor | range
 
 
+@torch.inference_mode(False)  # else the copy could not be trained
 def take(
     model: nn.Module,
     groups: Mapping[ChannelGroup, Numbers],

@@ -120,7 +120,8 @@ def map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(tree, Mapping):
         return {key: map_tensors(value, change) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return type(tree)(map_tensors(value, change) for value in tree)
+        made = [map_tensors(value, change) for value in tree]
+        return type(tree)(*made) if hasattr(tree, "_fields") else type(tree)(made)
     return tree
 
 
