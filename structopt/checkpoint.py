@@ -138,13 +138,14 @@ class _Plan:
     def _module(self, name: str, record: dict[str, Any]) -> None:
         below = self._is_replaced(name)
         module = None if below else self.modules.get(name)
-        kind, key = str(record["class"]), name.rpartition(".")[2]
+        kind, (above, _, key) = str(record["class"]), name.rpartition(".")
+        taken = hasattr(self.replaced.get(above), key)  # by a method, say
         if module is None and not below:
             self.problems.append(f"this model has no {name} ({kind})")
         elif module is not None and type(module).__name__ == kind:
             self._attributes(name, module, record)
             self._tensors(name, module, record)
-        elif kind not in BUILDABLE or not name or not (key.isidentifier() or key.isdigit()):
+        elif kind not in BUILDABLE or taken or not (key.isidentifier() or key.isdigit()):
             here = type(module).__name__ if module else "nothing"
             self.problems.append(f"{name or 'the model'} is {kind} there, {here} here")
         else:
@@ -245,4 +246,7 @@ def _unpacked(packed: Any) -> Any:
     ((kind, items),) = packed.items()
     if kind == "dict":
         return {str(key): _unpacked(item) for key, item in items.items()}
-    return {"tuple": tuple, "list": list, "Size": torch.Size}[kind](map(_unpacked, items))
+    made = [_unpacked(item) for item in items]
+    if kind == "Size" and not all(type(n) is int and 0 <= n < 2**63 for n in made):
+        raise ValueError(f"{made} is no size of a tensor")
+    return {"tuple": tuple, "list": list, "Size": torch.Size}[kind](made)

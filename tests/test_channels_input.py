@@ -364,7 +364,7 @@ def test_a_use_that_a_rule_does_not_foresee_freezes_instead_of_failing():
     assert "as_strided in the model" in channels["a"].frozen
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated")
+@pytest.mark.filterwarnings("ignore:.torch.jit")
 def test_a_model_that_cannot_be_copied_or_edited_is_told_from_a_bad_example():
     import threading
 

@@ -351,7 +351,17 @@ EDITS = {
         lambda structure, tensors: structure.update({"9.forward": structure["1"]}),
         r"this model has no 9\.forward",
     ),
-    "a child named as a method": (
+    "a child of a layer that is built, named as a method": (
+        lambda structure, tensors: structure.update({"1.forward": structure["1"]}),
+        r"1\.forward is Identity there, nothing here",
+    ),
+    "a size that no tensor can have": (
+        lambda structure, tensors: structure["4"]["attributes"].update(
+            in_features={"Size": [2**70]}
+        ),
+        r"is no size of a tensor",
+    ),
+    "a child that is no name": (
         lambda structure, tensors: structure.update({"1.for ward": structure["1"]}),
         r"1\.for ward is Identity there, nothing here",
     ),
