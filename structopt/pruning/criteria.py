@@ -5,6 +5,7 @@ An argument without a default names a piece of evidence (`weight`, `gradient`, `
 ``functools.partial(magnitude, p=2)``. A criterion of your own is any such function.
 
 Scores add up: a channel's score is the sum of those of its weights, and its absolute value ranks.
+Powers of half-precision weights are taken in single precision, where they neither vanish nor tie.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def magnitude(weight: Tensor, p: int = 1) -> Tensor:
     """
     if not p > 0:
         raise ValueError(f"p is the exponent of |w|, above 0, not {p}")
-    return weight.abs() if p == 1 else weight.abs() ** p
+    return weight.abs() if p == 1 else _wide(weight).abs() ** p
 
 
 def saliency(weight: Tensor, gradient: Tensor) -> Tensor:
@@ -42,9 +43,10 @@ def saliency(weight: Tensor, gradient: Tensor) -> Tensor:
 def taylor(weight: Tensor, gradient: Tensor) -> Tensor:
     """w · ∂L/∂w with its sign, so that a channel's sum is the first-order change of the loss.
 
-    The score of a group, ``|Σ w·g|``, ranks like (Σ w·g)² of Molchanov et al., 2019. The filters
-    in front of a batch norm have a sum of zero (their scale is without effect), the readers of the
-    channel have not. For single weights it ranks like :func:`saliency`.
+    The score of a group, ``|Σ w·g|``, ranks like (Σ w·g)² of Molchanov et al., 2019. Where a batch
+    norm took its statistics from the batch, the filters in front of it would have a sum of zero,
+    since their scale is without effect; scores are taken in evaluation mode, where it is not. For
+    single weights it ranks like :func:`saliency`.
 
     >>> taylor(torch.tensor([2.0]), torch.tensor([-0.5]))
     tensor([-1.])
@@ -60,7 +62,7 @@ def fisher(weight: Tensor, squared_gradient: Tensor) -> Tensor:
     >>> fisher(torch.tensor([2.0]), torch.tensor([0.5]))
     tensor([1.])
     """
-    return 0.5 * weight**2 * squared_gradient
+    return 0.5 * _wide(weight) ** 2 * squared_gradient
 
 
 def hessian(weight: Tensor, curvature: Tensor) -> Tensor:
@@ -72,7 +74,7 @@ def hessian(weight: Tensor, curvature: Tensor) -> Tensor:
     >>> hessian(torch.tensor([2.0, 2.0]), torch.tensor([0.5, -0.5]))
     tensor([1., 0.])
     """
-    return 0.5 * weight**2 * curvature.clamp(min=0)
+    return 0.5 * _wide(weight) ** 2 * curvature.clamp(min=0)
 
 
 def batch_norm_scale(scale: Tensor) -> Tensor:
@@ -92,7 +94,7 @@ def lamp(weight: Tensor) -> Tensor:
     >>> lamp(torch.tensor([[3.0, 4.0]]))  # 9 / 25, 16 / 16
     tensor([[0.3600, 1.0000]])
     """
-    squared = weight.flatten().square()
+    squared = _wide(weight).flatten().square()
     ordered, order = squared.sort(stable=True)
     above = ordered.flip(0).cumsum(0).flip(0)  # of this weight and all larger ones
     scores = torch.empty_like(squared)
@@ -103,12 +105,13 @@ def lamp(weight: Tensor) -> Tensor:
 def geometric_median(weight: Tensor) -> Tensor:
     """Σⱼ ‖wᵢ - wⱼ‖₂ for each filter i: one near the middle of the others is replaceable.
 
-    FPGM, He et al., 2019. Of shape (out, 1, …): a score of filters, not of weights.
+    FPGM, He et al., 2019. Of shape (out, 1, …): a score of filters, not of weights. Filters are the
+    rows of the weight: of a transposed convolution these are its inputs.
 
     >>> geometric_median(torch.tensor([[0.0], [1.0], [4.0]])).flatten()
     tensor([5., 4., 7.])
     """
-    flat = weight.flatten(1)
+    flat = _wide(weight).flatten(1)
     exact = "donot_use_mm_for_euclid_dist"  # products of matrices would lose small distances
     total = torch.cdist(flat, flat, compute_mode=exact).sum(1)
     return total.view(-1, *[1] * (weight.ndim - 1))
@@ -150,3 +153,7 @@ def random(weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
     torch.Size([2, 3])
     """
     return torch.rand(weight.shape, generator=generator, device=weight.device)
+
+
+def _wide(weight: Tensor) -> Tensor:
+    return weight.float() if weight.dtype.itemsize < 4 else weight

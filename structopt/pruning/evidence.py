@@ -19,6 +19,7 @@ Named = dict[str, Tensor]
 Fetch = Callable[[nn.Module, Named, Iterable[Any], Objective], Named]
 
 READERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def rows_of(batch: Any) -> int:
@@ -63,12 +64,19 @@ def _derivatives(
 ) -> Named:
     """The mean over examples of `of(loss, parameters)`, each piece counted by its examples."""
     wanted = list(parameters.values())
-    total, count = [torch.zeros_like(p) for p in wanted], 0
+    wide = [torch.promote_types(p.dtype, torch.float32) for p in wanted]  # bfloat16: 256 + 1 = 256
+    total = [torch.zeros_like(p, dtype=dtype) for p, dtype in zip(wanted, wide, strict=True)]
+    count = 0
     with evaluating(model), _differentiable(parameters):
         for piece in pieces:
             batch = placed(piece, model)
-            size = rows_of(batch)
-            found = of(objective(model, batch), wanted)
+            size, loss = rows_of(batch), objective(model, batch)
+            if loss.ndim or not loss.requires_grad:
+                raise ValueError(
+                    "an objective gives a loss of shape () with a gradient, not "
+                    f"{tuple(loss.shape)}{'' if loss.requires_grad else ' without one'}"
+                )
+            found = [one.to(t.dtype) for one, t in zip(of(loss, wanted), total, strict=True)]
             torch._foreach_add_(total, found, alpha=size)
             count += size
     if not count:
@@ -92,7 +100,8 @@ def _squared(model: nn.Module, parameters: Named, batches: Any, objective: Objec
     singles = (one for batch in batches for one in _singles(batch))
 
     def squares(loss: Tensor, wanted: list[Tensor]) -> list[Tensor]:
-        return [g.square() for g in _slopes(loss, wanted)]
+        slopes = _slopes(loss, wanted)
+        return [(g.float() if g.dtype.itemsize < 4 else g).square() for g in slopes]
 
     return _derivatives(model, parameters, singles, objective, squares)
 
@@ -112,29 +121,35 @@ def _inputs(reduce: Callable[[Tensor], Tensor], finish: Callable[[Tensor, int], 
     """A statistic of each feature that a layer reads, over examples and positions."""
 
     def fetch(model: nn.Module, parameters: Named, batches: Any, objective: Objective) -> Named:
-        sums: dict[nn.Module, Tensor] = {}
-        counts: dict[nn.Module, int] = {}
+        sums: Named = {}
+        counts: dict[str, int] = {}
 
-        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0].detach()
+        def note(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+            x = (args[0] if args else named["input"]).detach()
+            name = names[module.weight]  # type: ignore[index]
             if not isinstance(module, nn.Linear):
-                x = x.movedim(-module.weight.ndim + 1, -1)  # type: ignore[operator]
+                x = x.movedim(-parameters[name].ndim + 1, -1)
             x = x.reshape(-1, x.shape[-1])  # (tokens, features)
             x = x.float() if x.dtype.itemsize < 4 else x
-            sums[module] = sums.get(module, 0) + reduce(x)
-            counts[module] = counts.get(module, 0) + len(x)
+            sums[name] = sums.get(name, 0) + reduce(x)
+            counts[name] = counts.get(name, 0) + len(x)
 
-        layers = {f"{n}.weight".lstrip("."): m for n, m in model.named_modules()}
-        layers = {n: m for n, m in layers.items() if n in parameters and isinstance(m, READERS)}
-        handles = [m.register_forward_pre_hook(note) for m in layers.values()]
+        names = {parameter: name for name, parameter in parameters.items()}
+        readers = [m for m in model.modules() if isinstance(m, READERS + _TRANSPOSED)]
+        layers = {names[m.weight]: m for m in readers if m.weight in names}  # tied ones share
+        handles = [
+            m.register_forward_pre_hook(note, with_kwargs=True)
+            for m in readers
+            if m.weight in names
+        ]
         with observed(model, handles):
             calls = [objective(model, placed(batch, model)) for batch in batches]
         if not calls:
             raise ValueError("the batches are empty: there is nothing to score with")
         return {
-            name: _beside(finish(sums[module], counts[module]), module, parameters[name])
+            name: _beside(finish(sums[name], counts[name]), module, parameters[name])
             for name, module in layers.items()
-            if module in sums
+            if name in sums
         }
 
     return fetch
@@ -144,6 +159,8 @@ def _beside(features: Tensor, layer: nn.Module, weight: Tensor) -> Tensor:
     """A number for each input feature, in a shape that broadcasts against the weight."""
     groups = int(getattr(layer, "groups", 1))
     ones = [1] * (weight.ndim - 2)
+    if isinstance(layer, _TRANSPOSED):
+        return features.view(-1, 1, *ones)
     if groups == 1:
         return features.view(1, -1, *ones)
     rows = features.view(groups, -1).repeat_interleave(len(weight) // groups, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 
@@ -57,9 +58,13 @@ def find_masks(
     ranks, shapes = {}, {}
     for name, one in scores.items():
         need_numbers(name, one)
+    common = functools.reduce(torch.promote_types, (one.dtype for one in scores.values()))
+    for name, one in scores.items():
         units = pattern.pool(name, one.detach())
-        if isinstance(scope, Global) and scope.normalise:
-            units = units / units.abs().mean().clamp(min=torch.finfo(units.dtype).tiny)
+        if isinstance(scope, Global):
+            units = units.to(common)  # bits of one type compare with no others
+            if scope.normalise:
+                units = units / units.abs().mean().clamp(min=torch.finfo(units.dtype).tiny)
         ranks[name] = keys(units, _alive(name, one, pattern, within))
         shapes[name] = one.shape
     gone = _gone(ranks, sparsity, scope)
@@ -101,8 +106,6 @@ def _gone(ranks: dict[str, Tensor], sparsity: float, scope: Scope) -> dict[str, 
     if scope.floor:
         ranks = {n: _guarded(k, math.ceil(scope.floor * k.numel())) for n, k in ranks.items()}
     every = list(ranks.values())
-    if len({k.dtype for k in every}) > 1:
-        raise ValueError("weights of several types are not compared: rank them PerLayer()")
     removed = number(sparsity, sum(k.numel() for k in every))
     free = sum(int((k < torch.iinfo(k.dtype).max).sum()) for k in every) if scope.floor else removed
     if removed > free:

@@ -3,7 +3,8 @@
 A pattern pools the scores of a weight into those of its units, (rows, units a row), and spreads
 what is kept of the units over the weight. Blocks and N:M read a weight as the matrix that a
 channels-last product multiplies: a row for each output, and in it, for each place of the kernel,
-all input channels in their order.
+all input channels in their order. The weight of a transposed convolution lies the other way round,
+(in, out, ...): there rows are inputs.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -53,6 +53,8 @@ def score(
     if not found:
         what = "scale of a norm" if "scale" in needs else "weight"
         raise ValueError(f"{type(model).__name__} has no {what} to score besides those left alone")
+    if isinstance(batches, Iterator):
+        batches = list(batches)  # each kind of evidence reads them anew
     evidence: dict[str, Scores] = {}
     for kind in needs:
         if kind not in KINDS:
@@ -69,8 +71,8 @@ def score(
         unseen = [kind for kind in needs if name not in evidence[kind]]
         if unseen:
             raise ValueError(
-                f"no {unseen[0]} of {name} was seen: it is not called as a layer, or not at all. "
-                f"Leave it alone, leave=[{name!r}]"
+                f"no {unseen[0]} of {name} was seen: inputs are seen of linear layers and "
+                f"convolutions that are called as layers. Leave it alone, leave=[{name!r}]"
             )
         with torch.no_grad():
             one = criterion(**{kind: evidence[kind][name] for kind in needs})

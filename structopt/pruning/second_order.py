@@ -186,7 +186,12 @@ def _in_order(model: nn.Module, batches: list[Any], leave: Sequence[str]) -> dic
 def _run(model: nn.Module, batches: list[Any], see: dict[nn.Module, Any]) -> None:
     if not batches:
         raise ValueError("the batches are empty: there are no inputs to prune on")
-    handles = [layer.register_forward_pre_hook(hook) for layer, hook in see.items()]
+    handles = [
+        layer.register_forward_pre_hook(
+            lambda m, args, named, hook=hook: hook(m, args or (named["input"],)), with_kwargs=True
+        )
+        for layer, hook in see.items()
+    ]
     with observed(model, handles):
         for batch in batches:
             call(model, placed(inputs_of(batch), model))
@@ -200,7 +205,8 @@ def _hessian(model: nn.Module, layer: nn.Module, batches: list[Any]) -> Tensor:
         x = _columns(layer, args[0])
         found[:] = [found[0] + x @ x.mT if found else x @ x.mT]
 
-    _run(model, batches, {layer: see})
+    alike = [m for m in model.modules() if isinstance(m, READERS) and m.weight is layer.weight]
+    _run(model, batches, dict.fromkeys(alike, see))  # tied ones share the weight
     return found[0]
 
 
