@@ -45,6 +45,15 @@ def test_a_rewound_ticket_trains_as_the_masked_start_would_have(device):
         torch.testing.assert_close(tensor, twin.state_dict()[name], rtol=1e-4, atol=1e-5)
 
 
+def test_rewinding_takes_buffers_without_a_number(device):
+    model = network(device)
+    model.register_buffer("nothing", torch.zeros(0, device=device))
+    start = copy.deepcopy(model.state_dict())
+    fit(model, batches(device, 1))
+    pruning.rewind_(model, start, {})
+    assert all(torch.equal(t, start[n]) for n, t in model.state_dict().items())
+
+
 def test_rewinding_refuses_what_is_no_earlier_state(device):
     model = network(device)
     masks, start = random_masks(model, 0.5), copy.deepcopy(model.state_dict())
@@ -136,10 +145,26 @@ def test_regrowing_goes_on_after_a_break(device, tmp_path):
     assert (twin.end, twin.every, twin.fraction) == (20, 2, 0.5)
 
 
+def test_loaded_masks_say_how_many_weights_move(device):
+    model = network(device)
+    before = copy.deepcopy(model.state_dict())
+    few, many = random_masks(model, 0.9), random_masks(model, 0.5)
+    loaded, fresh = (RegrowWhileTraining(m, end=100, every=10) for m in (few, many))
+    loaded.load_state_dict(fresh.state_dict())
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    for after in (fresh, loaded):
+        model.load_state_dict(before)
+        after(model, 10)
+    assert all(torch.equal(m, loaded.masks[n]) for n, m in fresh.masks.items())
+    assert any((m & ~many[n]).any() for n, m in fresh.masks.items())
+
+
 def test_regrowing_refuses_what_it_cannot_do(device):
     model = network(device)
     masks = random_masks(model, 0.8)
-    for bad in ({"end": 0}, {"end": 9, "every": 0}, {"end": 9, "fraction": 0.0}):
+    bad_ones = {"end": 0}, {"end": 9, "every": 0}, {"end": 9, "fraction": 0.0}
+    for bad in (*bad_ones, {"end": 9, "fraction": 1.5}):
         with pytest.raises(ValueError, match="count steps from 1"):
             RegrowWhileTraining(masks, **bad)
     after = RegrowWhileTraining(masks, end=10, every=1)

@@ -122,8 +122,12 @@ def test_diagnosis_names_what_went_wrong(device):
 
     masks = pruning.find_masks(pruning.score(dense), 0.6)
     masked = pruning.apply_masks_(copy.deepcopy(dense), masks)
-    assert any("no speed-up expected" in line for line in words(masked, masks=masks))
-    assert any("conv2.0.weight are no longer zero" in line for line in words(dense, masks=masks))
+    (line,) = words(masked, masks=masks)
+    assert "60 % of the weights are zero" in line
+    assert "no speed-up expected" in line
+    gone = int((~masks["conv2.0.weight"]).sum())
+    back = f"{gone} removed weights of conv2.0.weight are no longer zero"
+    assert any(back in line for line in words(dense, masks=masks))
 
     emptied = copy.deepcopy(dense)
     nn.init.zeros_(emptied.conv2[0].weight)
@@ -131,13 +135,25 @@ def test_diagnosis_names_what_went_wrong(device):
 
     limits = Limits(ratios={"conv1.0": 0.9})
     narrow = pruning.prune_channels(dense, example, 0.1, limits=limits)
-    assert any("conv1.0 keeps 1 of 8" in line for line in words(narrow))
+    (line,) = (line for line in words(narrow, masks=masks) if "conv1.0" in line)
+    assert "conv1.0 keeps 1 of 8" in line  # and masks of other widths say nothing
+    assert "Limits(ratios={'conv1.0': 0." in line
+    for ratio, sparsity in ((0.7, 0.0), (0.9, 0.8)):  # a quarter is no seventh; others go with it
+        limits = Limits(ratios={"conv1.0": ratio})
+        less = pruning.prune_channels(dense, example, sparsity, limits=limits)
+        assert not any("far fewer" in line for line in words(less))
     odd = pruning.prune_channels(dense, example, 0.3)
     assert any("multiple of 8" in line for line in words(odd))
 
     resnet = networks.ResNet20(width=4).to(device).eval()
     shallow = pruning.remove_blocks(resnet, example, ["stage1.1"])
-    assert "stage1.1 became an identity." in pruning.diagnose(resnet, shallow, example)
+    masks = pruning.find_masks(pruning.score(resnet), 0.5)
+    found = pruning.diagnose(resnet, shallow, example, masks=masks)
+    assert "stage1.1 became an identity." in found
+    assert not any("stage1.1.conv1.weight" in line for line in found)
+    assert "identity" not in str(pruning.diagnose(shallow, copy.deepcopy(shallow), example))
+    longer = nn.Sequential(copy.deepcopy(dense), nn.Identity())
+    assert "identity" not in str(words(longer))
 
 
 def test_diagnosis_finds_statistics_that_no_longer_fit(device):
@@ -150,6 +166,39 @@ def test_diagnosis_finds_statistics_that_no_longer_fit(device):
     found = pruning.diagnose(model, stale, inputs[:1], Examples(inputs, targets), batches=data)
     assert any("Accuracy was" in line for line in found)
     assert any("recalibrate_(model, batches)" in line for line in found)
+    dense = training.evaluate(model, Examples(inputs, targets))
+    same = pruning.diagnose(model, model, inputs[:1], Examples(inputs, targets), batches=data)
+    assert same == [f"Accuracy was {100 * dense:.1f} %, and is {100 * dense:.1f} %."]
     assert all(torch.equal(t, before[n]) for n, t in stale.state_dict().items())
     without = pruning.diagnose(model, stale, inputs[:1], Examples(inputs, targets))
     assert any("Give batches" in line for line in without)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "advice"), [(1, "Train on, recover"), (2, "remove less at once")]
+)
+def test_the_advice_depends_on_how_much_was_lost(device, wrong, advice):
+    """One or two classes of four are taken for the next."""
+    data = Examples(torch.eye(4, device=device).repeat(8, 1), torch.arange(4).repeat(8).to(device))
+    before = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4, bias=False)).to(device)
+    steps = [(data.inputs, data.targets)]
+    nn.init.constant_(before[0].bias, 0.1)
+    pruning.recalibrate_(before, steps)
+    before[1].weight.data = torch.eye(4, device=device) + 0.01  # none is zero
+    after = copy.deepcopy(before)
+    after[1].weight.data[:, :wrong] = before[1].weight.data[:, 1 : wrong + 1]
+    found = pruning.diagnose(before, after, data.inputs, data, batches=steps)
+    assert found[0] == f"Accuracy was 100.0 %, and is {100 - 25 * wrong:.1f} %."
+    assert [advice in line for line in found[1:]] == [True]  # no norm is to blame
+    without = pruning.diagnose(before[1:], after[1:], data.inputs, data)
+    assert "Give batches" not in str(without)  # there is none
+
+
+def test_sizes_that_are_fine_are_not_spoken_of(device):
+    example, dense = torch.randn(1, 1, 28, 28, device=device), networks.LeNet300().to(device)
+    round_or_small = networks.LeNet300(widths=(24, 5)).to(device)
+    assert "multiple of 8" not in str(pruning.diagnose(dense, round_or_small, example))
+    small = pruning.prune_channels(dense, example, 0.5)
+    pruning.apply_masks_(small, pruning.find_masks(pruning.score(small), 0.6))
+    assert "no speed-up" not in str(pruning.diagnose(dense, small, example))  # there is one
+    assert pruning.diagnose(nn.Linear(2, 3), nn.Sequential(nn.Linear(2, 3)), torch.ones(1, 2)) == []

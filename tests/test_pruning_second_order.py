@@ -262,6 +262,53 @@ def test_no_exchange_of_two_channels_keeps_more(device):
         assert float((size * other).sum()) <= found * (1 + 1e-5)
 
 
+class Twice(nn.Module):
+    """Eight channels, read by two convolutions of different kernels and by a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.a = nn.Conv2d(1, 8, 1), nn.Conv2d(8, 5, (3, 2))
+        self.b, self.head = nn.Conv2d(8, 4, 1), nn.Linear(8 * 16, 3)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        return self.a(x).sum((2, 3)).sum() + self.b(x).sum() + self.head(x.flatten(1))
+
+
+@pytest.mark.parametrize("pattern", [NOfM(2, 4), NOfM(1, 4), NOfM(3, 4)])
+def test_the_order_is_that_of_the_scores_sizes_over_all_that_read_it(device, pattern):
+    """No exchange keeps more, with scores of any sign that are not the magnitudes."""
+    model, x = Twice().to(device).eval(), torch.randn(2, 1, 4, 4, device=device)
+    scores = {n: torch.randn_like(s).pow(3) for n, s in pruning.score(model).items()}
+    del scores["stem.weight"]
+    for name in ("a.weight", "b.weight"):  # halves of two kinds, so that the order matters
+        scores[name][:, :4] *= 5 if name == "a.weight" else 1
+    names = {n: s.detach().clone() for n, s in scores.items()}
+    model.stem.weight.data = torch.arange(8.0, device=device).view(8, 1, 1, 1)  # says who is where
+    moved = pruning.permute_channels(model, x[:1], pattern, scores=scores)
+    torch.testing.assert_close(moved(x), model(x), rtol=1e-4, atol=1e-4)
+    order = moved.stem.weight.detach().flatten().long()
+
+    def keeps(order):
+        sizes = {n: names[n].abs()[:, order] for n in ("a.weight", "b.weight")}
+        masks = pruning.find_masks(sizes, pattern=pattern)
+        return sum(float((s * masks[n]).sum()) for n, s in sizes.items())
+
+    found = keeps(order)
+    assert found > keeps(torch.arange(8))
+    for i, j in combinations(range(8), 2):
+        other = order.clone()
+        other[[i, j]] = order[[j, i]]
+        assert keeps(other) <= found * (1 + 1e-5)
+
+
+def test_channels_whose_order_matters_to_nobody_stay_in_a_copy(device):
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 16, 2)).to(device)
+    same = pruning.permute_channels(model, torch.randn(1, 1, 6, 6, device=device))
+    assert same is not model
+    assert torch.equal(same[2].weight, model[2].weight)
+
+
 def test_reordering_refuses_what_it_cannot_do(device):
     model = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 2)).to(device)
     x = torch.randn(1, 5, device=device)
@@ -288,6 +335,13 @@ def test_without_the_kernels_the_error_names_the_device():
     dense = {"0.weight": torch.ones(64, 128, dtype=torch.bool)}
     with pytest.raises(ValueError, match=r"the mask of 0.weight is not 2:4"):
         pruning.to_semi_structured(model, dense)
+    three = torch.tensor([True, True, True, False]).repeat(64, 32)
+    with pytest.raises(ValueError, match=r"the mask of 0.weight is not 2:4"):
+        pruning.to_semi_structured(model, {"0.weight": three})
+    with pytest.raises(ValueError, match=r"the mask of weight is not 2:4"):
+        pruning.to_semi_structured(nn.Linear(6, 4), {"weight": torch.zeros(4, 6).bool()})
+    with pytest.raises(ValueError, match=r"0.bias is of Linear"):
+        pruning.to_semi_structured(model, {"0.bias": torch.zeros(64).bool()})
     conv = nn.Sequential(nn.Conv2d(4, 4, 1))
     with pytest.raises(ValueError, match=r"0.weight is of Conv2d: torch has 2:4 for nn.Linear"):
         pruning.to_semi_structured(conv, pruning.find_masks(pruning.score(conv), 0.5))
