@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel as Parallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from structopt import data, descent, distributed, files
+from structopt import data, descent, distributed, files, pruning
 from structopt.training import evaluate, supervised, train
 
 
@@ -100,7 +100,33 @@ def own_layers(device):
     return {**model.state_dict(), **objective.state_dict()}, history
 
 
-SCENARIOS = [plain, float32, everything, a_batch_of_one, loader, own_layers]
+def pruned(device):
+    """Masks that grow while gradients are accumulated and momentum pulls: equal everywhere."""
+    model = network().double()
+    after = pruning.PruneWhileTraining(pruning.Gradual(0.6, 1, 5, every=2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+    history = fit(
+        model, data.batches(examples(55), 8), None, optimizer, device=device, accumulate=2,
+        after_step=after,
+    )  # fmt: skip
+    assert all(not model.get_parameter(n)[~m].any() for n, m in after.masks.items())
+    assert [int(m.sum()) for m in after.masks.values()] == [14, 51]
+    return model.state_dict(), history
+
+
+def regrown(device):
+    """Where connections move to is what the averaged gradients say."""
+    model = network().double()
+    chance = torch.Generator().manual_seed(4)  # the same masks in each process
+    scores = {n: torch.rand(p.shape, generator=chance) for n, p in model.named_parameters()}
+    masks = pruning.find_masks({n: s for n, s in scores.items() if s.ndim > 1}, 0.7)
+    after = pruning.RegrowWhileTraining(masks, end=9, every=2, fraction=0.5)
+    history = fit(model, data.batches(examples(55), 16), device=device, after_step=after)
+    assert any(not torch.equal(m, masks[n]) for n, m in after.masks.items())
+    return model.state_dict(), history
+
+
+SCENARIOS = [plain, float32, everything, a_batch_of_one, loader, own_layers, pruned, regrown]
 
 
 def check_resumption(device, folder):
