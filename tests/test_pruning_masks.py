@@ -189,6 +189,11 @@ def test_masks_are_the_same_on_every_device(device, scope, pattern):
         (lambda s: NOfM(4, 4), "1 <= n < m"),
         (lambda s: Block(0, 2), "at least one row"),
         (lambda s: NOfM(2.5, 4), "whole numbers"),
+        (lambda s: OneShot(0.5, at=2.5), "whole numbers"),
+        (lambda s: Gradual(0.5, 0.5, 9), "whole numbers"),
+        (lambda s: Iterative(0.5, rounds=2, every=2.5), "whole numbers"),
+        (lambda s: pruning.find_masks(s["0.weight"], 0.5), "scores are a dict of a tensor"),
+        (lambda s: pruning.find_masks({"b": torch.rand(8)}, 0.5, pattern=Block(2, 2)), "matrices"),
         (lambda s: Block(2.0, 4), "whole numbers"),
     ],
 )  # fmt: skip
@@ -470,3 +475,21 @@ def test_what_is_no_dict_of_masks_or_no_choice_of_groups_is_named():
                 call(odd)
     with pytest.raises(ValueError, match=r"a choice holds groups, not 'fc1'.*channel_groups"):
         pruning.mask_channels(model, {"fc1": torch.tensor([0])})
+
+
+@pytest.mark.parametrize(
+    "make", [pruning.hold, partial(pruning.RegrowWhileTraining, end=9, every=2)]
+)
+def test_masks_of_a_model_hold_where_it_is_compiled(device, make):
+    model = network(device)
+    masks = pruning.find_masks(pruning.score(model), 0.7)
+    after, compiled = make(masks), torch.compile(model, backend="eager")
+    optimizer = OPTIMIZERS["momentum"](model.parameters())
+    training.train(
+        compiled, batches(device), training.supervised(), optimizer, epochs=1, device=device,
+        after_step=after,
+    )  # fmt: skip
+    assert all(not model.get_parameter(n)[~m].any() for n, m in after.masks.items())
+    assert all(model.get_parameter(n).any() for n in masks)
+    with pytest.raises(ValueError, match=r"the masks name '9.weight'"):
+        pruning.hold({"9.weight": masks["4.weight"]})(compiled)

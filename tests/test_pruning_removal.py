@@ -213,6 +213,14 @@ def test_a_budget_out_of_reach_names_the_nearest():
         (lambda m, x: pruning.remove_blocks(m, x, "conv1"), r"list of blocks: \['conv1'\]"),
         (lambda m, x: pruning.block_influence(m, [x], ["conv9"]), "'conv9' is no module"),
         (lambda m, x: Limits(floor=0), "floor"),
+        (lambda m, x: Limits(floor="a"), "floor above 0"),
+        (lambda m, x: Limits(floor=float("inf")), "floor above 0"),
+        (lambda m, x: Limits(ratios=[("conv1", 0.5)]), "ratios is a dict"),
+        (lambda m, x: pruning.prune_channels(m, x, 0.5, limits={"floor": 2}), "limits is a value"),
+        (
+            lambda m, x: pruning.prune_channels(m, x, 0.5, scores=pruning.taylor),
+            "scores are a dict",
+        ),
     ],
 )
 def test_bad_input_is_a_clear_error(call, words):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -45,8 +46,11 @@ class Limits:
         if isinstance(given, str):  # would be taken for one pattern a letter
             raise ValueError(f"leave is a tuple of names: leave=({given!r},)")
         whole = isinstance(self.multiple_of, int) and self.multiple_of >= 1
-        if not whole or not self.floor > 0:
+        real = isinstance(self.floor, Real) and 0 < float(self.floor) < math.inf
+        if not whole or not real:
             raise ValueError(f"{self}: multiple_of is a whole number from 1 on, floor above 0")
+        if not isinstance(self.ratios, Mapping):
+            raise ValueError(f"ratios is a dict of sparsities by group, not {self.ratios!r}")
         for name, ratio in self.ratios.items():
             need_sparsity(ratio, f"the ratio of {name!r}")
 
@@ -91,6 +95,7 @@ def choose_channels(
     """
     need_sparsity(sparsity)
     need_scope(scope)
+    need_limits(limits)
     _need_names(scores, limits)
     for group, one in scores.items():
         need_numbers(f"group {group.name!r}", one)
@@ -131,6 +136,11 @@ def _widths(
     goes = order[:count][values[:count] < torch.inf]
     lost = torch.bincount(owner[goes], minlength=len(ranked)).tolist()
     return {group: group.size - n for group, n in zip(scores, lost, strict=True)}
+
+
+def need_limits(limits: object) -> None:
+    if not isinstance(limits, Limits):
+        raise ValueError(f"limits is a value such as Limits(multiple_of=8), not {limits!r}")
 
 
 def _need_names(scores: Mapping[ChannelGroup, Tensor], limits: Limits) -> None:

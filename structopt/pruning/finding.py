@@ -22,7 +22,7 @@ from structopt.pruning.ranking import (
     need_sparsity,
     number,
 )
-from structopt.pruning.scoring import need_numbers
+from structopt.pruning.scoring import need_numbers, need_scores
 
 Masks = dict[str, Tensor]
 """A bool tensor for each weight, by its name: true where the weight stays."""
@@ -53,6 +53,7 @@ def find_masks(
     need_pattern(pattern)
     need_scope(scope)
     sparsity, scope = settled(sparsity, pattern, scope)
+    need_scores(scores)
     if not scores:
         raise ValueError("there are no scores: score(model) gives some")
     ranks, shapes = {}, {}

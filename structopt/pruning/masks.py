@@ -43,6 +43,18 @@ def need_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> list[tuple[Tens
     return pairs
 
 
+def inner(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
+    """The model that the masks name, where it is wrapped by torch.compile or for DDP."""
+    while next(iter(masks), "") not in dict(model.named_parameters()):
+        wrapped = getattr(model, "_orig_mod", None)
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            wrapped = model.module
+        if not isinstance(wrapped, nn.Module):
+            break
+        model = wrapped
+    return model
+
+
 @torch.no_grad()
 def apply_masks_(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     """Set what the masks remove to zero, in place, and return the model.
@@ -85,9 +97,9 @@ class Hold:
 
     def _look_at(self, model: nn.Module) -> None:
         """Find the weights once: looking up their names costs more than the product."""
+        self._seen, model = weakref.ref(model), inner(model, self.masks)
         apply_masks_(model, self.masks)
         split = [name.rpartition(".") for name in self.masks]
-        self._seen = weakref.ref(model)
         self._places = [(model.get_submodule(path)._parameters, key) for path, _, key in split]
         # Of the weight's type and strides, so that one fused kernel can walk all of them.
         self._factors = [
@@ -114,7 +126,8 @@ def hold(masks: Mapping[str, Tensor]) -> Hold:
     The model stays an ordinary one, which copies, saves, traces and runs under
     DistributedDataParallel. Whatever momentum or weight decay did to a removed weight is undone
     after each step, so that every forward pass sees exact zeros. Call it once yourself,
-    ``hold(masks)(model)``, to apply the masks before the first step.
+    ``hold(masks)(model)``, to apply the masks before the first step. A running mean of weights
+    remembers what they were before they were masked: apply the masks to it in the end.
 
     >>> model, masks = nn.Linear(2, 1), {"weight": torch.tensor([[True, False]])}
     >>> after_step = hold(masks)

@@ -72,6 +72,8 @@ class Block:
             raise ValueError(f"{self}: a block has at least one row and one column, whole numbers")
 
     def pool(self, name: str, scores: Tensor) -> Tensor:
+        if scores.ndim < 2:
+            raise ValueError(f"{self} takes matrices, {name} has shape {tuple(scores.shape)}")
         matrix, (r, c) = _matrix(scores), (self.r, self.c)
         if len(matrix) % r or scores.shape[1] % c:
             raise ValueError(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structopt.pruning.masks import Hold, need_masks
+from structopt.pruning.masks import Hold, inner, need_masks
 from structopt.pruning.ranking import keys, lowest
 
 
@@ -57,6 +57,7 @@ class RegrowWhileTraining(Hold):
 
     def __call__(self, model: nn.Module, step: int = 0) -> None:
         if self.moves(step):
+            model = inner(model, self.masks)
             need_masks(model, self.masks)
             self.masks = {name: self._moved(model, name, step) for name in self.masks}
             self._seen = lambda: None

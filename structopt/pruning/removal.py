@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from structopt.channels import ChannelGroup, Channels, channel_groups, take
 from structopt.pruning.budgets import Budget
-from structopt.pruning.choosing import Choice, Limits, choose_channels
+from structopt.pruning.choosing import Choice, Limits, choose_channels, need_limits
 from structopt.pruning.ranking import PerLayer, Scope
 from structopt.pruning.scoring import Scores, channel_scores, score
 
@@ -47,6 +47,7 @@ def prune_channels(
     >>> small.conv2
     Conv2d(10, 25, kernel_size=(5, 5), stride=(1, 1))
     """
+    need_limits(limits)
     channels = channel_groups(model, example)
     ranked = channel_scores(channels, score(model) if scores is None else scores)
     _need_scores(channels, ranked, limits)

@@ -86,8 +86,9 @@ class Gradual:
         need_sparsity(self.final, f"{self}: final")
         need_sparsity(self.initial, f"{self}: initial")
         _need_steps(self, self.every)
-        if not 0 <= self.begin < self.end or self.initial > self.final:
-            raise ValueError(f"{self}: takes 0 <= begin < end and initial <= final")
+        whole = isinstance(self.begin, int) and isinstance(self.end, int)
+        if not (whole and 0 <= self.begin < self.end) or self.initial > self.final:
+            raise ValueError(f"{self}: takes 0 <= begin < end, whole numbers, and initial <= final")
 
     def sparsity(self, step: int) -> float:
         if step < self.begin:
@@ -132,5 +133,5 @@ class Iterative:
 
 
 def _need_steps(schedule: object, *counts: int) -> None:
-    if min(counts) < 1:
-        raise ValueError(f"{schedule}: steps and rounds count from 1")
+    if not all(isinstance(count, int) and count >= 1 for count in counts):
+        raise ValueError(f"{schedule}: steps and rounds are whole numbers, counted from 1")

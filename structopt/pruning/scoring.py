@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -102,6 +102,13 @@ def _broadcast(name: str, one: Tensor, parameter: Tensor) -> Tensor:
     return whole
 
 
+def need_scores(scores: object) -> None:
+    if not isinstance(scores, Mapping):
+        raise ValueError(
+            f"scores are a dict of a tensor for each weight, as score(model) gives: not {scores!r}"
+        )
+
+
 def need_numbers(name: str, scores: Tensor) -> None:
     """Raise ValueError for scores that cannot be ranked."""
     if not scores.is_floating_point():
@@ -182,6 +189,7 @@ def channel_scores(
     >>> channel_scores(channels, score(model))[channels["0"]]  # 1 + 2 + 4, 0 + 5 + 0
     tensor([7., 5.])
     """
+    need_scores(scores)
     found = {}
     for group in channels:
         parts = []
