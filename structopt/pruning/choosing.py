@@ -46,7 +46,8 @@ class Limits:
         if isinstance(given, str):  # would be taken for one pattern a letter
             raise ValueError(f"leave is a tuple of names: leave=({given!r},)")
         whole = isinstance(self.multiple_of, int) and self.multiple_of >= 1
-        real = isinstance(self.floor, Real) and 0 < float(self.floor) < math.inf
+        floor: object = self.floor
+        real = isinstance(floor, Real) and 0 < float(floor) < math.inf
         if not whole or not real:
             raise ValueError(f"{self}: multiple_of is a whole number from 1 on, floor above 0")
         if not isinstance(self.ratios, Mapping):
