@@ -190,6 +190,54 @@ def test_equal_examples_have_a_finite_gradient(device: torch.device) -> None:
         assert gradient.isfinite().all(), loss.__name__
 
 
+LOGITS = ["soft targets", "standardised logits", "MSE of logits", "correlations", "mutual"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", [*LOGITS, "decoupled"])
+def test_huge_constant_and_single_logits_have_a_sound_gradient(
+    name: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    """The gradient is that in double precision, and no NaN hides in what is multiplied by 0."""
+    ours = CASES[name][0]
+    sure = 1e4 * (2 * torch.nn.functional.one_hot(torch.tensor([0, 4, 2, 2]), C) - 1.0)
+    wrong, same = sure.roll(1, 1), torch.full((B, C), 1e4)
+    one = slice(0, 1 if name in LOGITS else B)
+    for s, t in ((S, sure), (sure, T), (sure, wrong), (sure, sure), (same, sure), (S, same),
+                 (S[one], T[one]), (S[one], sure[one])):  # fmt: skip
+        found = []
+        for kind in (dtype, torch.double):
+            if kind == torch.double and device.type == "mps":
+                continue
+            x = s.to(dtype).to(device, kind, copy=True).requires_grad_()
+            loss = ours(x, t.to(dtype).to(device, kind))
+            (gradient,) = torch.autograd.grad(loss, x)
+            assert loss.isfinite()
+            assert gradient.isfinite().all()
+            found.append(gradient.double())
+        torch.testing.assert_close(found[0], found[-1], rtol=2e-2, atol=1e-2)
+
+
+def test_constant_and_equal_vectors_get_no_gradient(device: torch.device) -> None:
+    """Where a vector has no direction; one over a small number would be a step to nowhere."""
+    other = T.float().to(device)
+    for value in (0.0, 0.1, -1e4):
+        flat = torch.full((B, C), value, device=device).requires_grad_()
+        for loss in (d.standardised_logits, d.correlations):
+            (gradient,) = torch.autograd.grad(loss(flat, other), flat)
+            assert not gradient.any(), loss.__name__
+    twice = EMBEDDINGS[0].float().to(device)[[0, 0, 1, 2]].requires_grad_()
+    apart = EMBEDDINGS[1].float().to(device)
+    for loss in (d.relational_angle, d.relational_distance):
+        (gradient,) = torch.autograd.grad(loss(twice, apart), twice)
+        assert 0 < gradient.abs().max() < 10, loss.__name__
+    dead = torch.zeros(B, 6, device=device).requires_grad_()
+    labels = torch.arange(B, device=device)
+    found = torch.autograd.grad(d.contrastive(dead, T.float().to(device).repeat(1, 2)[:, :6],
+                                              labels), dead)[0]  # fmt: skip
+    assert not found.any()
+
+
 # Bad input
 
 

@@ -15,6 +15,7 @@ from structopt.distillation.adapters import Embeddings, pooled
 from structopt.distillation.builders import AnyTeacher, shapes
 from structopt.distillation.objective import Distillation, Term
 from structopt.distillation.teachers import as_source
+from structopt.distillation.unit import unit
 from structopt.losses.checks import wide
 
 SIZE = 128  # of the embeddings, as in the paper
@@ -59,7 +60,7 @@ def contrastive(
         raise ValueError(
             f"contrast needs class indices ({len(student)},), not {tuple(targets.shape)}"
         )
-    ours, theirs = (F.normalize(wide(x), dim=1) for x in (student, teacher))
+    ours, theirs = (unit(wide(x), 1) for x in (student, teacher))
     with torch.autocast(ours.device.type, enabled=False):
         scores = ours @ theirs.to(ours.dtype).T / temperature  # (B, B), log e
     others = targets[:, None] != targets[None, :]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from structopt import losses
 from structopt.distillation.adapters import smaller
+from structopt.distillation.unit import unit
 from structopt.losses.checks import wide
 
 
@@ -60,7 +61,7 @@ def attention_transfer(student: Tensor, teacher: Tensor, *, power: float = 2.0) 
     if student.ndim == 4:
         size = smaller(ours.shape[1:], theirs.shape[1:])
         ours, theirs = (F.adaptive_avg_pool2d(x, size) for x in (ours, theirs))
-    ours, theirs = (F.normalize(x.flatten(1), dim=1) for x in (ours, theirs))
+    ours, theirs = (unit(x.flatten(1), 1) for x in (ours, theirs))
     if ours.shape != theirs.shape:
         raise ValueError(f"{student.shape[1]} tokens and {teacher.shape[1]} cannot be compared")
     return 0.5 * (ours - theirs.to(ours.dtype)).square().sum(1).mean()
@@ -96,7 +97,7 @@ def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
 def _similarity(features: Tensor) -> Tensor:
     rows = wide(features).flatten(1)
     with torch.autocast(rows.device.type, enabled=False):
-        return F.normalize(rows @ rows.T, dim=1)
+        return unit(rows @ rows.T, 1)
 
 
 def same_batch(student: Tensor, teacher: Tensor) -> None:

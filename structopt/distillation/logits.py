@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from structopt import losses
+from structopt.distillation.unit import centred_unit
 from structopt.losses.checks import wide
 
 
@@ -54,7 +55,8 @@ def standardised_logits(student: Tensor, teacher: Tensor, *, temperature: float 
     The student need not match the size of the teacher's logits, only their relations: the loss is
     the same for any a·z + b with a > 0. Sun et al., 2024, "Logit standardization in knowledge
     distillation"; std divides by C, as in their formula (their code divides by C - 1, which is
-    another temperature). They weigh it 9 to 0.1 for the labels, at T = 2.
+    another temperature). They weigh it 9 to 0.1 for the labels, at T = 2. Equal logits (a last
+    layer of zeros) have no z-score and get no gradient: only labels move such a student.
 
     Args, Raises: as :func:`soft_targets`.
 
@@ -68,8 +70,8 @@ def standardised_logits(student: Tensor, teacher: Tensor, *, temperature: float 
 
 
 def _scores(logits: Tensor) -> Tensor:
-    centred = logits - logits.mean(1, keepdim=True)
-    return centred / (centred.square().mean(1, keepdim=True) + 1e-14).sqrt()
+    scores: Tensor = centred_unit(logits, 1) * logits.shape[1] ** 0.5
+    return scores
 
 
 def logit_mse(student: Tensor, teacher: Tensor) -> Tensor:
@@ -132,8 +134,12 @@ def decoupled(
     rest_p, rest_q = (z.masked_fill(mask, -torch.inf).logsumexp(1) for z in (log_p, log_q))
     sure_p, sure_q = (z.gather(1, target).squeeze(1) for z in (log_p, log_q))
     tckd = sure_q.exp() * (sure_q - sure_p) + rest_q.exp() * (rest_q - rest_p)
-    others_p, others_q = log_p - rest_p.unsqueeze(1), log_q - rest_q.unsqueeze(1)
-    nckd = (others_q.exp() * (others_q - others_p)).masked_fill(mask, 0.0).sum(1)
+    # Masked before exp: a teacher that is very sure would make inf of it, and NaN of the gradient.
+    others_p, others_q = (
+        (z - rest.unsqueeze(1)).masked_fill(mask, 0.0)
+        for z, rest in ((log_p, rest_p), (log_q, rest_q))
+    )
+    nckd = (others_q.exp() * (others_q - others_p)).sum(1)
     return temperature**2 * (alpha * tckd + beta * nckd).mean()
 
 
@@ -178,8 +184,7 @@ def _rows(logits: Tensor) -> Tensor:
 
 
 def _pearson(a: Tensor, b: Tensor, dim: int) -> Tensor:
-    a, b = (F.normalize(x - x.mean(dim, keepdim=True), dim=dim) for x in (a, b))
-    return (a * b).sum(dim)
+    return (centred_unit(a, dim) * centred_unit(b, dim)).sum(dim)
 
 
 def _pair(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:

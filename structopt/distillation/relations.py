@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from structopt.distillation.features import same_batch
+from structopt.distillation.unit import unit
 from structopt.losses.checks import wide
 
 
@@ -63,7 +64,7 @@ def relational_angle(student: Tensor, teacher: Tensor) -> Tensor:
     cosines = []
     for x in (ours, theirs):
         with torch.autocast(x.device.type, enabled=False):
-            e = F.normalize(x[None] - x[:, None], dim=2)  # (j, i, D): from j to i
+            e = unit(x[None] - x[:, None], 2)  # (j, i, D): from j to i
             cosines.append((e @ e.transpose(1, 2))[distinct])  # (j, i, k) of distinct ones
     return F.huber_loss(cosines[0], cosines[1].to(cosines[0].dtype))
 
