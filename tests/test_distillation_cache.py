@@ -129,7 +129,6 @@ def test_what_is_no_cache_is_refused(teacher: nn.Module, tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"batches of cached.number\(examples\)"):
         d.from_logits(cached)(student, (given.inputs, given.targets))
     numbered = cached.number(given)
-    numbered = cached.number(given)
     with pytest.raises(ValueError, match=r"batches of cached.number\(examples\)"):
         cached.teach(given.inputs, given.targets[:, None])
     with pytest.raises(ValueError, match=r"number 21 is beyond the 5 examples of this cache"):
@@ -139,6 +138,55 @@ def test_what_is_no_cache_is_refused(teacher: nn.Module, tmp_path: Path) -> None
     for other in (numbered, Examples(given.inputs, torch.rand(22))):
         with pytest.raises(ValueError, match="not one whole number for each example"):
             cached.number(other)
+
+
+def test_a_file_of_another_size_is_refused(teacher: nn.Module, tmp_path: Path) -> None:
+    from structopt import files
+
+    given, path = examples(), tmp_path / "cache.safetensors"
+    d.cache_outputs(teacher, given, path, names=["fc"])
+    tensors, notes = files.load_tensors(path)
+    z = tensors["logits"]
+    for name in tensors:
+        for wrong in (z[:5], z[:, 0], z.long()):
+            files.save_tensors(path, {**tensors, name: wrong}, notes)
+            with pytest.raises(ValueError, match="does not hold outputs of 22 examples"):
+                d.cache_outputs(teacher, given, path, names=["fc"])
+
+
+def test_any_flipped_or_missing_byte_is_noticed(teacher: nn.Module, tmp_path: Path) -> None:
+    given, path = examples(), tmp_path / "cache.safetensors"
+    d.cache_outputs(teacher, given, path)
+    whole = path.read_bytes()
+    for at in (8, 60, len(whole) // 2, len(whole) - 1):
+        for changed in (whole[:at], whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]):
+            path.write_bytes(changed)
+            with pytest.raises(ValueError, match="truncated, corrupt"):
+                d.cache_outputs(teacher, given, path)
+
+
+def test_a_layer_named_twice_is_kept_once(teacher: nn.Module) -> None:
+    given = examples()
+    cached = d.cache_outputs(teacher, given, names=["fc", "fc"], size=8)
+    torch.testing.assert_close(cached.features["fc"], cached.logits)
+
+
+def test_a_moving_teacher_that_moved_is_another(teacher: nn.Module, tmp_path: Path) -> None:
+    given, path, moving = examples(), tmp_path / "cache.safetensors", d.MovingTeacher(teacher)
+    d.cache_outputs(moving, given, path)
+    with torch.no_grad():
+        moving.model.fc.bias += 1
+    with pytest.raises(ValueError, match="another teacher, or before it was trained"):
+        d.cache_outputs(moving, given, path)
+
+
+def test_what_cannot_be_cached_is_named(teacher: nn.Module) -> None:
+    given = examples()
+    with pytest.raises(ValueError, match=r"data.Examples, not tuple"):
+        d.cache_outputs(teacher, (given.inputs, given.targets))
+    for size in (0, -1):
+        with pytest.raises(ValueError, match=rf"at least 1: {size}"):
+            d.cache_outputs(teacher, given, size=size)
 
 
 def test_hints_from_cached_features(teacher: nn.Module, device: torch.device) -> None:

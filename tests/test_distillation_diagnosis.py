@@ -155,6 +155,14 @@ def test_bad_input_is_named(split: tuple[Examples, Examples], teacher: nn.Module
         d.diagnose(teacher, [], split[1])
     with pytest.raises(ValueError, match="are pairs"):
         d.diagnose(teacher, [torch.ones(2)], split[1])
+    few = split[0][:32]
+    cached = d.cache_outputs(teacher, few)
+    with pytest.raises(ValueError, match=r"batches of cached.number\(examples\)"):
+        d.diagnose(teacher, data.batches(few, 8), split[1], cached=cached)
+    with pytest.raises(ValueError, match="name the cache as well"):
+        d.diagnose(teacher, data.batches(cached.number(few), 8), split[1])
+    with pytest.raises(ValueError, match=r"one nn.Module, not list"):
+        d.diagnose([teacher], data.batches(few, 8), split[1])
 
 
 # The tuner
@@ -220,6 +228,11 @@ def test_a_student_that_diverged_never_wins() -> None:
         d.tune(fit, VALIDATION, budget=8, temperatures=(2.0, 3.0), weights=(1.0,), metric=metric)
 
 
+def test_a_fit_that_returns_nothing_is_named() -> None:
+    with pytest.raises(ValueError, match="has to return the student it trained, not NoneType"):
+        d.tune(lambda *_: None, VALIDATION, budget=48)
+
+
 def test_a_real_student_is_tuned(
     split: tuple[Examples, Examples], teacher: nn.Module, device: torch.device
 ) -> None:
@@ -251,6 +264,7 @@ def test_a_real_student_is_tuned(
     ("settings", "message"),
     [
         ({"budget": 47}, "12 candidates in 4 rounds take at least 48 epochs, and the budget is 47"),
+        ({"budget": 99, "weights": (math.inf,)}, "weights of at least 0, all finite"),
         ({"budget": 99, "temperatures": ()}, "temperatures above 0"),
         ({"budget": 99, "temperatures": (0.0,)}, "temperatures above 0"),
         ({"budget": 99, "weights": (-1.0,)}, "weights of at least 0"),

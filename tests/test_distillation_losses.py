@@ -258,6 +258,10 @@ BAD: list[tuple[str, Callable[[], object]]] = [
     (r"maps .* not \(4, 5\) and \(4, 5\)", lambda: d.attention_transfer(X, X)),
     (r"not \(4, 5, 1, 1\) and \(2, 5, 1, 1\)",
      lambda: d.attention_transfer(X[..., None, None], X[:2, :, None, None])),
+    *((rf"above 0, not {p}", partial(d.attention_transfer, X[..., None], X[..., None], power=p))
+      for p in (0.0, -1.0, math.inf, math.nan)),
+    *((rf"label {y}: with 5 logits labels run from 0 to 4",
+       partial(d.decoupled, X, X, torch.tensor([0, 1, y, 2]))) for y in (-100, 5)),
     (r"5 tokens and 3", lambda: d.attention_transfer(X[..., None], X[:, :3, None])),
     (r"4 examples and of 2", lambda: d.similarity_preserving(X, X[:2])),
     (r"4 examples and of 2", lambda: d.relational_angle(X, X[:2])),

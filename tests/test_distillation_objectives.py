@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
+import pickle
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -382,6 +383,43 @@ def test_a_moving_teacher_goes_on_after_a_break(tmp_path: Path, device: torch.de
         torch.testing.assert_close(one, other, rtol=0, atol=0 if device.type == "cpu" else 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.double])
+def test_adapters_and_heads_speak_the_types_of_both(
+    dtype: torch.dtype, device: torch.device
+) -> None:
+    if device.type == "mps":
+        pytest.skip("mps has no double precision")
+    teacher, student = nets(device)
+    layers = {"conv3": "residual3"}
+    for theirs, ours in ((dtype, torch.float), (torch.float, dtype)):
+        teacher, student = teacher.to(theirs), student.to(ours)
+        x, y = batch(device)
+        x = x.to(ours)
+        for objective in (
+            d.hints(teacher, student, layers, x), d.contrast(teacher, student, layers, x),
+            d.deep_supervision(student, ["conv3"], x),
+        ):  # fmt: skip
+            loss = objective(student, (x, y))
+            loss.backward()
+            assert loss.isfinite()
+            assert {p.dtype for p in objective.parameters()} == {ours}
+            assert all(p.grad.isfinite().all() for p in objective.parameters())
+
+
+def test_a_copy_of_an_objective_is_its_own(device: torch.device) -> None:
+    """Copied or pickled together with its student, it teaches the copy."""
+    teacher, student = nets(device)
+    given = batch(device)
+    both = nn.ModuleList([student, d.from_features(teacher, {"conv3": "residual3"})])
+    both[1](student.eval(), given)
+    for other, goal in (copy.deepcopy(both), pickle.loads(pickle.dumps(both))):
+        with torch.no_grad():
+            other.conv3[0].weight.mul_(-2)
+        fresh = d.from_features(teacher, {"conv3": "residual3"})
+        torch.testing.assert_close(goal(other, given), fresh(other, given))
+        assert not torch.equal(goal(other, given), both[1](student, given))
+
+
 # Nothing is kept
 
 
@@ -444,12 +482,21 @@ def bad() -> list[tuple[str, Callable[[], object]]]:
          asks(d.from_features([teacher, teacher], {"conv3": "conv3"}))),
         (r"the teacher returned tuple, not logits", asks(d.from_logits(Pair()))),
         (r"the student returned tuple, not logits", asks(d.from_logits(teacher), Pair())),
-        (r"pair \(inputs, targets\)", lambda: d.from_logits(teacher)(student, x)),
+        *((r"pair \(inputs, targets\), not float32 \(8, 1, 28, 28\)", partial(goal, student, x))
+          for goal in (d.from_logits(teacher), d.deep_supervision(student, ["conv1"], x))),
+        (r"pair \(inputs, targets\), not", lambda: d.mutual()(nn.ModuleList([student] * 2), x)),
+        (r"asked one tensor, not dict", lambda: d.from_logits(teacher)(student, ({"x": x}, y))),
+        *((r"name a pair of layers", partial(d.from_features, teacher, layers))
+          for layers in ("conv3", {"conv3"}, ["conv3"])),
+        (r"layers are watched in an nn.Module, not in partial: .* logits",
+         lambda: d.from_features(teacher, {"conv3": "residual3"})(partial(student), (x, y))),
         (r"of one teacher", lambda: d.together(d.from_logits(teacher), d.from_logits(eleven))),
         (r"at least one objective", lambda: d.together()),
         (r"ModuleList\(\[student, ...\]\), not StudentNet", lambda: d.mutual()(student, (x, y))),
         (r"weight counts what the others say.*-1", lambda: d.mutual(weight=-1)),
         (r"at least 1: 0", lambda: d.born_again(networks.StudentNet, print, generations=0)),
+        (r"same network again",
+         lambda: d.born_again(lambda: student, lambda *_: None, generations=2)),
         (r"0 <= d < 1, not 1", lambda: d.MovingTeacher(student, decay=1.0)),
     ]  # fmt: skip
 

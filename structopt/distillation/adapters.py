@@ -35,7 +35,9 @@ class Embeddings(nn.Module):
         self.student, self.teacher = nn.Linear(student, size), nn.Linear(teacher, size)
 
     def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        return self.student(pooled(student)), self.teacher(pooled(teacher))
+        # A teacher may speak in another type; under autocast the maps choose their own.
+        teacher = pooled(teacher).to(self.teacher.weight.dtype)
+        return self.student(pooled(student)), self.teacher(teacher)
 
 
 def pooled(features: Tensor) -> Tensor:

@@ -99,8 +99,7 @@ def from_features(
         >>> objective(student, (torch.rand(4, 2), torch.zeros(4).long())).ndim
         0
     """
-    if not layers:
-        raise ValueError("name a pair of layers: {student's layer: teacher's layer}")
+    need_pairs(layers)
     name, bound = _name(loss, settings), _bound(loss, settings)
     terms = [Term(f"{name} {ours}", bound, weight, (ours, t)) for ours, t in layers.items()]
     return Distillation(as_source(teacher), terms, label_weight=label_weight)
@@ -139,11 +138,12 @@ def hints(
         Linear(in_features=8, out_features=8, bias=True)
     """
     source = as_source(teacher)
-    ours, theirs = shapes(source, student, layers, example)
+    ours, theirs = seen_features(source, student, layers, example)
     terms = []
     for name, other in layers.items():
-        adapter = regressor(ours[name], theirs[other], f"{name!r} to {other!r}")
-        terms.append(Term(f"hint {name}", hint, weight, (name, other), adapter.to(example.device)))
+        adapter = regressor(ours[name].shape, theirs[other].shape, f"{name!r} to {other!r}")
+        adapter = adapter.to(example.device, ours[name].dtype)
+        terms.append(Term(f"hint {name}", hint, weight, (name, other), adapter))
     return Distillation(source, terms, label_weight=label_weight)
 
 
@@ -171,20 +171,23 @@ def together(*objectives: Distillation, label_weight: float = 1.0) -> Distillati
     return Distillation(first.teacher, terms, label_weight=label_weight, task=first.task)
 
 
-def shapes(
-    source: Source, student: nn.Module, layers: Mapping[str, str], example: Any
-) -> tuple[dict[str, torch.Size], dict[str, torch.Size]]:
-    """The shapes of the named layers' features, of student and teacher."""
-    if not layers:
+def need_pairs(layers: Any) -> None:
+    if not isinstance(layers, Mapping) or not layers:
         raise ValueError("name a pair of layers: {student's layer: teacher's layer}")
+
+
+def seen_features(
+    source: Source, student: nn.Module, layers: Mapping[str, str], example: Any
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What the named layers of student and teacher make of ``example``."""
+    need_pairs(layers)
     with Watch(student, layers) as found, evaluating(student), torch.no_grad():
         student(example)
-        ours = {name: picked(found, name).shape for name in layers}
+        ours = {name: picked(found, name) for name in layers}
     # Cached outputs are asked by number: the first ones show the shapes as well.
     numbers = torch.arange(len(example), device=example.device)
     pairs = torch.stack([torch.zeros_like(numbers), numbers], 1)
-    features = source.teach(example, pairs, list(dict.fromkeys(layers.values()))).features
-    return ours, {name: feature.shape for name, feature in features.items()}
+    return ours, source.teach(example, pairs, list(dict.fromkeys(layers.values()))).features
 
 
 def _bound(loss: Loss, settings: Mapping[str, Any]) -> Loss:

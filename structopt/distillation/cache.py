@@ -96,7 +96,7 @@ def cache_outputs(
 
     Raises:
         ValueError: a file of other examples, another order, another teacher or without these
-            layers; a file that is corrupt.
+            layers; a file that is corrupt; what are no examples, a size below 1.
 
     Example:
         >>> from structopt.data import Examples, batches
@@ -109,7 +109,11 @@ def cache_outputs(
         0
         0
     """
-    source, names = as_source(teacher), tuple(names)
+    source, names = as_source(teacher), tuple(dict.fromkeys(names))
+    if not hasattr(examples, "inputs"):
+        raise ValueError(f"outputs are kept of data.Examples, not {type(examples).__name__}")
+    if size < 1:
+        raise ValueError(f"size counts the examples of a forward pass, at least 1: {size}")
     notes = {
         "kind": KIND,
         "examples": fingerprint(examples.inputs),
@@ -117,7 +121,7 @@ def cache_outputs(
         "names": list(names),
     }
     if path is not None and Path(path).expanduser().exists():
-        return _read(path, notes)
+        return _read(path, notes, len(examples))
     kept: dict[str, list[Tensor]] = {"logits": [], **{f"features/{n}": [] for n in names}}
     for start in range(0, len(examples), size):
         lesson = source.teach(examples.inputs[start : start + size], None, names)
@@ -136,13 +140,16 @@ def _cached(tensors: dict[str, Tensor], examples: str) -> Cached:
     return Cached(tensors["logits"], features, fingerprint=examples)
 
 
-def _read(path: str | Path, notes: dict[str, Any]) -> Cached:
+def _read(path: str | Path, notes: dict[str, Any], count: int) -> Cached:
     tensors, found = files.load_tensors(path)
     if found.get("kind") != KIND or "logits" not in tensors:
         raise ValueError(f"{path} holds no outputs of a teacher: name another file")
     _need_same(found.get("examples"), notes["examples"], "these examples", str(path))
     if found.get("teacher") != notes["teacher"]:
         raise ValueError(f"{path} was made by another teacher, or before it was trained: delete it")
+    wrong = [name for name, x in tensors.items() if x.ndim < 2 or len(x) != count]
+    if wrong or not all(x.is_floating_point() for x in tensors.values()):
+        raise ValueError(f"{path} does not hold outputs of {count} examples: delete it")
     missing = [name for name in notes["names"] if f"features/{name}" not in tensors]
     if missing:
         raise ValueError(f"{path} lacks the features of {', '.join(missing)}: delete it")

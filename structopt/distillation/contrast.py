@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from structopt.distillation.adapters import Embeddings, pooled
-from structopt.distillation.builders import AnyTeacher, shapes
+from structopt.distillation.builders import AnyTeacher, seen_features
 from structopt.distillation.objective import Distillation, Term
 from structopt.distillation.teachers import as_source
 from structopt.distillation.unit import unit
@@ -111,10 +111,10 @@ def contrast(
     source = as_source(teacher)
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature is a number above 0 and finite, not {temperature}")
-    ours, theirs = shapes(source, student, layers, example)
+    ours, theirs = seen_features(source, student, layers, example)
     loss, terms = partial(contrastive, temperature=temperature), []
     for name, other in layers.items():
-        widths = [pooled(torch.empty(shape)).shape[1] for shape in (ours[name], theirs[other])]
-        adapter = Embeddings(widths[0], widths[1], SIZE).to(example.device)
+        widths = [pooled(features).shape[1] for features in (ours[name], theirs[other])]
+        adapter = Embeddings(widths[0], widths[1], SIZE).to(example.device, ours[name].dtype)
         terms.append(Term(f"contrast {name}", loss, weight, (name, other), adapter))
     return Distillation(source, terms)

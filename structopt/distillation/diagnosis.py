@@ -88,11 +88,10 @@ def diagnose(
     """
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature is a number above 0 and finite, not {temperature}")
+    if not isinstance(teacher, nn.Module):
+        raise ValueError(f"diagnose looks at one nn.Module, not {type(teacher).__name__}")
     device = next((p.device for p in teacher.parameters()), torch.device("cpu"))
-    seen = [
-        (x.to(device), (y[:, 0] if cached is not None else y).to(device), y.to(device))
-        for x, y in _first(batches)
-    ]
+    seen = [(x.to(device), _labels(y, cached).to(device), y.to(device)) for x, y in _first(batches)]
     if not seen:
         raise ValueError("there is nothing to look at: the batches hold no example")
     asked = Teacher(teacher)
@@ -109,6 +108,15 @@ def diagnose(
         _temperature(taught, temperature),
     ]
     return Diagnosis(tuple(finding for finding in found if finding is not None))
+
+
+def _labels(targets: Tensor, cached: Cached | None) -> Tensor:
+    numbered = targets.ndim == 2 and targets.shape[1] == 2
+    if cached is not None and not numbered:
+        raise ValueError("with a cache, diagnose needs the batches of cached.number(examples)")
+    if cached is None and numbered:
+        raise ValueError("these batches are numbered, name the cache as well: cached=...")
+    return targets[:, 0] if numbered else targets
 
 
 def _first(batches: Any) -> Iterator[Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,13 +47,15 @@ def attention_transfer(student: Tensor, teacher: Tensor, *, power: float = 2.0) 
         power: what the activations are raised to.
 
     Raises:
-        ValueError: features of another kind or batch.
+        ValueError: features of another kind or batch, a power not above 0.
 
     Example:
         >>> maps = torch.rand(2, 3, 4, 4)
         >>> attention_transfer(5 * maps, maps).item() < 1e-6
         True
     """
+    if not 0 < power < math.inf:
+        raise ValueError(f"power is what activations are raised to, above 0, not {power}")
     if student.ndim != teacher.ndim or student.ndim not in (3, 4) or len(student) != len(teacher):
         raise ValueError(
             f"attention needs maps (B, C, H, W) or tokens (B, T, D) of both, not "

@@ -41,6 +41,7 @@ class MovingTeacher:
         self.model, self.decay, self.steps = copy.deepcopy(student), decay, 0
         self.model.requires_grad_(False)
         self.asked = Teacher(self.model)
+        self.models = self.asked.models
 
     def teach(self, inputs: Any, targets: Any, names: Sequence[str] = ()) -> Lesson:
         """The lesson of the average, on the device of ``inputs``."""
@@ -99,7 +100,7 @@ def born_again(
         objective: from a teacher to an objective.
 
     Raises:
-        ValueError: fewer than 1 generation.
+        ValueError: fewer than 1 generation, a network that comes again.
 
     Example:
         >>> taught = []
@@ -114,6 +115,8 @@ def born_again(
     found: list[nn.Module] = []
     for _ in range(generations):
         network = make()
+        if any(network is other for other in found):
+            raise ValueError("make gave the same network again: it has to make a new one each time")
         fit(network, objective(found[-1]) if found else supervised())
         found.append(network)
     return found

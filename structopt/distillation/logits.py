@@ -16,7 +16,7 @@ from torch import Tensor
 
 from structopt import losses
 from structopt.distillation.unit import centred_unit
-from structopt.losses.checks import wide
+from structopt.losses.checks import READABLE, range_message, wide
 
 
 def soft_targets(
@@ -115,7 +115,8 @@ def decoupled(
         beta: weight of the others.
 
     Raises:
-        ValueError: as :func:`soft_targets`, or targets that are no class indices of that shape.
+        ValueError: as :func:`soft_targets`, or targets that are no class indices of that shape, or
+            out of range (looked at on the CPU alone).
 
     Example:
         >>> z = torch.tensor([[3.0, 1.0, 0.0]])
@@ -128,6 +129,9 @@ def decoupled(
             f"decoupled needs class indices {tuple(student[:, 0].shape)}, not {targets.dtype} "
             f"of shape {tuple(targets.shape)}"
         )
+    readable = targets.device.type in READABLE and not torch.compiler.is_compiling()
+    if readable and ((targets < 0) | (targets >= student.shape[1])).any():
+        raise ValueError(range_message(student, targets))
     target = targets.long().unsqueeze(1)
     mask = torch.zeros_like(student, dtype=torch.bool).scatter_(1, target, True)
     log_p, log_q = (F.log_softmax(z / temperature, 1) for z in (student, teacher))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from structopt import losses
 from structopt.distillation.logits import soft_targets
-from structopt.distillation.teachers import as_logits
+from structopt.distillation.teachers import as_logits, as_pair
 from structopt.training import Objective
 
 
@@ -71,7 +71,7 @@ def mutual(
             raise ValueError(
                 f"mutual learning trains nn.ModuleList([student, ...]), not {type(model).__name__}"
             )
-        inputs, targets = batch
+        inputs, targets = as_pair(batch)
         logits = [as_logits(student(inputs), "student") for student in model]
         labels = torch.stack([task(each, targets) for each in logits]).sum()
         return labels + weight * mutual_loss(logits, temperature=temperature)

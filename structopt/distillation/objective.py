@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from structopt import losses
-from structopt.distillation.teachers import Source, as_logits, picked
+from structopt.distillation.teachers import Source, as_logits, as_pair, picked
 from structopt.distillation.watching import Watcher
 
 Loss = Callable[..., Tensor]
@@ -63,9 +63,7 @@ class Distillation(nn.Module):
 
     def forward(self, model: nn.Module, batch: Any) -> Tensor:
         """The loss of one batch, a scalar."""
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise ValueError("a batch to distil with is a pair (inputs, targets)")
-        inputs, targets = batch
+        inputs, targets = as_pair(batch)
         theirs_wanted = list(dict.fromkeys(theirs for _, theirs in self.pairs))
         lesson = self.teacher.teach(inputs, targets, theirs_wanted)
         with self.watcher(model) as found:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from structopt import losses
 from structopt.distillation.adapters import pooled
 from structopt.distillation.logits import soft_targets
-from structopt.distillation.teachers import as_logits, picked
+from structopt.distillation.teachers import as_logits, as_pair, picked
 from structopt.distillation.watching import Watch, Watcher
 from structopt.training import evaluating
 
@@ -39,7 +39,7 @@ class DeepSupervision(nn.Module):
 
     def forward(self, model: nn.Module, batch: Any) -> Tensor:
         """The loss of one batch, a scalar."""
-        inputs, targets = batch
+        inputs, targets = as_pair(batch)
         with self.watcher(model) as found:
             logits = as_logits(model(inputs), "student")
             features = [picked(found, name) for name in self.layers]
@@ -109,6 +109,6 @@ def deep_supervision(
         )
     with Watch(student, names) as found, evaluating(student), torch.no_grad():
         classes = as_logits(student(example), "student").shape[1]
-        sizes = {name: pooled(picked(found, name)).shape[1] for name in names}
-    heads = {name: nn.Linear(size, classes).to(example.device) for name, size in sizes.items()}
+        seen = {name: pooled(picked(found, name)) for name in names}
+    heads = {name: nn.Linear(x.shape[1], classes).to(x.device, x.dtype) for name, x in seen.items()}
     return DeepSupervision(heads, weight=weight, share=share, temperature=temperature)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from structopt.distillation.watching import Watcher
 from structopt.training import evaluating
+from structopt.training.objectives import describe
 
 
 class Lesson(NamedTuple):
@@ -54,6 +55,11 @@ class Teacher:
         """The lesson of a batch of ``inputs``."""
         if names and len(self.models) > 1:
             raise ValueError("features of several teachers have no mean: name one teacher")
+        if not isinstance(inputs, Tensor):
+            raise ValueError(
+                f"a teacher is asked one tensor, not {type(inputs).__name__}: wrap it and the "
+                "student in modules that take one"
+            )
         said: list[Tensor] = []
         features: dict[str, Tensor] = {}
         if self.watcher.names != list(names):
@@ -78,6 +84,14 @@ class Teacher:
         kind = inputs.device.type
         with torch.autocast(kind, self.autocast) if self.autocast else nullcontext():
             return as_logits(model(inputs), "teacher")
+
+
+def as_pair(batch: Any) -> tuple[Any, Any]:
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise ValueError(
+            f"a batch to distil with is a pair (inputs, targets), not {describe(batch)}"
+        )
+    return batch[0], batch[1]
 
 
 def as_logits(output: Any, whose: str) -> Tensor:

@@ -84,8 +84,8 @@ def tune(
         4.0
     """
     alive = list(itertools.product(temperatures, weights))
-    if not alive or not all(0 < t < math.inf and w >= 0 for t, w in alive):
-        raise ValueError("tune needs finite temperatures above 0 and weights of at least 0")
+    if not alive or not all(0 < t < math.inf and 0 <= w < math.inf for t, w in alive):
+        raise ValueError("tune needs temperatures above 0 and weights of at least 0, all finite")
     rounds = max(1, math.ceil(math.log2(len(alive))))
     if budget // rounds < len(alive):
         raise ValueError(
@@ -96,7 +96,8 @@ def tune(
     for _ in range(rounds):
         epochs = budget // rounds // len(alive)
         found = [
-            Trial(t, w, epochs, evaluate(fit(t, w, epochs), validation, metric)) for t, w in alive
+            Trial(t, w, epochs, evaluate(_student(fit(t, w, epochs)), validation, metric))
+            for t, w in alive
         ]
         trials += found
         sound = [trial for trial in found if not math.isnan(trial.score)]
@@ -105,3 +106,9 @@ def tune(
         ranked = sorted(sound, key=lambda trial: -trial.score)
         alive = [(trial.temperature, trial.weight) for trial in ranked[: (len(alive) + 1) // 2]]
     return Tuning(*alive[0], trials=tuple(trials))
+
+
+def _student(fitted: Any) -> nn.Module:
+    if not isinstance(fitted, nn.Module):
+        raise ValueError(f"fit has to return the student it trained, not {type(fitted).__name__}")
+    return fitted

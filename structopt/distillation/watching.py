@@ -16,6 +16,11 @@ class Watch:
     """``with Watch(model, names) as found``: see :func:`watch`. May be entered again and again."""
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+        if not isinstance(model, nn.Module):
+            raise ValueError(
+                f"layers are watched in an nn.Module, not in {type(model).__name__}: of a slice of "
+                "a slimmable network learn by the logits, or cut it out with extract"
+            )
         layers = {
             name.replace("_orig_mod.", ""): layer
             for name, layer in unwrapped(model).named_modules()
@@ -104,6 +109,10 @@ class Watcher:
         if self.watch is None or self.model is not model:
             self.model, self.watch = model, Watch(model, self.names)
         return self.watch
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy watches copies: the forwards of a Watch belong to the layers they were made for.
+        return {"names": self.names, "model": None, "watch": None}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
