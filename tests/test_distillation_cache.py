@@ -57,6 +57,8 @@ def test_the_file_is_read_and_the_teacher_not_asked(
     monkeypatch.setattr(networks.TeacherNet, "forward", refuse)
     assert torch.equal(d.cache_outputs(teacher, given, path).logits, want)
     assert [file.name for file in tmp_path.iterdir()] == ["cache.safetensors"]
+    for wrapped in (nn.DataParallel(teacher), torch.compile(teacher, backend="eager")):
+        assert torch.equal(d.cache_outputs(wrapped, given, path).logits, want)
 
 
 def test_training_from_a_cache_is_training_from_the_teacher(

@@ -179,3 +179,33 @@ def test_two_processes_give_the_weights_of_one(tmp_path: Path) -> None:
         assert found.keys() == alone.keys()
         for name, value in alone.items():
             torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch.compile's own look at a tensor
+@pytest.mark.filterwarnings("ignore:.*reduce_op. is deprecated")  # gc looks at all modules
+@pytest.mark.parametrize("compiled", [False, True])
+def test_steps_and_failed_steps_keep_nothing(compiled: bool) -> None:
+    """Neither tensors, nor hooks, nor one more compilation for each step."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    nets = [networks.TeacherNet(), networks.StudentNet()]
+    teacher, student = (torch.compile(n, backend="eager") if compiled else n for n in nets)
+    x, y = images(), torch.tensor([1, 2])
+    objective = d.together(
+        d.from_features(teacher, {"conv2": "residual2"}),
+        d.hints(teacher, student, {"conv3": "residual3"}, x),
+    )
+    seen = []
+    for step in range(5):
+        objective(student, (x, y)).backward()
+        objective.zero_grad()
+        student.zero_grad()
+        with pytest.raises(ValueError, match="28"):
+            objective(student, (x[:, :, :9, :9], y))
+        assert not any("forward" in vars(m) or m._forward_hooks for n in nets for m in n.modules())
+        if step > 2:
+            gc.collect()
+            tensors = sum(isinstance(thing, Tensor) for thing in gc.get_objects())
+            seen.append((tensors, torch._dynamo.utils.counters["stats"]["unique_graphs"]))
+    assert len(set(seen)) == 1
+    torch._dynamo.reset()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from structopt import files
 from structopt.distillation.teachers import Lesson, Source, as_source
+from structopt.distillation.watching import unwrapped
 
 KIND = "structopt.distillation 1"
 
@@ -180,6 +181,6 @@ def fingerprint(inputs: Tensor) -> str:
 def _identity(source: Source) -> str:
     digest = hashlib.sha256(str(getattr(source, "autocast", None)).encode())
     for model in getattr(source, "models", ()):
-        for name, tensor in model.state_dict().items():
+        for name, tensor in unwrapped(model).state_dict().items():
             digest.update(f"{name} {fingerprint(tensor)}".encode())
     return digest.hexdigest()
