@@ -59,6 +59,26 @@ def test_examples_of_one_class_are_no_contrast(device: torch.device) -> None:
     assert loss.item() == pytest.approx(want.item(), rel=1e-4)
 
 
+def test_one_other_example_is_one_noise(device: torch.device) -> None:
+    s, t = (x[:2].float().to(device) for x in (S, T))
+    want = contrastive(S[:2].tolist(), T[:2].tolist(), 0.5)
+    got = d.contrastive(s, t, Y[:2].to(device), temperature=0.5)
+    assert got.item() == pytest.approx(want, rel=1e-4)
+
+
+def test_contrast_is_computed_in_single_precision(device: torch.device) -> None:
+    y = Y.to(device)
+    s, t = (x.to(device, torch.bfloat16) for x in (S, T))
+    want = d.contrastive(s.float(), t.float(), y)
+    with torch.autocast(device.type, torch.bfloat16):
+        got = d.contrastive(s, t, y)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(d.contrastive(s.float(), t, y), want)
+    if device.type != "mps":
+        torch.testing.assert_close(d.contrastive(s.float(), t.double(), y), want)
+
+
 def nets(device: torch.device | str = "cpu") -> tuple[nn.Module, nn.Module]:
     return networks.TeacherNet().to(device), networks.StudentNet().to(device)
 
@@ -326,6 +346,8 @@ def bad() -> list[tuple[str, Callable[[], object]]]:
     return [
         (r"embeddings \(B, D\) of both, not \(4, 5\) and \(4, 6\)",
          lambda: d.contrastive(flat, torch.zeros(4, 6), Y)),
+        (r"of both, not \(2, 3, 12\) and \(2, 3, 12\)",
+         lambda: d.contrastive(three, three, Y[:2])),
         (r"class indices \(4,\), not \(3,\)", lambda: d.contrastive(flat, flat, Y[:3])),
         *((rf"above 0 and finite, not {t}", partial(ask, temperature=t)) for t in (0, math.inf)
           for ask in (partial(d.contrastive, flat, flat, Y),

@@ -471,6 +471,10 @@ def bad() -> list[tuple[str, Callable[[], object]]]:
         (r"finite number above 0, not inf", lambda: d.soft_targets(x, x, temperature=math.inf)),
         (r"divides the logits, above 0 and finite: 0", lambda: d.mutual(temperature=0)),
         (r"divides the logits, above 0 and finite: inf", lambda: d.mutual(temperature=math.inf)),
+        (r"logit_mse has no setting 'student'; it has none",
+         lambda: d.from_logits(teacher, d.logit_mse, student=1)),
+        (r"has no setting 'targets'; it has temperature, alpha, beta",
+         lambda: d.from_logits(teacher, d.decoupled, targets=1)),
         (r"soft_targets has no setting 'heat'; it has temperature",
          lambda: d.from_logits(teacher, heat=1)),
         (r"weight counts the teacher's part.*-1", lambda: d.from_logits(teacher, weight=-1)),
@@ -531,6 +535,35 @@ def test_builders_pass_on_the_weight_and_the_loss_of_the_labels(device: torch.de
     said(d.together(*both, label_weight=0.3), 0.3, squared)
     with pytest.raises(ValueError, match="one loss of the labels"):
         d.together(both[0], d.from_logits(teacher))
+
+
+def test_weights_and_temperatures_where_none_is_given(device: torch.device) -> None:
+    """The numbers that the docstrings name, those of the papers where there are any."""
+    teacher, student = nets(device)
+    x, y = batch(device)
+    layers = {"conv3": "residual3", "conv2": "residual2"}
+    told = {
+        "1 · labels + 1 · soft_targets": d.from_logits(teacher),
+        "1 · labels + 1 · attention_transfer conv3 + 1 · attention_transfer conv2":
+            d.from_features(teacher, layers),
+        "1 · labels + 1 · hint conv3 + 1 · hint conv2": d.hints(teacher, student, layers, x),
+        "1 · labels + 0.8 · contrast conv3 + 0.8 · contrast conv2":
+            d.contrast(teacher, student, layers, x),
+    }  # fmt: skip
+    for want, objective in told.items():
+        assert objective.extra_repr() == want
+    assert d.together(d.from_logits(teacher)).extra_repr() == "1 · labels + 1 · soft_targets"
+    student.eval()
+    contrast = told["1 · labels + 0.8 · contrast conv3 + 0.8 · contrast conv2"]
+    contrast(student, (x, y))
+    warm = d.contrast(teacher, student, layers, x, temperature=0.1)
+    warm.load_state_dict(contrast.state_dict())
+    warm(student, (x, y))
+    assert contrast.parts == warm.parts
+    heads = [d.deep_supervision(student, ["conv1"], x, share=0.5, **given)
+             for given in ({}, {"temperature": 3.0, "weight": 0.3})]  # fmt: skip
+    heads[1].load_state_dict(heads[0].state_dict())
+    assert torch.equal(heads[0](student, (x, y)), heads[1](student, (x, y)))
 
 
 def test_making_an_objective_leaves_the_student_as_it_was() -> None:
