@@ -220,9 +220,9 @@ def test_huge_constant_and_single_logits_have_a_sound_gradient(
 
 def test_constant_and_equal_vectors_get_no_gradient(device: torch.device) -> None:
     """Where a vector has no direction; one over a small number would be a step to nowhere."""
-    other = T.float().to(device)
-    for value in (0.0, 0.1, -1e4):
-        flat = torch.full((B, C), value, device=device).requires_grad_()
+    other = waves(B, 7, phase=0.3).float().to(device)
+    for value in (0.0, 0.1, -10000.1):  # seven times these, divided by 7, is another number
+        flat = torch.full((B, 7), value, device=device).requires_grad_()
         for loss in (d.standardised_logits, d.correlations):
             (gradient,) = torch.autograd.grad(loss(flat, other), flat)
             assert not gradient.any(), loss.__name__

@@ -133,6 +133,22 @@ def test_together_runs_the_student_once(device: torch.device) -> None:
     assert len(both.parts) == 4
 
 
+def test_hints_are_weighed_and_settings_reach_the_loss(device: torch.device) -> None:
+    teacher, student = nets(device)
+    student.eval()
+    x, y = batch(device)
+    layers = {"conv2": "residual2"}
+    hinted = d.hints(teacher, student, layers, x, weight=3.0)
+    powered = d.from_features(teacher, layers, weight=3.0, power=4.0)
+    with d.watch(student, layers) as ours, d.watch(teacher.eval(), layers.values()) as theirs:
+        labels, _ = F.cross_entropy(student(x), y), teacher(x)
+        s, t = ours["conv2"], theirs["residual2"].detach()
+        hint = F.mse_loss(hinted.adapters[0](s, t)[0], t)
+        transfer = d.attention_transfer(s, t, power=4.0)
+    torch.testing.assert_close(hinted(student, (x, y)), labels + 3 * hint)
+    torch.testing.assert_close(powered(student, (x, y)), labels + 3 * transfer)
+
+
 def test_hints_learn_with_the_student(device: torch.device) -> None:
     """FitNets' first stage: the adapter is in the optimiser, both move, the loss falls."""
     teacher, student = nets(device)
