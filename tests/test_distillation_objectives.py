@@ -227,6 +227,28 @@ def test_several_teachers_give_their_mean(device: torch.device) -> None:
     assert d.from_logits(models)(student, (x, y)).isfinite()
 
 
+def test_whole_numbers_reach_a_teacher_as_they_are(device: torch.device) -> None:
+    teacher = nn.Sequential(nn.Embedding(300, 4), nn.Flatten(), nn.Linear(8, 3))
+    teacher = teacher.to(device, torch.bfloat16)  # 257 is no number of this type
+    tokens = torch.tensor([[257, 1], [259, 2]], device=device)
+    assert torch.equal(d.Teacher(teacher).teach(tokens, None).logits, teacher(tokens))
+
+
+def test_one_teacher_is_asked_for_other_layers_each_time(device: torch.device) -> None:
+    asked, (x, _) = d.Teacher(nets(device)[0]), batch(device)
+    for names in (["fc"], ["residual2", "fc"], [], ["residual3"]):
+        assert list(asked.teach(x, None, names).features) == names
+
+
+def test_one_objective_teaches_two_students(device: torch.device) -> None:
+    teacher, first = nets(device)
+    second, given = networks.StudentNet().to(device).eval(), batch(device)
+    objective = d.from_features(teacher, {"conv3": "residual3"})
+    for student in (first.eval(), second, first):
+        fresh = d.from_features(teacher, {"conv3": "residual3"})
+        torch.testing.assert_close(objective(student, given), fresh(student, given))
+
+
 @pytest.mark.parametrize("how", ["converted", "autocast"])
 def test_a_teacher_in_lower_precision(how: str, device: torch.device) -> None:
     model, student = nets(device)
