@@ -21,8 +21,11 @@ import train_together as script  # noqa: E402
 Pair = namedtuple("Pair", ["inputs", "targets"])
 
 
-def torchrun_script(script: Path, *arguments: object, **environment: str) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+def torchrun_script(
+    script: Path, *arguments: object, processes: int = 2, **environment: str
+) -> None:
+    count = f"--nproc_per_node={processes}"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", count]
     loopback = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
     process = subprocess.Popen(
         [*command, str(script), *map(str, arguments)],

@@ -160,9 +160,9 @@ def test_every_exit_learns(device):
 
 def test_the_threshold_is_the_best_of_all(device):
     network, _, _ = small(device)
-    x = torch.randn(60, 4, dtype=torch.float64, device=device)
-    y = torch.where(torch.rand(60, device=device) < 0.6, network(x)[2].argmax(1), 0)
-    batches = [(x[:40], y[:40]), (x[40:], y[40:])]
+    x = torch.randn(25, 4, dtype=torch.float64, device=device)
+    y = torch.where(torch.rand(25, device=device) < 0.6, network(x)[2].argmax(1), 0)
+    batches = [(x[:15], y[:15]), (x[15:], y[15:])]
     costs = network.macs(x[:1])
     every = []
     sure = torch.cat([confidence(z) for z in network(x)[:-1]]).detach().sort().values
@@ -180,7 +180,7 @@ def test_the_threshold_is_the_best_of_all(device):
         assert float((found.logits.argmax(1) == y).double().mean()) == pytest.approx(
             chosen.accuracy
         )
-        counts = torch.bincount(found.exits, minlength=3).double() / 60
+        counts = torch.bincount(found.exits, minlength=3).double() / 25
         assert chosen.left == pytest.approx(tuple(counts.tolist()))
     for budget in sorted({cost + 1e-6 for _, cost in every}):
         chosen = choose_threshold(network, batches, macs=budget)
@@ -192,8 +192,21 @@ def test_the_threshold_is_the_best_of_all(device):
         choose_threshold(network, batches, macs=1)
     with pytest.raises(ValueError, match="give one of accuracy and macs"):
         choose_threshold(network, batches)
-    with pytest.raises(ValueError, match="batches are empty"):
-        choose_threshold(network, [], macs=1)
+    for nothing in ([], [(x[:0], y[:0])]):
+        with pytest.raises(ValueError, match="batches are empty"):
+            choose_threshold(network, nothing, macs=1)
+    with pytest.raises(ValueError, match=r"targets of shape \(25, 3\) for 25 inputs"):
+        choose_threshold(network, [(x, F.one_hot(y, 3))], macs=1)
+    some = choose_threshold(network, [*batches, (x[:0], y[:0])], accuracy=best - 1e-6)
+    assert some == choose_threshold(network, batches, accuracy=best - 1e-6)
+
+
+def test_no_examples_get_no_answers(device):
+    network, x, _ = small(device)
+    for threshold in (0.0, 0.5, 1.01):
+        found = network.eval().answer(x[:0], threshold)
+        assert found.logits.shape == (0, 3)
+        assert found.exits.tolist() == []
 
 
 # ------------------------------------------------------------------ as a module, and bad input

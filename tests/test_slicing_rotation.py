@@ -139,6 +139,31 @@ def test_a_turned_stream_keeps_the_function_and_lies_on_its_principal_axes(name,
         assert_close(rotated.narrow(7 / 8)(x), model(x))
 
 
+VITS = {  # size of a patch, layers, heads: all of torchvision's networks with one stream
+    "vit_b_16": (16, 12, 12),
+    "vit_b_32": (32, 12, 12),
+    "vit_l_16": (16, 24, 16),
+    "vit_l_32": (32, 24, 16),
+    "vit_h_14": (14, 32, 16),
+}
+
+
+@pytest.mark.parametrize("name", VITS)
+def test_the_streams_of_torchvision_are_turned_exactly(name, device):
+    """As deep as they are, with two numbers a head."""
+    assert callable(getattr(tv, name))
+    patch, depth, heads = VITS[name]
+    torch.manual_seed(0)
+    model = tv.VisionTransformer(
+        2 * patch, patch, depth, heads, 2 * heads, 4 * heads, num_classes=5
+    )
+    model = filled(model.double()).to(device).eval()
+    x = torch.randn(3, 3, 2 * patch, 2 * patch, dtype=torch.float64, device=device)
+    rotated = rotate(model, x[:1], [x[1:]])
+    assert_close(rotated.model(x), model(x))
+    assert not torch.equal(rotated.model.conv_proj.weight, model.conv_proj.weight)
+
+
 def test_the_largest_entry_of_each_axis_is_positive(device):
     """Eigenvectors have no sign: without a rule it could differ from machine to machine."""
     model, x = made("RMS", device)

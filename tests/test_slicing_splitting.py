@@ -145,6 +145,14 @@ def test_a_message_beyond_the_limit_is_not_waited_for():
         assert peer.recv(1) == b""
 
 
+def test_a_device_hears_that_its_message_was_too_long():
+    with served(torch.exp, limit=100) as address, Remote(address, timeout=10) as remote:
+        with pytest.raises(ConnectionError, match=r"hung up on .* is its limit lower"):
+            remote(torch.zeros(10_000_000))
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            remote(torch.zeros(1))
+
+
 def test_stages_run_without_gradients():
     weight, graphs = torch.ones(2, requires_grad=True), []
 
@@ -312,6 +320,9 @@ def test_bottlenecks_that_cannot_be_are_refused():
         bottleneck(torch.zeros(6), 2)
     with pytest.raises(ValueError, match=r"torch.int64"):
         bottleneck(torch.zeros(6, 6).long(), 2)
+    for values in (torch.zeros(0, 6), torch.full((5, 6), torch.nan)):
+        with pytest.raises(ValueError, match="empty, or not all finite"):
+            bottleneck(values, 2)
 
 
 # What it costs

@@ -282,6 +282,10 @@ def test_bad_cuts_are_refused_by_name():
         split_stages(model, x, ["0", "0"])
     with pytest.raises(ValueError, match="no such modules"):
         cut_points(model, x, whole=["nowhere"])
+    with pytest.raises(ValueError, match=r"whole is a list of names: \['1'\]"):
+        cut_points(model, x, whole="1")
+    with pytest.raises(ValueError, match=r"cuts is a list of names: \['1'\]"):
+        split_stages(model, x, "1")
     with pytest.raises(ValueError, match="does one thing alone"):
         cut_points(nn.Linear(4, 4), torch.zeros(2, 4))
     with pytest.raises(ValueError, match="inplace=True"):
@@ -417,10 +421,21 @@ def test_impossible_plans_are_refused():
         choose_cuts(layers, 0)
     with pytest.raises(ValueError, match="no 2 stages fit into memory of 9, 9 bytes"):
         choose_cuts(layers, 2, memory=9)
-    with pytest.raises(ValueError, match="3 numbers for 2 stages"):
+    with pytest.raises(
+        ValueError, match=r"memory=\[1, 2, 3\]: give one number of bytes for each of 2 stages"
+    ):
         choose_cuts(layers, 2, memory=[1, 2, 3])
+    with pytest.raises(ValueError, match=r"memory=\[nan, 9\]: give one"):
+        choose_cuts(layers, 2, memory=[math.nan, 9])
     with pytest.raises(ValueError, match="bandwidth=0"):
         choose_cuts(layers, 2, bandwidth=0)
+    for count in (1.5, math.nan):
+        with pytest.raises(ValueError, match="give a whole number, at least 1"):
+            choose_cuts(layers, 2, microbatches=count)
+    with pytest.raises(ValueError, match="schedule='1F1B': give torch's ScheduleGPipe or"):
+        choose_cuts(layers, 2, schedule="1F1B")
+    with pytest.raises(ValueError, match=r"cuts is a list of names: \['a'\]"):
+        pipeline_cost(layers, "a")
     with pytest.raises(ValueError, match="microbatches=0"):
         pipeline_cost(layers, ["a"], microbatches=0)
     with pytest.raises(ValueError, match="no such layers; there are a"):

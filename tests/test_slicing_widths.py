@@ -240,6 +240,19 @@ def test_it_moves_to_another_type_and_follows_the_model(device):
     torch.testing.assert_close(slimmable(x, width=0.5), slimmable.extract(0.5)(x))
 
 
+def test_a_compiled_network_gives_its_slices_and_their_gradients(device):
+    model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+    x = torch.randn(5, 3, device=device)
+    slimmable = Slimmable(model.to(device), x, [0.5]).eval()
+    compiled = torch.compile(slimmable, backend="eager")
+    for width in (0.5, 1.0, Slice(0.5)):
+        found, expected = (one(x, width=width) for one in (compiled, slimmable))
+        assert torch.equal(found, expected)
+        found.sum().backward()
+        assert (model[0].weight.grad[4:] == 0).all() == (width != 1)
+        slimmable.zero_grad()
+
+
 # ------------------------------------------------------------------ bad input
 
 

@@ -43,7 +43,7 @@ class Mixed:
     rank: int
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
+        if self.rank < 1 or self.rank != int(self.rank):
             raise ValueError(f"rank is the number of channels that pass, at least 1: {self.rank}")
 
 

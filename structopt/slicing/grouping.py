@@ -66,7 +66,8 @@ def group_layers(
             stay dense.
 
     Raises:
-        ValueError: fewer than 2 groups, or no layer that fits, with the reasons.
+        ValueError: fewer than 2 groups, another exchange, or no layer that fits, with the reasons;
+            weights that are not finite.
 
     Example:
         >>> from structopt.networks import ResNet20
@@ -76,8 +77,10 @@ def group_layers(
         >>> small.stage3[1].conv2.groups
         2
     """
-    if layers is not None and not layers:
-        raise ValueError("layers=[] names no layer; leave it out for all that fit")
+    if isinstance(layers, str) or (layers is not None and not layers):
+        raise ValueError(f"layers={layers!r}: give a list of names, or leave it out for all")
+    if not isinstance(exchange, Exchange):
+        raise ValueError(f"exchange={exchange!r}: give Shuffled(), Branches(), Averaged(), Mixed()")
     if groups < 2:
         raise ValueError(f"groups counts the parts of a layer, at least 2: {groups}")
     channels = channel_groups(model, example)
@@ -155,6 +158,8 @@ def _candidates(
         elif not any_order and not (sides.makes and sides.reads):
             which = "inputs" if sides.makes else "outputs"
             reasons.append(f"{name}: its {which} cannot be put in any order")
+        elif not module.weight.isfinite().all():
+            raise ValueError(f"{name} has weights that are not finite: which are the largest?")
         else:
             found[name] = sides
     if not found:

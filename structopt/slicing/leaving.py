@@ -133,6 +133,13 @@ def _observed(network: EarlyExits, batches: Iterable[Any]) -> tuple[Tensor, Tens
     with evaluating(network):
         for batch in batches:
             inputs, targets = (t.to(device) for t in _pair(batch))
+            if not len(inputs):
+                continue
+            if targets.shape != inputs.shape[:1]:
+                raise ValueError(
+                    f"targets of shape {tuple(targets.shape)} for {len(inputs)} inputs: give the "
+                    "number of each one's class"
+                )
             outputs = network(inputs)
             sure.append(torch.stack([confidence(logits) for logits in outputs]))
             right.append(torch.stack([logits.argmax(1) == targets for logits in outputs]))

@@ -89,7 +89,9 @@ def pipeline_cost(
         >>> plan.stages, plan.links, plan.seconds
         ((2.0, 2.0), (1.0,), 9.0)
     """
-    _check(microbatches, bandwidth)
+    _check(microbatches, bandwidth, schedule)
+    if isinstance(cuts, str):
+        raise ValueError(f"cuts is a list of names: [{cuts!r}]")
     names = [layer.name for layer in layers[:-1]]
     missing = [cut for cut in cuts if cut not in names]
     if missing:
@@ -138,15 +140,15 @@ def choose_cuts(
         >>> choose_cuts(layers, 2, microbatches=4).cuts
         ('b',)
     """
-    _check(microbatches, bandwidth)
+    _check(microbatches, bandwidth, schedule)
     if not 1 <= k <= len(layers):
         names = ", ".join(layer.name for layer in layers[:-1])
         raise ValueError(
             f"k={k}: stages need k - 1 cuts, and there are {len(layers) - 1} cut points: {names}"
         )
     room = [memory] * k if isinstance(memory, (int, float)) else list(memory)
-    if len(room) != k:
-        raise ValueError(f"memory has {len(room)} numbers for {k} stages: give one for each")
+    if len(room) != k or any(math.isnan(r) for r in room):
+        raise ValueError(f"memory={room}: give one number of bytes for each of {k} stages")
     # (slowest place, sum of links, where each stage ended), for the first `end` layers
     ways: dict[int, list[tuple[float, float, tuple[int, ...]]]] = {0: [(0.0, 0.0, ())]}
     for s in range(k):
@@ -208,8 +210,11 @@ def _too_small(layers: Sequence[Layer], k: int, room: Sequence[float]) -> str:
     )
 
 
-def _check(microbatches: int, bandwidth: float) -> None:
-    if microbatches < 1:
-        raise ValueError(f"microbatches={microbatches}: give at least 1")
+def _check(microbatches: int, bandwidth: float, schedule: Schedule) -> None:
+    if not microbatches >= 1 or microbatches != int(microbatches):
+        raise ValueError(f"microbatches={microbatches}: give a whole number, at least 1")
     if not bandwidth > 0:
         raise ValueError(f"bandwidth={bandwidth}: give bytes a second, above 0")
+    known = isinstance(schedule, type) and issubclass(schedule, (ScheduleGPipe, Schedule1F1B))
+    if not known:
+        raise ValueError(f"schedule={schedule!r}: give torch's ScheduleGPipe or Schedule1F1B")

@@ -117,6 +117,9 @@ def rotate(model: nn.Module, example: Any, batches: Iterable[Any]) -> Rotated:
     One Q serves the whole depth, so that shortcuts need no matrix and the model keeps its class;
     the paper takes another Q for each block, and pays with a d × d matrix on each shortcut.
 
+    Convolutions, activations and batch norms do not turn along: of torchvision's networks the five
+    ViTs can be rotated. Swin, whose stream changes its width, and ConvNeXt are refused.
+
     Args:
         model: norms first (pre-norm), ``nn.LayerNorm`` or ``nn.RMSNorm``; layer norms are converted
             by :func:`to_rms_norm`, ``nn.MultiheadAttention`` by :func:`free_attention`.

@@ -118,6 +118,11 @@ class Remote:
             kind, data = answer
             if kind == TENSOR:
                 return unpack(data)
+        except (ConnectionResetError, BrokenPipeError) as problem:
+            self.close()
+            raise ConnectionError(
+                f"the server hung up on a message of {len(payload):,} bytes: is its limit lower?"
+            ) from problem
         except (OSError, ValueError):
             self.close()
             raise
@@ -147,7 +152,8 @@ def bottleneck(values: Tensor, width: int) -> tuple[nn.Module, nn.Module]:
         width: how many channels pass, 1 to C.
 
     Raises:
-        ValueError: another shape, whole numbers, or a width outside of 1 to C.
+        ValueError: another shape, whole numbers, none, some that are not finite, or a width outside
+            of 1 to C.
 
     Example:
         >>> narrow, restore = bottleneck(torch.randn(10, 6, 4, 4), 2)
@@ -162,6 +168,8 @@ def bottleneck(values: Tensor, width: int) -> tuple[nn.Module, nn.Module]:
     images = values.ndim == 4
     rows = (values.movedim(1, -1) if images else values).detach().flatten(0, -2).double()
     channels = rows.shape[1]
+    if not len(rows) or not rows.isfinite().all():
+        raise ValueError("values are empty, or not all finite: they have no principal axes")
     if not 1 <= width <= channels:
         raise ValueError(
             f"width={width}: the values have {channels} channels, give 1 to {channels}"

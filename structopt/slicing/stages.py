@@ -60,6 +60,8 @@ def split_stages(
         >>> torch.equal(stages(image), model(image))
         True
     """
+    if isinstance(cuts, str):
+        raise ValueError(f"cuts is a list of names: [{cuts!r}]")
     model = copy.deepcopy(model)
     graph = traced(model, example, whole)
     with as_it_is(model):

@@ -53,6 +53,8 @@ class Stage(fx.GraphModule):
 
 def traced(model: nn.Module, example: Example, whole: Collection[str]) -> Stage:
     """The network as one graph; by ``torch.fx``, which keeps its modules, or ``torch.export``."""
+    if isinstance(whole, str):
+        raise ValueError(f"whole is a list of names: [{whole!r}]")
     missing = set(whole) - {name for name, _ in model.named_modules()}
     if missing:
         raise ValueError(f"whole={sorted(missing)}: the model has no such modules")

@@ -24,7 +24,8 @@ class Slimmable(nn.Module):
     :func:`structopt.channels.channel_groups` finds, and equals ``slimmable.extract(0.5)(x)``;
     without `width` it is the model. Gradients reach the shared weights. The running statistics of
     norms are kept for each width apart, since a narrow layer hands on other means and variances;
-    scale and shift are shared. After Yu et al., 2019, "Slimmable neural networks", and Yu & Huang,
+    scale and shift are shared. ``torch.compile`` compiles the full width alone: for a slice compile
+    what `extract` gives. After Yu et al., 2019, "Slimmable neural networks", and Yu & Huang,
     2019, "Universally slimmable networks and improved training techniques".
 
     Args:
@@ -72,6 +73,12 @@ class Slimmable(nn.Module):
 
     def forward(self, *args: Any, width: float | Slice = 1.0, **kwargs: Any) -> Any:
         """What the slice of this width computes of these arguments."""
+        if width == 1:
+            return self.model(*args, **kwargs)
+        return self._sliced(width, args, kwargs)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _sliced(self, width: float | Slice, args: Any, kwargs: Any) -> Any:
         part = as_slice(width)
         if part == Slice():
             return self.model(*args, **kwargs)

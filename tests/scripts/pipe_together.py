@@ -1,4 +1,4 @@
-"""Networks in a pipeline of two processes, and what the unsplit networks give."""
+"""Networks in a pipeline of several processes, and what the unsplit networks give."""
 
 import os
 import sys
@@ -17,7 +17,11 @@ from structopt import distributed, files
 from structopt.slicing import pipeline, split_stages
 
 SCHEDULES = {"GPipe": ScheduleGPipe, "1F1B": Schedule1F1B}
-CUTS = {"ResNet-18": "layer2", "MobileNet-V2": "features.7", "TinyTransformer": "layers.0"}
+CUTS = {  # as many of them as there are processes but one
+    "ResNet-18": ["layer2", "layer3"],
+    "MobileNet-V2": ["features.7", "features.13"],
+    "TinyTransformer": ["layers.0", "layers.1"],
+}
 BATCH, MICRO = 8, 4
 
 
@@ -43,21 +47,19 @@ def alone(name, device):
 def through(name, device, schedule):
     """What this process has of the same: its gradients, and the outputs and the loss if last."""
     model, inputs, targets = network(name, device)
-    stages = split_stages(model, inputs[: BATCH // MICRO], [CUTS[name]])
-    rank, loss = distributed.rank(), nn.functional.cross_entropy
+    rank, last, loss = distributed.rank(), distributed.world_size() - 1, nn.functional.cross_entropy
+    stages = split_stages(model, inputs[: BATCH // MICRO], CUTS[name][:last])
     run = pipeline(stages, device, microbatches=MICRO, loss=loss, schedule=schedule)
     losses = []
-    outputs = run.eval(inputs) if rank == 0 else run.eval(target=targets)
+    given = (inputs,) if rank == 0 else ()
+    outputs = run.eval(*given, **({"target": targets} if rank == last else {}))
     for _ in range(2):  # a second step of the same schedule must not add anything
         for weight in stages[rank].parameters():
             weight.grad = None
-        if rank == 0:
-            run.step(inputs)
-        else:
-            losses.clear()
-            run.step(target=targets, losses=losses)
+        losses.clear()
+        run.step(*given, **({"target": targets, "losses": losses} if rank == last else {}))
     found = {name: weight.grad for name, weight in stages[rank].named_parameters()}
-    if rank == 1:
+    if rank == last:
         found |= {"outputs": outputs.detach(), "loss": torch.stack(losses).mean().detach()}
     return found
 
@@ -80,7 +82,8 @@ def refuses(device):
 
 
 def equal(folder, device):
-    refuses(device)
+    if distributed.world_size() == 2:
+        refuses(device)
     for name in CUTS:
         for label, schedule in SCHEDULES.items():
             found = through(name, device, schedule)
@@ -90,24 +93,27 @@ def equal(folder, device):
 def ends(folder, device, how):
     """The last process dies, or stands still, in the middle of a step."""
 
+    rank, last = distributed.rank(), distributed.world_size() - 1
+
     class Ending(nn.Linear):
         def forward(self, x):
-            if distributed.rank() == 1 and (folder / "warm").exists():
+            if rank == last and (folder / "warm").exists():
                 if how == "dies":
                     os._exit(1)
                 time.sleep(100)
             return super().forward(x)
 
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), Ending(4, 4))
-    stages = split_stages(model, torch.zeros(2, 4), ["0"], whole=["2"])
+    stages = split_stages(model, torch.zeros(2, 4), ["0", "1"][:last], whole=["2"])
     run = pipeline(stages, device, microbatches=4, loss=nn.functional.mse_loss, timeout=10)
     for _ in range(2):
-        if distributed.rank() == 0:
-            run.step(torch.zeros(8, 4))
+        run.step(
+            *([torch.zeros(8, 4)] if rank == 0 else []),
+            **({"target": torch.zeros(8, 4)} if rank == last else {}),
+        )
+        if rank == 0:
             (folder / "warm").touch()
-        else:
-            run.step(target=torch.zeros(8, 4))
-        torch.distributed.barrier()  # so that both begin the second step
+        torch.distributed.barrier()  # so that all begin the second step
 
 
 def main(folder, what):
