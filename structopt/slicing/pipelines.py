@@ -39,7 +39,8 @@ def pipeline(
     in training) looks at the batch as a whole. Then each process's own optimiser steps.
 
     Where a process dies, or waits longer than ``timeout`` for another, each of its neighbours gets
-    torch's error, a ``RuntimeError``; none waits for ever.
+    torch's error, a ``RuntimeError``, and the others at the latest after ``timeout``; none waits
+    for ever. To end a process may take longer, since torch waits for messages under way.
 
     Args:
         stages: from `split_stages`; as many as there are processes.
