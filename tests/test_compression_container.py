@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import struct
 import time
 import tracemalloc
@@ -216,10 +217,17 @@ def sealed(data):
     return data + blake2b(data, digest_size=8).digest()
 
 
+def packed_of(data):
+    return data[18 : 18 + struct.unpack_from("<I", data, 10)[0]]
+
+
+def header_of(data):
+    return zlib.decompress(packed_of(data))
+
+
 def rewritten(data, change):
     """The file with another header, and a checksum that fits."""
-    packed, _ = struct.unpack_from("<II", data, 10)
-    header = json.loads(zlib.decompress(data[18 : 18 + packed]))
+    packed, header = len(packed_of(data)), json.loads(header_of(data))
     header = change(header) or header
     text = json.dumps(header).encode()
     packed_text = zlib.compress(text)
@@ -433,3 +441,61 @@ def test_a_rounded_input_of_a_layer_without_weights_loads(tmp_path):
     path.write_bytes(rewritten(path.read_bytes(), rounding))
     (hook,) = compression.load(path, net())[1]._forward_pre_hooks.values()
     assert hook.steps.scale == torch.tensor([0.1])
+
+
+def test_tensors_are_those_of_the_structure_each_once(file, tmp_path):
+    data, path = file.read_bytes(), tmp_path / "named"
+    size = sum(json.loads(header_of(data))["tensors"][0][4])
+
+    def more(header, name):
+        header["tensors"].insert(0, [name, *header["tensors"][0][1:]])
+
+    first = data[18 + len(packed_of(data)) :][:size]
+    for name in "0.bias", "0.weight.data", "training", "0._parameters", "__class__", "":
+        changed = rewritten(data, lambda header, name=name: more(header, name))
+        start = len(changed) - (len(data) - 18 - len(packed_of(data)))
+        path.write_bytes(sealed(changed[:start] + first + changed[start:-8]))
+        refused(path, "named cannot be loaded: the tensors that it lists are not those of its")
+
+    def swapped(header):
+        for kind, name in ("weight", "0.bias"), ("bias", "0.weight"):
+            header["structure"]["0"]["parameters"][kind][0] = name
+
+    def elsewhere(header):
+        header["structure"]["0"]["parameters"]["bias"][0] = "training"
+        header["tensors"][0][0] = "training"
+
+    for change in swapped, elsewhere:
+        path.write_bytes(rewritten(data, change))
+        refused(path, "its structure has no place '(0.bias|training)' for that tensor")
+
+
+def test_bombs_that_declare_little(file, tmp_path):
+    """No columns, but a scale for each of many rows."""
+    data, path = file.read_bytes(), tmp_path / "bomb"
+
+    def rows(header):
+        header["tensors"][0][2:4] = [2**33, 0], ["grid", 4, True, ["PerAxis", 0]]
+
+    path.write_bytes(rewritten(data, rows))
+    refused(path, r"declares tensors of 34,359,7\d+,\d+ bytes")
+    huffman_words = bytes([2, 2, 1, 1, 33]) + bytes(40)
+    with pytest.raises(ValueError, match="no complete Huffman code"):
+        compression.decode(huffman_words, (240,))
+
+
+@pytest.mark.parametrize("steps", [[0.0, 0.0], [-1.0, 0.0], [math.nan, 0.0], [1.0, math.inf]])
+def test_steps_of_inputs_that_are_none(file, tmp_path, steps):
+    def rounding(header):
+        header["inputs"] = [["0", 8, True, steps]]
+
+    (tmp_path / "x").write_bytes(rewritten(file.read_bytes(), rounding))
+    refused(tmp_path / "x", "an input has no steps")
+
+
+def test_a_structure_too_long_to_be_read_again_is_not_written(tmp_path):
+    model = nn.Linear(2, 2)
+    model.words = ["x" * 1000] * 17_000
+    with pytest.raises(ValueError, match=r"its structure takes 17,\d+,\d+ bytes, of 16,777,216"):
+        compression.save(model, tmp_path / "x")
+    assert not (tmp_path / "x").exists()

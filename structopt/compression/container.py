@@ -25,14 +25,14 @@ from structopt.compression.codes import Coded
 from structopt.compression.forms import DTYPES, NEWER, Packed, in_table, pack, unpack
 from structopt.compression.inputs import attach_, noted, read_hooks
 from structopt.compression.report import Report, Row
-from structopt.compression.skeleton import bare, stand_in
+from structopt.compression.skeleton import bare, stand_in, stored_names
 
 MAGIC = b"\x89SOPT\r\n\x1a"
 VERSION = 2  # a file says the lowest that has all its forms: 2 for levels and vectors, else 1
 PRELUDE = struct.Struct("<8sHII")  # magic, version, bytes of the header packed and unpacked
 DIGEST = 8  # bytes of BLAKE2b at the end
 BLOCK = 1 << 20
-HEADER_AT_MOST = 1 << 26
+HEADER_AT_MOST = 1 << 24
 
 
 def save(model: nn.Module, path: str | Path, codes: Mapping[str, Coded] | None = None) -> Report:
@@ -74,6 +74,10 @@ def save(model: nn.Module, path: str | Path, codes: Mapping[str, Coded] | None =
             rows.append(row)
         more = {"inputs": inputs} if (inputs := noted(model)) else {}
         text = json.dumps({**notes, "tensors": listed, **more}, separators=(",", ":")).encode()
+        if len(text) > HEADER_AT_MOST:
+            raise ValueError(
+                f"its structure takes {len(text):,} bytes, of {HEADER_AT_MOST:,} at most"
+            )
         header = zlib.compress(text, 9)
         version = VERSION if {row.form for row in rows} & NEWER else 1
         prelude = PRELUDE.pack(MAGIC, version, len(header), len(text))
@@ -114,6 +118,9 @@ def load(path: str | Path, into: nn.Module, *, limit: int | None = None) -> nn.M
         hooks = read_hooks(header.pop("inputs", []))
         if unknown := [name for name, _ in hooks if name not in header["structure"]]:
             raise ValueError(f"it rounds the input of {unknown[0]!r}, which it does not have")
+        names = [entry.name for entry in listed]
+        if sorted(names) != sorted(stored_names(header["structure"])):
+            raise ValueError("the tensors that it lists are not those of its structure, each once")
         tensors = {entry.name: entry.read(file) for entry in listed}
     with tempfile.TemporaryDirectory() as folder:
         skeleton = {name: stand_in(tensor) for name, tensor in tensors.items()}
@@ -142,7 +149,8 @@ class _Entry:
         if not all(type(n) is int and 0 <= n < 1 << 48 for n in [*shape, *parts]) or not parts:
             raise ValueError(f"{name} has no shape {shape} or no parts {parts}")
         self.shape = torch.Size(shape)
-        self.bytes = (math.prod(shape) + in_table(form)) * self.dtype.itemsize
+        size = math.prod(max(n, 1) for n in shape)  # rows without columns may have scales
+        self.bytes = (size + in_table(form)) * self.dtype.itemsize
 
     def read(self, file: BinaryIO) -> Tensor:
         parts = [file.read(length) for length in self.parts]
@@ -226,5 +234,7 @@ def _compare_digest(file: BinaryIO) -> None:
 def _complaining(path: Path) -> Iterator[None]:
     try:
         yield
-    except (LookupError, TypeError, ValueError, RecursionError, zlib.error) as error:
+    except (
+        AttributeError, LookupError, TypeError, ValueError, RecursionError, zlib.error,
+    ) as error:  # fmt: skip
         raise ValueError(f"{path} cannot be loaded: {error}") from error

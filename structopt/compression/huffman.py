@@ -78,7 +78,8 @@ def read(data: bytes, lengths: Sequence[int], number: int) -> Symbols:
 
     Looks up which word starts at every bit, then walks from word to word.
     """
-    if sum(1 << (LONGEST - n) for n in lengths if 0 < n <= LONGEST) != 1 << LONGEST:
+    known = [n for n in lengths if n]
+    if max(known, default=0) > LONGEST or sum(1 << (LONGEST - n) for n in known) != 1 << LONGEST:
         raise ValueError("the lengths make no complete Huffman code")
     width = max(lengths)
     symbol, step = _table(lengths, width)

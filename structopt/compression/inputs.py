@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -121,6 +122,8 @@ def read_hooks(listed: list[list[Any]]) -> list[tuple[str, RoundInput]]:
         steps = None
         if numbers is not None:
             scale, zero = numbers
+            if not (0 < scale < math.inf and -math.inf < zero < math.inf):
+                raise ValueError(f"an input has no steps {scale!r}, {zero!r}")
             numbers = torch.tensor([[float(scale)], [float(zero)]], dtype=torch.float64)
             steps = Steps(*numbers)
         made.append((name, RoundInput(Grid(bits, symmetric), steps)))

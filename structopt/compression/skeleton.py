@@ -30,6 +30,21 @@ def bare(model: nn.Module) -> tuple[dict[str, Any], list[str]]:
     return notes, sorted(tensors, key=lambda name: order[name.rpartition(".")[0]])
 
 
+def stored_names(structure: dict[str, Any]) -> list[str]:
+    """The tensors of a structure, ties once. Raises ValueError for a name that is no place in it."""
+    places = {
+        f"{name}.{key}".lstrip("."): slot[0]
+        for name, record in structure.items()
+        for kind in checkpoint.KINDS
+        for key, slot in record[kind].items()
+        if slot is not None
+    }
+    names = list(dict.fromkeys(places.values()))
+    if wrong := [name for name in names if places.get(name) != name]:
+        raise ValueError(f"its structure has no place {wrong[0]!r} for that tensor")
+    return names
+
+
 def _note(value: Any, memo: dict[int, Any]) -> None:
     if isinstance(value, Tensor) and not (is_lazy(value) or value.is_meta):
         memo[id(value)] = stand_in(value)
