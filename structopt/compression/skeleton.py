@@ -31,7 +31,7 @@ def bare(model: nn.Module) -> tuple[dict[str, Any], list[str]]:
 
 
 def stored_names(structure: dict[str, Any]) -> list[str]:
-    """The tensors of a structure, ties once. Raises ValueError for a name that is no place in it."""
+    """The tensors of a structure, ties once. Raises ValueError for one without its own place."""
     places = {
         f"{name}.{key}".lstrip("."): slot[0]
         for name, record in structure.items()
