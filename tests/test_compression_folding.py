@@ -82,6 +82,9 @@ def test_what_is_not_exact_is_left(kind):
     assert torch.equal(made(x), model(x))
     frozen = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, track_running_stats=False))
     assert norms(compression.fold_batch_norms(frozen, torch.randn(4, 3))) == 1
+    for outputs in 5, 6:  # a norm over 5 words, not over what the linear layer makes of each
+        words = used(nn.Sequential(nn.Linear(3, outputs), nn.BatchNorm1d(5))).eval()
+        assert norms(compression.fold_batch_norms(words, torch.randn(4, 5, 3))) == 1
 
 
 @given(

@@ -66,6 +66,8 @@ def merge_layers(model: nn.Module, example: Any) -> nn.Module:
 def _folded(layer: nn.Module, norm: nn.Module) -> nn.Module:
     if not isinstance(norm, NORMS) or norm.running_mean is None:
         raise ValueError("a batch norm without running statistics depends on its batch")
+    if isinstance(layer, nn.Linear) and layer.out_features != norm.num_features:
+        raise ValueError("the norm goes over another axis than the outputs of the linear layer")
     fuse: Any = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
     made: nn.Module = fuse(copy.deepcopy(layer).eval(), copy.deepcopy(norm).eval())
     return made.train(layer.training)

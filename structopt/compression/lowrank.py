@@ -105,7 +105,10 @@ def _given(
     name: str, rank: int | tuple[int, ...], layers: Mapping[str, nn.Module], form: Form
 ) -> Ranks:
     if name not in layers:
-        raise ValueError(f"{name!r} is not among the layers to factorise: {', '.join(layers)}")
+        raise ValueError(
+            f"{name!r} is no linear layer or two-dimensional convolution without groups that pads "
+            f"with zeros; those are {', '.join(layers) or 'none of this model'}"
+        )
     full = form.full(layers[name].get_parameter("weight").shape)
     ranks = (rank,) * len(full) if isinstance(rank, int) else tuple(rank)
     if len(ranks) != len(full) or not all(1 <= r <= f for r, f in zip(ranks, full, strict=True)):
