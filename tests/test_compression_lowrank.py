@@ -193,7 +193,7 @@ def test_the_model_given_is_untouched_and_the_file_knows_the_product(tmp_path):
 
 def test_bad_input_is_named():
     model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Linear(4, 4))
-    with pytest.raises(ValueError, match="'0' is no linear .* without groups .*; those are 1"):
+    with pytest.raises(ValueError, match=r"'0' is no linear .* without groups .*; those are 1"):
         compression.factorize(model, {"0": 1})
     for rank in 0, 5, (1, 1):
         with pytest.raises(ValueError, match=r"SVD\(\) of 1 has ranks from 1 to \(4,\), not"):
