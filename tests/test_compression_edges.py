@@ -159,3 +159,43 @@ def test_hessians_that_are_none(hessian, match):
 def test_zeros_are_counted_where_there_is_no_input():
     found = compression.input_zeros(layer(0.0, 4, 0), [torch.randn(5, 0)])
     assert (found.share, found.always) == ({"0": 0.0}, {"0": 0.0})
+
+
+TWO = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: compression.PerGroup(2.5), "whole number"),
+        (lambda: compression.PerGroup(0), "at least one weight"),
+        (lambda: compression.PerBlock(1.5, 2), "whole row"),
+        (lambda: compression.PerBlock(2, 0), "whole column"),
+        (lambda: compression.PACT(9), "1 to 8 bits, not 9"),
+        (lambda: compression.share(torch.ones(4), 2.5), "1 to 256 values, not 2.5"),
+        (lambda: compression.share_vectors(torch.ones(2, 4), 2.5, 2), "1 to 256 vectors, not 2.5"),
+        (lambda: compression.quantize_weights(TWO, Grid(4), "0.weight"), r"\['0.weight'\]"),
+        (lambda: compression.round_inputs(TWO, Grid(4), names="0"), r"\['0'\]"),
+        (lambda: compression.factorize(TWO, 0.5), r"target=0.5: give Energy, Error, Weights, or"),
+        (lambda: compression.merge_pair(TWO[2], TWO[2]), "does not read what"),
+        (lambda: compression.mix_bits(TWO, [torch.ones(1, 4)], math.nan, Grid()), "budget=nan"),
+    ],
+)
+def test_what_was_mistyped_is_told(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+def test_a_reference_of_other_widths_leaves_biases_alone():
+    model = copy.deepcopy(TWO)
+    other = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    with pytest.raises(ValueError, match="2 makes 2 channels, 3 in the reference"):
+        compression.correct_biases_(model, other, [torch.randn(5, 4)])
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), TWO.parameters(), strict=True))
+
+
+def test_layers_that_only_ever_read_zeros_factorise():
+    model, x = layer(0.5), torch.randn(5, 6)
+    made = compression.factorize(model, Energy(0.9), batches=[torch.zeros(4, 6)])
+    assert isinstance(made[0], nn.Sequential)
+    torch.testing.assert_close(made(x), model(x))

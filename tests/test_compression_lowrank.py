@@ -222,3 +222,26 @@ def test_attention_and_fused_layers_go_on_running():
 def test_padding_that_is_not_zeros_is_left_alone():
     model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1, padding_mode="reflect"), nn.Linear(4, 4))
     assert list(compression.spectra(model)) == ["1"]
+
+
+def test_a_budget_is_shared_alike_however_large_the_weights_of_a_layer():
+    model = nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 8))
+    larger = copy.deepcopy(model)
+    larger[1].weight.data *= 1000
+    shapes = [
+        [part.weight.shape for part in compression.factorize(each, Weights(0.6)).modules()
+         if isinstance(part, nn.Linear)]
+        for each in (model, larger)
+    ]  # fmt: skip
+    assert shapes[0] == shapes[1]
+    assert len(shapes[0]) > 2
+
+
+def test_rounds_of_tucker_lose_less_than_the_unfoldings_alone():
+    torch.manual_seed(0)
+    model, lost = nn.Sequential(nn.Conv2d(8, 9, 3, bias=False)), []
+    x = torch.eye(8 * 9).view(8 * 9, 8, 3, 3)  # what it makes of these is its weight
+    for form in Tucker(rounds=0), Tucker():
+        made = compression.factorize(model, {"0": (3, 3)}, form=form)
+        lost.append((made(x) - model(x)).norm().item())
+    assert lost[1] < 0.999 * lost[0]

@@ -66,6 +66,14 @@ def test_no_other_choice_within_the_budget_is_cheaper(sizes, more, random):
             assert found <= sum(cost[b] for cost, b in zip(costs, other, strict=True)) + 1e-12
 
 
+def test_the_unrounded_model_runs_once_on_each_batch():
+    model, ran = small(), []
+    model[0].register_forward_pre_hook(lambda layer, given: ran.append(layer is model[0]))
+    compression.mix_bits(model, [torch.randn(4, 5)] * 2, 300, Grid(), bits=(2, 4))
+    assert sum(ran) == 2
+    assert len(ran) == 2 * (1 + 3 * 2 + 1)
+
+
 def test_sizes_and_what_just_fits():
     x = torch.randn(3, 5)
     for symmetric, zeros in (True, 0), (False, 3):

@@ -166,3 +166,17 @@ def test_a_layer_that_cannot_be_smoothed_is_named():
     model.unused = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="'unused' never ran"):
         compression.smooth_inputs(model, [x], names=["unused"])
+
+
+def test_the_nearest_layer_that_can_takes_the_scale():
+    """A depthwise convolution without bias passes a scale on: what is before it could take it."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 1, bias=False),
+        nn.Conv2d(6, 6, 3, groups=6, bias=False),
+        nn.Conv2d(6, 4, 1),
+    )
+    x = torch.randn(2, 3, 5, 5)
+    made = compression.smooth_inputs(model, [x], names=["2"])
+    assert torch.equal(made[0].weight, model[0].weight)
+    assert not torch.allclose(made[1].weight, model[1].weight)
+    torch.testing.assert_close(made(x), model(x))

@@ -130,7 +130,12 @@ def correct_biases_(model: nn.Module, reference: nn.Module, batches: Iterable[An
     if list(layers) != list(others):
         raise ValueError(f"the model has the layers {list(layers)}, the reference {list(others)}")
     expected = _means(reference, batches, others)
-    _means(model, batches, layers)  # complains before anything is written
+    for name, found in _means(model, batches, layers).items():  # complains before it writes
+        if found.shape != expected[name].shape:
+            raise ValueError(
+                f"{name or 'the model'} makes {len(found)} channels, {len(expected[name])} in the "
+                "reference: both have to be the same network"
+            )
     for name in expected:  # in the order in which they ran
         layer = layers[name]
         if isinstance(layer.bias, Tensor):

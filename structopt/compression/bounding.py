@@ -153,17 +153,30 @@ def _bounded(
 
 
 @torch.no_grad()
-def changed_by(model: nn.Module, other: nn.Module, batches: Iterable[Any]) -> float:
+def outputs_of(model: nn.Module, batches: Iterable[Any]) -> list[list[Tensor]]:
+    """What the model makes of each batch, in evaluation mode."""
+    with evaluating(model):
+        return [tensors_of(call(model, placed(inputs_of(batch), model))) for batch in batches]
+
+
+@torch.no_grad()
+def changed_by(
+    model: nn.Module,
+    other: nn.Module,
+    batches: Iterable[Any],
+    known: Sequence[list[Tensor]] | None = None,
+) -> float:
     """‖other(x) - model(x)‖ / ‖model(x)‖ over all outputs of all batches, in evaluation mode.
 
-    Raises ValueError where they are NaN or infinite, and where shapes differ.
+    ``known`` are the :func:`outputs_of` the model, which then does not run. Raises ValueError where
+    outputs are NaN or infinite, and where shapes differ.
     """
     moved = whole = 0.0
     with evaluating(model), evaluating(other):
-        for batch in batches:
+        for place, batch in enumerate(batches):
             given = placed(inputs_of(batch), model)
-            outputs = (tensors_of(call(one, given)) for one in (model, other))
-            for y, z in zip(*outputs, strict=True):
+            before = tensors_of(call(model, given)) if known is None else known[place]
+            for y, z in zip(before, tensors_of(call(other, given)), strict=True):
                 if y.shape != z.shape:
                     raise ValueError(f"outputs of {tuple(y.shape)} became {tuple(z.shape)}")
                 moved += float((z.double() - y.double()).square().sum())

@@ -84,6 +84,8 @@ def put_(model: nn.Module, codes: Mapping[str, Coded]) -> nn.Module:
 def chosen(model: nn.Module, names: Sequence[str] | None) -> dict[str, Tensor]:
     """The parameters of these names; None: all with two dimensions or more."""
     parameters = dict(model.named_parameters())
+    if isinstance(names, str):
+        raise ValueError(f"names is a list of names: [{names!r}]")
     if names is None:
         return {name: weight for name, weight in parameters.items() if weight.ndim > 1}
     if missing := [name for name in names if name not in parameters]:

@@ -24,6 +24,8 @@ def readers(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, n
     }
     if names is None:
         return found
+    if isinstance(names, str):
+        raise ValueError(f"names is a list of names: [{names!r}]")
     if missing := [name for name in names if name not in found]:
         raise ValueError(
             f"{missing[0]!r} is no linear layer or convolution of this model; those are "

@@ -63,8 +63,8 @@ class PerGroup:
     size: int
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"{self}: a group has at least one weight")
+        if not (isinstance(self.size, int) and self.size >= 1):
+            raise ValueError(f"{self}: a group has at least one weight, a whole number of them")
 
     def split(self, x: Tensor) -> Tensor:
         return PerBlock(1, self.size).split(x)
@@ -81,8 +81,8 @@ class PerBlock:
     columns: int
 
     def __post_init__(self) -> None:
-        if min(self.rows, self.columns) < 1:
-            raise ValueError(f"{self}: a block has at least one row and one column")
+        if not all(isinstance(n, int) and n >= 1 for n in (self.rows, self.columns)):
+            raise ValueError(f"{self}: a block has at least one whole row and one whole column")
 
     def split(self, x: Tensor) -> Tensor:
         down, across = _matrix(x.shape)

@@ -73,6 +73,8 @@ def factorize(
     layers = _layers(model)
     if isinstance(target, Mapping):
         ranks = {name: _given(name, rank, layers, form) for name, rank in target.items()}
+    elif not isinstance(target, Target):
+        raise ValueError(f"target={target!r}: give Energy, Error, Weights, or ranks by name")
     else:
         shapes = {name: layer.get_parameter("weight").shape for name, layer in layers.items()}
         ranks = chosen_ranks(spectra(model, form, batches), shapes, form, target)

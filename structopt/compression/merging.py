@@ -34,6 +34,8 @@ def merge_pair(first: nn.Module, second: nn.Module) -> nn.Module:
     True
     """
     if isinstance(first, nn.Linear) and isinstance(second, nn.Linear):
+        if first.out_features != second.in_features:
+            raise ValueError(f"{second} does not read what {first} makes")
         return _like(second, second.weight @ first.weight, _bias(first, second, second.weight))
     if not (isinstance(first, nn.Conv2d) and isinstance(second, nn.Conv2d)):
         raise ValueError(

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from structopt.compression.bounding import changed_by
+from structopt.compression.bounding import changed_by, outputs_of
 from structopt.compression.codes import chosen, naming, put_
 from structopt.compression.grids import Grid
 from structopt.compression.quantize import Quantized, quantize
@@ -78,6 +78,7 @@ def mix_bits(
     if not batches or not weights:
         raise ValueError("there are no batches" if weights else "the model has no weight to round")
     changes: dict[str, dict[int, float]] = {}
+    known = outputs_of(model, batches)
     coded: dict[str, dict[int, Quantized]] = {}
     for name, weight in weights.items():
         with naming(name):
@@ -85,10 +86,10 @@ def mix_bits(
         changes[name] = {}
         for b, codes in coded[name].items():
             rounded = put_(copy.deepcopy(model), {name: codes})
-            changes[name][b] = changed_by(model, rounded, batches)
+            changes[name][b] = changed_by(model, rounded, batches, known)
     sizes = {name: {b: size_of(codes) for b, codes in own.items()} for name, own in coded.items()}
     least = sum(min(own.values()) for own in sizes.values())
-    if budget < least:
+    if not budget >= least:
         raise ValueError(f"budget={budget:,} bytes, but the fewest bits take {least:,}")
     squares = [{b: changes[n][b] ** 2 for b in changes[n]} for n in weights]
     picks = _cheapest([*sizes.values()], squares, budget)
@@ -100,7 +101,7 @@ def mix_bits(
         changes=changes,
         bytes=sum(sizes[name][b] for name, b in best.items()),
         expected=sum(changes[name][b] ** 2 for name, b in best.items()) ** 0.5,
-        change=changed_by(model, put_(copy.deepcopy(model), made), batches),
+        change=changed_by(model, put_(copy.deepcopy(model), made), batches, known),
     )
 
 

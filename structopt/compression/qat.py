@@ -27,6 +27,9 @@ class PACT:
 
     bits: int = 8
 
+    def __post_init__(self) -> None:
+        _ = self.grid  # complains
+
     @property
     def grid(self) -> Grid:
         return Grid(self.bits, symmetric=False)

@@ -59,7 +59,7 @@ def share(x: Tensor, values: int, per: Granularity | None = None, *, rounds: int
     >>> share(torch.tensor([0.0, 1.0, 1.2, 5.0]), 3).dequantize()
     tensor([0.0000, 1.1000, 1.1000, 5.0000])
     """
-    if not 1 <= values <= 256:
+    if values not in range(1, 257):
         raise ValueError(f"a table has 1 to 256 values, not {values}")
     per = PerTensor() if per is None else per
     units = per.split(as_finite(x))

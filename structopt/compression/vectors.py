@@ -83,7 +83,7 @@ def share_vectors(
     tensor([[1.0000, 2.1000, 5.0000, 5.0000],
             [1.0000, 2.1000, 5.0000, 5.0000]])
     """
-    if not 1 <= values <= 256:
+    if values not in range(1, 257):
         raise ValueError(f"a table has 1 to 256 vectors, not {values}")
     rows = as_finite(x).reshape(matrix_shape(x.shape))
     if size < 1 or rows.shape[1] % size:
