@@ -28,6 +28,10 @@ class Known(int):
         return made
 
 
+_SHAPED = ("view", "reshape", "expand", "unflatten", "_unsafe_view")
+_SIZED = (*_SHAPED, "split", "split_with_sizes", "narrow")  # operators that are given sizes
+
+
 def own(module: nn.Module) -> bool:
     """Whether the module is of the model's own making, not one of torch's layers."""
     return not type(module).__module__.startswith("torch.nn.modules.")
@@ -55,6 +59,8 @@ class Attributes(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") not in _SIZED:
+            return out
         for number, tensor, dim in _sizes(getattr(func, "__name__", ""), args, kwargs or {}, out):
             if isinstance(number, Known) and number > 1 and tensor.shape[dim] == number:
                 self._claim(number.key, tensor, dim)
@@ -76,7 +82,7 @@ def _sizes(
 ) -> Iterator[tuple[Any, Tensor, int]]:
     """The numbers given to an op that are sizes of dimensions of what comes out."""
     rest = list(args[1:])
-    if name in ("view", "reshape", "expand", "unflatten", "_unsafe_view"):
+    if name in _SHAPED:
         first = 0
         if name == "unflatten":
             first = rest.pop(0) % args[0].ndim if rest else 0

@@ -24,27 +24,33 @@ class Labels:
 
     def __init__(self) -> None:
         self.size = 0
-        self.parent: Vector = np.empty(1024, np.int64)
-        self.factors: Vector = np.empty((2, 1024), np.int64)  # of a root; -1: not a pair
-        self.reason: Vector = np.empty(1024, np.int64)  # of a root; 0: free
+        self.parent: Vector = np.arange(1024)
+        self.factors: Vector = np.full((2, 1024), -1)  # of a root; -1: not a pair
+        self.reason: Vector = np.zeros(1024, np.int64)  # of a root; 0: free
+        self.fresh = np.ones(1024, bool)  # tied to nothing yet, and no pair
+        self.paired = False  # whether any label is a pair
         self.reasons: list[str] = [""]
         self._known: dict[str, int] = {"": 0}
 
     def new(self, count: int) -> Vector:
         """Labels that are tied to nothing yet."""
         start, self.size = self.size, self.size + count
-        while self.size > len(self.parent):
-            self.parent = np.concatenate([self.parent, np.empty_like(self.parent)])
-            self.reason = np.concatenate([self.reason, np.empty_like(self.reason)])
-            self.factors = np.concatenate([self.factors, np.empty_like(self.factors)], axis=1)
-        made = np.arange(start, self.size)
-        self.parent[made], self.reason[made], self.factors[:, made] = made, 0, -1
-        return made
+        if self.size > len(self.parent):
+            self._grow(2 * self.size)
+        return np.arange(start, self.size)
+
+    def _grow(self, room: int) -> None:
+        more = room - len(self.parent)
+        self.parent = np.concatenate([self.parent, np.arange(len(self.parent), room)])
+        self.factors = np.concatenate([self.factors, np.full((2, more), -1)], axis=1)
+        self.reason = np.concatenate([self.reason, np.zeros(more, np.int64)])
+        self.fresh = np.concatenate([self.fresh, np.ones(more, bool)])
 
     def pair(self, first: Vector, second: Vector) -> Vector:
         """Labels of channels that go when the first or the second of two channels goes."""
         made = self.new(len(first))
         self.factors[0, made], self.factors[1, made] = first, second
+        self.fresh[made], self.paired = False, True
         return made
 
     def find(self, labels: Vector) -> Vector:
@@ -59,6 +65,8 @@ class Labels:
 
     def tie(self, first: Vector, second: Vector) -> None:
         """Make the labels one channel, element by element; factors of pairs are tied in turn."""
+        if self._hang(first, second) or self._hang(second, first):
+            return
         todo = [(first, second)]
         while todo:
             a, b = todo.pop()
@@ -67,16 +75,35 @@ class Labels:
                 apart = a != b
                 if not apart.any():
                     break
-                a, b = self._without_loops(a[apart], b[apart])
+                a, b = a[apart], b[apart]
+                if self.paired:
+                    a, b = self._without_loops(a, b)
                 todo += self._hook(np.maximum(a, b), np.minimum(a, b))
+
+    def _hang(self, new: Vector, old: Vector) -> bool:
+        """A row of labels that nothing was tied to hangs below older ones at once."""
+        if not len(new) or new[-1] - new[0] != len(new) - 1:
+            return False
+        row = slice(new[0], new[-1] + 1)
+        if not self.fresh[row].all() or self.reason[row].any() or (np.diff(new) != 1).any():
+            return False
+        roots = self.find(old)
+        if roots.max() >= new[0]:  # the least label is the root
+            return False
+        self.parent[row] = roots
+        self.fresh[row] = self.fresh[old] = False
+        return True
 
     def _hook(self, high: Vector, low: Vector) -> list[tuple[Vector, Vector]]:
         """Hang `high` below `low`; return the factors that have to be tied as well."""
+        self.fresh[high] = self.fresh[low] = False
         self.parent[high] = low  # of two claims on one label the last wins; `tie` comes back
         root = self.find(high)
         why = self.reason[high]
         fresh = (why > 0) & (self.reason[root] == 0)
         self.reason[root[fresh]] = why[fresh]
+        if not self.paired:
+            return []
         paired = self.factors[0, high] >= 0
         high, root = high[paired], root[paired]
         bare = self.factors[0, root] < 0
@@ -114,7 +141,7 @@ class Labels:
 
     def settle(self) -> None:
         """Hand the reason of a frozen pair down to its factors; called once, at the end."""
-        while True:
+        while self.paired:
             roots = np.unique(self.find(np.arange(self.size)))
             roots = roots[(self.factors[0, roots] >= 0) & (self.reason[roots] > 0)]
             below = self.find(self.factors[:, roots].ravel())
@@ -129,6 +156,8 @@ class Labels:
 
         -1 stands where a label has no factor at that place.
         """
+        if not self.paired:
+            return {"": self.find(labels)} if len(labels) else {}
         found: dict[str, Vector] = {}
         todo = [("", self.find(labels), np.ones(len(labels), bool))]
         while todo:

@@ -5,6 +5,7 @@ An operator without a rule freezes all labels that it touches: sound, visible, n
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ def unknown(call: Call) -> None:
     call.freeze_everything()
 
 
+@functools.cache
 def find(func: Any) -> Rule:
     """The rule of an operator."""
     known = named(func._schema.name.removeprefix("aten::"))

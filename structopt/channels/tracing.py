@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,7 +16,7 @@ from structopt.channels.attributes import Attributes, mark
 from structopt.channels.calls import Call
 from structopt.channels.labels import Vector
 from structopt.channels.mirrors import MIRROR, Axis, Book, Mirror, mirror_of
-from structopt.channels.shadow import Shadow, plain_kernels
+from structopt.channels.shadow import Shadow, name_of, plain_kernels
 
 _PICKED = "_structopt_picked"  # the labels of dimensions that a tensor was picked from by number
 _SCALED = "_structopt_scaled"  # the labels of the weights that scaled a tensor last
@@ -33,33 +34,19 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, book: Book) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.book = book
+        self.shadow = Shadow()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
-        tensors = list(tensors_of((args, kwargs)))
-        call = Call(self.book, func, tuple(args), kwargs, {})
-        for tensor in tensors:
+        call = Call(self.book, func, tuple(args), kwargs or {}, {})
+        for tensor in tensors_of((args, call.kwargs)):
             call.shapes[id(tensor)] = tensor.shape
-            mirror = getattr(tensor, MIRROR, None)
-            if mirror is not None:
-                call.mirrors[id(tensor)] = mirror
-            if hasattr(tensor, _PICKED):
-                call.picked[id(tensor)] = getattr(tensor, _PICKED)
-            if hasattr(tensor, _SCALED):
-                call.scaled[id(tensor)] = getattr(tensor, _SCALED)
             self.book.met.add(id(tensor))
-            if hasattr(tensor, _WEIGHT) and id(tensor) not in self.book.given:
-                call.weights.add(id(tensor))
-            if hasattr(tensor, _VALUE):
-                call.values.add(id(tensor))
-            if hasattr(tensor, _SQUARE):
-                call.squares.add(id(tensor))
+            self._note(call, id(tensor), vars(tensor))
             settle_debts(self.book, tensor)
-        self.book.op = func._schema.name.removeprefix("aten::")
-        self.book.decided |= bool(call.values) and self.book.op in _DECIDES
-        call.out = out = self.compute(func, tuple(args), kwargs)
+        self.book.op = name_of(func)
+        call.out = out = self.compute(func, call.args, call.kwargs)
         for tensor in tensors_of(out) if call.values else ():
             setattr(tensor, _VALUE, True)
         rule = rules.find(func)
@@ -85,6 +72,16 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             setattr(tensor, _OWED, call.owed)
         return out
 
+    def _note(self, call: Call, key: int, known: dict[str, Any]) -> None:
+        """Tell a call what is known of one of its arguments."""
+        if known.get(MIRROR) is not None:
+            call.mirrors[key] = known[MIRROR]
+        if _PICKED in known:
+            call.picked[key] = known[_PICKED]
+        for name, found in ((_WEIGHT, call.weights), (_VALUE, call.values), (_SQUARE, call.squares)):
+            if name in known:
+                found.add(key)
+
     def _pick(self, call: Call) -> None:
         """What was picked by number stays known while data moves."""
         before = tuple(label for labels in call.picked.values() for label in labels)
@@ -96,7 +93,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the op; who verifies an edit runs some of them otherwise."""
-        return func(*args, **kwargs)
+        return self.shadow.run(func, args, kwargs)
 
     def _attach(self, out: Any, mirrors: Any) -> None:
         outputs = [out] if isinstance(out, Tensor) else list(out or ())
@@ -151,6 +148,7 @@ def call(model: nn.Module, example: Any) -> Any:
 def label_parameters(book: Book, model: nn.Module) -> dict[tuple[str, int], Vector]:
     """Give each index of each dimension of each parameter and buffer a label of its own."""
     axes: dict[tuple[str, int], Vector] = {}
+    single: list[Vector] = []
     named = [*model.named_parameters(), *model.named_buffers()]
     for name, tensor in named:
         if not tensor.is_floating_point():
@@ -160,12 +158,13 @@ def label_parameters(book: Book, model: nn.Module) -> dict[tuple[str, int], Vect
             axes[name, dim] = labels = book.labels.new(size)
             mirror.append(labels if size > 1 else None)
             if size == 1:
-                book.labels.freeze(labels, "a single index")
+                single.append(labels)
         if tensor.ndim:
             setattr(tensor, MIRROR, mirror)
             setattr(tensor, _WEIGHT, True)
             setattr(tensor, _VALUE, True)
-    book.weights = book.labels.size
+    if single:
+        book.labels.freeze(np.concatenate(single), "a single index")
     return axes
 
 
@@ -217,7 +216,7 @@ def _run(book: Book, shadow: nn.Module, example: Any) -> list[torch.Size]:
     example = map_tensors(example, torch.clone)
     for tensor in tensors_of(example):
         setattr(tensor, _VALUE, True)
-    with plain_kernels(), Attributes(book), Shadow(), Tracer(book):  # type: ignore[no-untyped-call]
+    with plain_kernels(), Attributes(book), Tracer(book):  # type: ignore[no-untyped-call]
         out = list(tensors_of(call(shadow, example)))
     for tensor in out:
         settle_debts(book, tensor)
