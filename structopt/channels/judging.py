@@ -119,7 +119,7 @@ def by_shape(channels: Channels, model: nn.Module) -> Judge:
     """The same for a model without values: the shapes have to fit."""
 
     def shapes(made: nn.Module) -> list[torch.Size]:
-        with plain_kernels(), Shadow():  # type: ignore[no-untyped-call]
+        with plain_kernels(), Shadow():
             return verify.shapes(call(made.eval(), channels.example))
 
     expected = shapes(substitute(model, torch.clone))

@@ -44,7 +44,7 @@ class Probe:
                 self.channels, self.bare, Edit(choice, guessed=None if guesses else frozenset())
             )
             follow_modules(watch, made)
-            with plain_kernels(), Shadow():  # type: ignore[no-untyped-call]
+            with plain_kernels(), Shadow():
                 found = [t.shape for t in tensors_of(call(made.eval(), self.example))]
         except Exception as problem:
             self.problem, self.where = str(problem), watch.module

@@ -42,7 +42,9 @@ class Shadow(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def run(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """One operator, with its tensors on `meta` where one of them is."""
-        device = {t.is_meta for t in _tensors(args)} | {t.is_meta for t in _tensors(kwargs.values())}
+        device = {t.is_meta for t in _tensors(args)} | {
+            t.is_meta for t in _tensors(kwargs.values())
+        }
         if True in device:
             name = name_of(func)
             short = _shortcut(name, args)
@@ -120,7 +122,13 @@ def _alike(x: Tensor) -> Tensor:
 
 
 def _convolved(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, *more: Any
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    *more: Any,
 ) -> Tensor | None:
     transposed, _, groups = more
     rows, columns = weight.shape[:2]
@@ -131,9 +139,15 @@ def _convolved(
         return None
     sizes = [
         (size + 2 * p - d * (k - 1) - 1) // s + 1
-        for size, p, d, k, s in zip(x.shape[2:], padding, dilation, weight.shape[2:], stride, strict=True)
+        for size, p, d, k, s in zip(
+            x.shape[2:], padding, dilation, weight.shape[2:], stride, strict=True
+        )
     ]
-    return torch.empty((x.shape[0], rows, *sizes), dtype=x.dtype, device=META) if min(sizes) > 0 else None
+    return (
+        torch.empty((x.shape[0], rows, *sizes), dtype=x.dtype, device=META)
+        if min(sizes) > 0
+        else None
+    )
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:

@@ -46,6 +46,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._note(call, id(tensor), vars(tensor))
             settle_debts(self.book, tensor)
         self.book.op = name_of(func)
+        self.book.decided |= bool(call.values) and self.book.op in _DECIDES
         call.out = out = self.compute(func, call.args, call.kwargs)
         for tensor in tensors_of(out) if call.values else ():
             setattr(tensor, _VALUE, True)
@@ -78,7 +79,11 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             call.mirrors[key] = known[MIRROR]
         if _PICKED in known:
             call.picked[key] = known[_PICKED]
-        for name, found in ((_WEIGHT, call.weights), (_VALUE, call.values), (_SQUARE, call.squares)):
+        if _SCALED in known:
+            call.scaled[key] = known[_SCALED]
+        if _WEIGHT in known and key not in self.book.given:
+            call.weights.add(key)
+        for name, found in ((_VALUE, call.values), (_SQUARE, call.squares)):
             if name in known:
                 found.add(key)
 
@@ -165,6 +170,7 @@ def label_parameters(book: Book, model: nn.Module) -> dict[tuple[str, int], Vect
             setattr(tensor, _VALUE, True)
     if single:
         book.labels.freeze(np.concatenate(single), "a single index")
+    book.weights = book.labels.size
     return axes
 
 
@@ -216,7 +222,7 @@ def _run(book: Book, shadow: nn.Module, example: Any) -> list[torch.Size]:
     example = map_tensors(example, torch.clone)
     for tensor in tensors_of(example):
         setattr(tensor, _VALUE, True)
-    with plain_kernels(), Attributes(book), Tracer(book):  # type: ignore[no-untyped-call]
+    with plain_kernels(), Attributes(book), Tracer(book):
         out = list(tensors_of(call(shadow, example)))
     for tensor in out:
         settle_debts(book, tensor)

@@ -133,7 +133,7 @@ def _open(graph: bytes) -> Any:
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
-    # Without VNNI the product of unsigned by signed bytes saturates at 16 bits: take an exact one.
+    # Without VNNI unsigned times signed bytes saturate at 16 bits; this takes an exact product.
     options.add_session_config_entry("session.x64quantprecision", "1")
     return runtime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 

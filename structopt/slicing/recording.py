@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structopt.channels import rules
+from structopt.channels import moving, rules
 from structopt.channels.attributes import Attributes, mark
 from structopt.channels.copying import flatten, substitute
 from structopt.channels.labels import Labels, Vector
 from structopt.channels.mirrors import Book, Mirror, mirror_of
-from structopt.channels.shadow import Shadow, plain_kernels
+from structopt.channels.shadow import plain_kernels
 from structopt.channels.tracing import (
     Tracer,
     call,
@@ -61,7 +61,7 @@ class Recorder(Tracer):  # type: ignore[no-untyped-call]
     ) -> Any:
         name = func._schema.name.removeprefix("aten::")
         given = [self._seen(t) for t in tensors_of((args, kwargs or {}))]
-        op = Op(name.rstrip("_"), self.book.module, rules.find(func) is rules.moves, given)
+        op = Op(name.rstrip("_"), self.book.module, rules.find(func) is moving.moves, given)
         op.plain = any(isinstance(a, int | float) and not isinstance(a, bool) for a in args[:2])
         self.ops.append(op)
         out = super().__torch_dispatch__(func, types, args, kwargs)
@@ -100,7 +100,7 @@ def recorded(
     mark(labelled)
     recorder = Recorder(book, ops, sources)
     try:
-        with plain_kernels(), Attributes(book), Shadow(), recorder:  # type: ignore[no-untyped-call]
+        with plain_kernels(), Attributes(book), recorder:
             given = call(labelled, map_tensors(example, torch.clone))
     except Exception as problem:
         first = (str(problem).splitlines() or [""])[0]
