@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import subprocess
 import sys
@@ -196,7 +197,7 @@ def test_steps_and_failed_steps_keep_nothing(compiled: bool) -> None:
         d.hints(teacher, student, {"conv3": "residual3"}, x),
     )
     seen = []
-    for step in range(5):
+    for step in range(7):
         objective(student, (x, y)).backward()
         objective.zero_grad()
         student.zero_grad()
@@ -207,5 +208,8 @@ def test_steps_and_failed_steps_keep_nothing(compiled: bool) -> None:
             gc.collect()
             tensors = sum(isinstance(thing, Tensor) for thing in gc.get_objects())
             seen.append((tensors, torch._dynamo.utils.counters["stats"]["unique_graphs"]))
-    assert len(set(seen)) == 1
+    counts, graphs = zip(*seen, strict=True)
+    # What other tests left may go, or come, at any time; a leak adds at each step.
+    assert any(later <= earlier for earlier, later in itertools.pairwise(counts)), counts
+    assert len(set(graphs)) == 1
     torch._dynamo.reset()
