@@ -11,6 +11,19 @@ def network(device):
     return nn.Sequential(*layers).to(device)
 
 
+class Tied(nn.Module):
+    """One weight in two layers, each with inputs of its own; the second is called by keyword."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.first = nn.Linear(width, width, bias=False)
+        self.second = nn.Linear(width, width, bias=False)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.second(input=self.first(x).relu() * 3)
+
+
 def batches(device, count=4):
     def one():
         return torch.randn(16, 1, 6, 6, device=device), torch.randint(0, 4, (16,), device=device)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pruning_networks import Tied
 from torch import nn
 
 from structopt import pruning
@@ -158,22 +159,10 @@ def test_layers_are_pruned_one_after_the_other(device, pattern):
     assert near.square().sum() < 0.9 * far.square().sum()
 
 
-class Tied(nn.Module):
-    """One weight in two layers, the second called by keyword."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
-        self.second.weight = self.first.weight
-
-    def forward(self, x):
-        return self.second(input=self.first(x).relu())
-
-
 def test_a_weight_in_two_layers_is_updated_for_the_inputs_of_both(device):
-    model, x = Tied().to(device), torch.randn(64, 8, device=device)
+    model, x = Tied(8).to(device), torch.randn(64, 8, device=device)
     made, masks = pruning.prune_and_update(model, [x], 0.5)
-    both = torch.cat([x, model.first(x).relu()])
+    both = torch.cat([x, model.first(x).relu() * 3])
     weight, mask = pruning.sparse_gpt(model.first.weight, both.T @ both, 0.5)
     assert torch.equal(masks["first.weight"], mask)
     torch.testing.assert_close(made.second.weight.detach(), weight)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from structopt.compression.grids import Grid, Steps
+from structopt.losses.checks import wide
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,21 +48,16 @@ def straight_through(x: Tensor, value: Tensor, share: Tensor) -> Tensor:
     return made
 
 
-def _wide(x: Tensor) -> Tensor:
-    """Half precision made float32: the scale would lose its last digits in it."""
-    return x.float() if x.dtype.itemsize < 4 else x
-
-
 def as_finite(x: Tensor) -> Tensor:
     """``x`` without gradient, at least in float32, after every complaint that can be made."""
     if not x.is_floating_point():
         raise ValueError(f"a tensor of {x.dtype}, shape {tuple(x.shape)}, is not a float to round")
-    wide = _wide(x.detach())
-    if not bool(wide.isfinite().all()):
-        count = int((~wide.isfinite()).sum())
+    found = wide(x.detach())
+    if not bool(found.isfinite().all()):
+        count = int((~found.isfinite()).sum())
         remedy = "no grid reaches them; find where they come from first"
         raise ValueError(f"{count} of {x.numel()} numbers are NaN or infinite: {remedy}")
-    return wide
+    return found
 
 
 @torch.no_grad()
@@ -112,7 +108,7 @@ def fake_quantize(x: Tensor, grid: Grid, steps: Steps | None = None) -> Tensor:
     tensor([-1.0000,  0.1429,  0.5714], grad_fn=<_StraightThroughBackward>)
     """
     with torch.no_grad():
-        units = grid.per.split(_wide(x.detach()))
+        units = grid.per.split(wide(x.detach()))
         steps = grid.fit.steps(units, grid) if steps is None else _fitting(steps, units, grid)
         codes = grid.nearest(units, steps)
         first, last = grid.codes

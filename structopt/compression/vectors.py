@@ -11,6 +11,7 @@ from structopt.compression.coding import matrix_shape
 from structopt.compression.evidence import fitting
 from structopt.compression.granularity import Granularity, PerTensor
 from structopt.compression.quantize import as_finite
+from structopt.losses.checks import wide
 
 CHUNK = 1 << 16  # vectors whose distances are in memory at once
 DAMP = 0.01  # of the mean diagonal of what inputs weigh, as in `gptq`
@@ -42,7 +43,7 @@ class SharedVectors:
     def moved(self, weight: Tensor) -> Tensor:
         """The table whose vectors are the means of those of ``weight`` that share them."""
         size = self.table.shape[-1]
-        vectors = weight.reshape(-1, size).to(_wide(weight))
+        vectors = wide(weight.reshape(-1, size))
         table = self.table.flatten(0, 1).to(vectors.dtype)
         made = _means(vectors, self.places().flatten(), table)
         return torch.where(table.any(1, keepdim=True), made, 0).view_as(self.table).to(self.table)
@@ -179,7 +180,3 @@ def _turn(blocks: Tensor, own: Tensor, rows: int, count: int) -> Tensor:
 
 def _turned(vectors: Tensor, turn: Tensor | None) -> Tensor:
     return vectors if turn is None else vectors @ turn
-
-
-def _wide(weight: Tensor) -> torch.dtype:
-    return torch.float32 if weight.dtype.itemsize < 4 else weight.dtype

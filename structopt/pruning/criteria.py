@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from structopt.losses.checks import wide
+
 
 def magnitude(weight: Tensor, p: int = 1) -> Tensor:
     """``|w|ᵖ``: weights near zero matter least (Han et al., 2015).
@@ -25,7 +27,7 @@ def magnitude(weight: Tensor, p: int = 1) -> Tensor:
     """
     if not p > 0:
         raise ValueError(f"p is the exponent of |w|, above 0, not {p}")
-    return weight.abs() if p == 1 else _wide(weight).abs() ** p
+    return weight.abs() if p == 1 else wide(weight).abs() ** p
 
 
 def saliency(weight: Tensor, gradient: Tensor) -> Tensor:
@@ -62,7 +64,7 @@ def fisher(weight: Tensor, squared_gradient: Tensor) -> Tensor:
     >>> fisher(torch.tensor([2.0]), torch.tensor([0.5]))
     tensor([1.])
     """
-    return 0.5 * _wide(weight) ** 2 * squared_gradient
+    return 0.5 * wide(weight) ** 2 * squared_gradient
 
 
 def hessian(weight: Tensor, curvature: Tensor) -> Tensor:
@@ -74,7 +76,7 @@ def hessian(weight: Tensor, curvature: Tensor) -> Tensor:
     >>> hessian(torch.tensor([2.0, 2.0]), torch.tensor([0.5, -0.5]))
     tensor([1., 0.])
     """
-    return 0.5 * _wide(weight) ** 2 * curvature.clamp(min=0)
+    return 0.5 * wide(weight) ** 2 * curvature.clamp(min=0)
 
 
 def batch_norm_scale(scale: Tensor) -> Tensor:
@@ -94,7 +96,7 @@ def lamp(weight: Tensor) -> Tensor:
     >>> lamp(torch.tensor([[3.0, 4.0]]))  # 9 / 25, 16 / 16
     tensor([[0.3600, 1.0000]])
     """
-    squared = _wide(weight).flatten().square()
+    squared = wide(weight).flatten().square()
     ordered, order = squared.sort(stable=True)
     above = ordered.flip(0).cumsum(0).flip(0)  # of this weight and all larger ones
     scores = torch.empty_like(squared)
@@ -111,7 +113,7 @@ def geometric_median(weight: Tensor) -> Tensor:
     >>> geometric_median(torch.tensor([[0.0], [1.0], [4.0]])).flatten()
     tensor([5., 4., 7.])
     """
-    flat = _wide(weight).flatten(1)
+    flat = wide(weight).flatten(1)
     exact = "donot_use_mm_for_euclid_dist"  # products of matrices would lose small distances
     total = torch.cdist(flat, flat, compute_mode=exact).sum(1)
     return total.view(-1, *[1] * (weight.ndim - 1))
@@ -153,7 +155,3 @@ def random(weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
     torch.Size([2, 3])
     """
     return torch.rand(weight.shape, generator=generator, device=weight.device)
-
-
-def _wide(weight: Tensor) -> Tensor:
-    return weight.float() if weight.dtype.itemsize < 4 else weight

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
+from structopt.losses.checks import wide
 from structopt.training import Objective, evaluating
+from structopt.training.objectives import need_scalar
 from structopt.training.observing import observed
 from structopt.training.statistics import placed
 
@@ -64,18 +66,13 @@ def _derivatives(
 ) -> Named:
     """The mean over examples of `of(loss, parameters)`, each piece counted by its examples."""
     wanted = list(parameters.values())
-    wide = [torch.promote_types(p.dtype, torch.float32) for p in wanted]  # bfloat16: 256 + 1 = 256
-    total = [torch.zeros_like(p, dtype=dtype) for p, dtype in zip(wanted, wide, strict=True)]
+    total = [torch.zeros_like(wide(p.detach())) for p in wanted]  # in bfloat16 256 + 1 = 256
     count = 0
     with evaluating(model), _differentiable(parameters):
         for piece in pieces:
             batch = placed(piece, model)
             size, loss = rows_of(batch), objective(model, batch)
-            if loss.ndim or not loss.requires_grad:
-                raise ValueError(
-                    "an objective gives a loss of shape () with a gradient, not "
-                    f"{tuple(loss.shape)}{'' if loss.requires_grad else ' without one'}"
-                )
+            need_scalar(loss)
             found = [one.to(t.dtype) for one, t in zip(of(loss, wanted), total, strict=True)]
             torch._foreach_add_(total, found, alpha=size)
             count += size
@@ -101,7 +98,7 @@ def _squared(model: nn.Module, parameters: Named, batches: Any, objective: Objec
 
     def squares(loss: Tensor, wanted: list[Tensor]) -> list[Tensor]:
         slopes = _slopes(loss, wanted)
-        return [(g.float() if g.dtype.itemsize < 4 else g).square() for g in slopes]
+        return [wide(g).square() for g in slopes]
 
     return _derivatives(model, parameters, singles, objective, squares)
 
@@ -129,8 +126,7 @@ def _inputs(reduce: Callable[[Tensor], Tensor], finish: Callable[[Tensor, int], 
             name = names[module.weight]  # type: ignore[index]
             if not isinstance(module, nn.Linear):
                 x = x.movedim(-parameters[name].ndim + 1, -1)
-            x = x.reshape(-1, x.shape[-1])  # (tokens, features)
-            x = x.float() if x.dtype.itemsize < 4 else x
+            x = wide(x.reshape(-1, x.shape[-1]))  # (tokens, features)
             sums[name] = sums.get(name, 0) + reduce(x)
             counts[name] = counts.get(name, 0) + len(x)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from structopt.channels import ChannelGroup, Channels
+from structopt.losses.checks import wide
 from structopt.pruning.criteria import magnitude
 from structopt.pruning.evidence import KINDS
 from structopt.training import Objective, supervised
@@ -218,7 +219,7 @@ def channel_scores(
 
 def along(scores: Tensor, dim: int, channel: Tensor, size: int) -> Tensor:
     """The sum of the scores that lie on each channel of one axis."""
-    wide = scores.float() if scores.dtype.itemsize < 4 else scores
-    sums = wide.movedim(dim, 0).flatten(1).sum(1) if wide.ndim > 1 else wide
+    scores = wide(scores)
+    sums = scores.movedim(dim, 0).flatten(1).sum(1) if scores.ndim > 1 else scores
     place = torch.where(channel < 0, size, channel).to(sums.device)  # the last place is thrown away
     return sums.new_zeros(size + 1).index_add_(0, place, sums)[:size]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from structopt.losses.checks import wide
 from structopt.measure.running import call
 from structopt.pruning.evidence import READERS
 from structopt.pruning.finding import Masks, settled
@@ -58,8 +59,8 @@ def sparse_gpt(
         )
     order = torch.arange(rows.shape[1], device=weight.device).view(weight.shape[1:])
     order = order.movedim(0, -1).flatten()  # neighbours are input channels, as patterns read them
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    dense, curved = rows[:, order].to(wide), hessian.to(weight.device, wide)[order][:, order]
+    dense = wide(rows[:, order])
+    curved = hessian.to(dense)[order][:, order]
     width = pattern.m if isinstance(pattern, NOfM) else COLUMNS
     made, stays = _sweep(dense.clone(), _upper(curved, damp), sparsity, width, pattern)
     masked = dense * stays
@@ -212,7 +213,7 @@ def _hessian(model: nn.Module, layer: nn.Module, batches: list[Any]) -> Tensor:
 
 def _columns(layer: Any, x: Tensor) -> Tensor:
     """What the rows of a layer's weight multiply, (groups, n, inputs)."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = wide(x)
     if isinstance(layer, nn.Conv3d):
         raise ValueError("inputs of Conv3d are not unfolded here: leave its weight alone")
     return columns(layer, x)

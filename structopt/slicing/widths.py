@@ -53,6 +53,8 @@ class Slimmable(nn.Module):
 
     def __init__(self, model: nn.Module, example: Any, widths: Sequence[float | Slice]) -> None:
         super().__init__()
+        if isinstance(widths, (int, float, Slice)):
+            raise ValueError(f"widths is a list of widths: [{widths!r}]")
         parts = [as_slice(width) for width in widths]
         channels = channel_groups(model, example)
         if not len(channels) and any(part.width < 1 or part.shares for part in parts):

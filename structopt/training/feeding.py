@@ -26,6 +26,9 @@ class Feed:
     def __init__(self, batches: Any, accumulate: int) -> None:
         if not isinstance(accumulate, int) or accumulate < 1:
             raise ValueError(f"accumulate counts the batches of a step, at least 1: {accumulate}")
+        if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
+            kind = type(batches).__name__
+            raise ValueError(f"batches is a list, Batches or DataLoader to walk over, not {kind}")
         if isinstance(batches, Iterator):
             raise ValueError("batches can be walked only once: give a list, Batches or DataLoader")
         self.sliced = distributed.world_size() > 1 and not distributed.is_dealt_out(batches)

@@ -68,6 +68,15 @@ def describe(batch: Any) -> str:
     return type(batch).__name__
 
 
+def need_scalar(loss: Any) -> None:
+    """Raise for what an objective must not return."""
+    if not isinstance(loss, Tensor) or loss.ndim or not loss.requires_grad:
+        without = " without one" if isinstance(loss, Tensor) and not loss.requires_grad else ""
+        raise ValueError(
+            f"an objective returns a scalar tensor with a gradient, not {describe(loss)}{without}"
+        )
+
+
 def accuracy(output: Tensor, target: Tensor) -> Tensor:
     """1.0 where the largest logit is the target's, else 0.0: (B,) of (B, C, ...) and (B, ...).
 

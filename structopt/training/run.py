@@ -19,7 +19,7 @@ from structopt.training.averaging import Average
 from structopt.training.feeding import Feed, Group, move, not_finite
 from structopt.training.history import History, Validation
 from structopt.training.layout import lay_like_parameters, overruns, wants_channels_last
-from structopt.training.objectives import Objective, describe
+from structopt.training.objectives import Objective, describe, need_scalar
 
 FETCH_STEPS, FETCH_SECONDS = 50, 0.5  # reading a loss waits for the device: do it seldom
 
@@ -124,10 +124,7 @@ class Run:
                     loss = self.objective(self.model, batch)
                 else:
                     loss = self.whole(batch)
-            if not isinstance(loss, Tensor) or loss.ndim or not loss.requires_grad:
-                raise ValueError(
-                    f"the objective returned {describe(loss)}, not a scalar tensor with a gradient"
-                )
+            need_scalar(loss)
         except Exception as error:
             spoiled = ", and holds NaN or infinite values" if not_finite(batch) else ""
             error.add_note(f"{self.where()}; the batch is {describe(batch)}{spoiled}")
