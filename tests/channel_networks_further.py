@@ -23,6 +23,7 @@ from channel_networks import (
     table,
 )  # fmt: skip
 from torch import Tensor, nn
+from torchvision.ops import DeformConv2d
 
 
 def normed_queries() -> nn.Module:
@@ -139,6 +140,17 @@ def spectrum() -> nn.Module:
     return Fn(forward, one=conv(3, 8), filter=table(8, 6, 4, 2), two=conv(8, 5))
 
 
+def deformed() -> nn.Module:
+    """A convolution that reads where a second one says, as much as a third one says."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = self.one(x).relu()
+        return self.two(self.deform(x, self.where(x), self.much(x).sigmoid()).relu())
+
+    return Fn(forward, one=conv(3, 8), where=conv(8, 18), much=conv(8, 9),
+              deform=DeformConv2d(8, 6, 3, padding=1), two=conv(6, 5))  # fmt: skip
+
+
 def pairs(c: int) -> list[int]:
     """Rows of pair c of 2, in queries, keys and values of two heads."""
     return [i for i in range(24) if i % 4 // 2 == c]
@@ -216,5 +228,7 @@ FURTHER: dict[str, Case] = {
         [group(2, columns("one.weight")), group(4, columns("two.weight"))],
     ),
     "spectrum": images(spectrum, group(8, columns("two.weight"))),
+    "deformed": images(deformed, group(6, columns("two.weight")), group(
+        8, columns("deform.weight"), columns("where.weight"), columns("much.weight"))),
 }  # fmt: skip
 assert IMAGE == (2, 3, 6, 6)  # which the filter fits

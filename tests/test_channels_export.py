@@ -11,6 +11,7 @@ import pytest
 import torch
 import torchvision
 from channel_networks import CASES, conv, filled
+from channel_networks_further import FURTHER
 from torch import nn
 
 from structopt import checkpoint, files
@@ -150,6 +151,13 @@ def test_what_a_model_carries_survives(device):
     narrow(x)
     assert log == ["Conv2d"]
     assert (narrow[0].out_channels, narrow[1].num_features, narrow[3].in_channels) == (3, 3, 3)
+
+
+def test_a_layer_of_torchvision_says_its_new_sizes():
+    model = FURTHER["deformed"].build()
+    channels = channel_groups(model, torch.randn(2, 3, 6, 6))
+    made = take(model, {channels["one"]: range(4), channels["deform"]: range(3)})
+    assert (made.deform.in_channels, made.deform.out_channels) == (4, 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -13,6 +13,8 @@ from structopt.channels.groups import Channels
 from structopt.channels.mirrors import Extent
 from structopt.channels.rows import Edit, rows_of
 
+DEFORMED = "torchvision.ops.deform_conv"  # a convolution that is none of torch's classes
+
 
 @dataclass(frozen=True)
 class Guess:
@@ -70,7 +72,7 @@ def _refresh_torch(module: nn.Module) -> None:
         shape = tuple(weight.shape)
         if isinstance(module, nn.modules.conv._ConvTransposeNd):
             values = {"in_channels": shape[0], "out_channels": shape[1] * module.groups}
-        elif isinstance(module, nn.modules.conv._ConvNd):
+        elif isinstance(module, nn.modules.conv._ConvNd) or type(module).__module__ == DEFORMED:
             values = {"in_channels": shape[1] * module.groups, "out_channels": shape[0]}
         elif isinstance(module, nn.Linear):
             values = {"in_features": shape[1], "out_features": shape[0]}
