@@ -167,7 +167,10 @@ def test_regrowing_refuses_what_it_cannot_do(device):
     for bad in (*bad_ones, {"end": 9, "fraction": 1.5}):
         with pytest.raises(ValueError, match="count steps from 1"):
             RegrowWhileTraining(masks, **bad)
+    never = RegrowWhileTraining(masks, end=1, every=1)
+    assert [never.moves(step) for step in range(3)] == [0.0] * 3
     after = RegrowWhileTraining(masks, end=10, every=1)
+    after(model)  # without a step nothing moves, so no gradient is asked for
     with pytest.raises(ValueError, match=r"0\.weight has no gradient after step 1"):
         after(model, 1)
     assert all(torch.equal(m, masks[n]) for n, m in after.masks.items())

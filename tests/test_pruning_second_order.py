@@ -12,6 +12,7 @@ from torch import nn
 
 from structopt import pruning
 from structopt.pruning import Block, NOfM, Unstructured
+from structopt.pruning.reordering import _swaps
 from structopt.pruning.second_order import _hessian
 
 PATTERNS = st.sampled_from([(Unstructured(), 0.3), (Unstructured(), 0.7), (NOfM(2, 4), None)])
@@ -249,6 +250,14 @@ def test_no_exchange_of_two_channels_keeps_more(device):
         size = moved[2].weight.detach()[:, order].abs()
         other = pruning.find_masks({"w": size}, pattern=NOfM(2, 4))["w"]
         assert float((size * other).sum()) <= found * (1 + 1e-5)
+
+
+def test_each_set_of_channels_takes_part_in_one_exchange(device):
+    columns = torch.randn(7, 32, device=device).abs()
+    swaps = _swaps(columns, NOfM(2, 4))
+    sets = [place // 4 for pair in swaps for place in pair]
+    assert len(swaps) > 1
+    assert len(sets) == len(set(sets))
 
 
 class Twice(nn.Module):
