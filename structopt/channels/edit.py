@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -20,8 +22,16 @@ def _laid_out_as(tensor: Tensor, made: Tensor) -> Tensor:
     return made
 
 
-def build(channels: Channels, model: nn.Module, edit: Edit) -> nn.Module:
-    """A copy of the model that has only the chosen channels, verified by nobody yet."""
+def build(
+    channels: Channels,
+    model: nn.Module,
+    edit: Edit,
+    widen: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> nn.Module:
+    """A copy of the model that has only the chosen channels, verified by nobody yet.
+
+    `widen` is what becomes of weights before they are multiplied by anything.
+    """
     choice = edit.choice
     factors = keeping.factors(channels, model, edit)
     names = {id(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
@@ -36,9 +46,12 @@ def build(channels: Channels, model: nn.Module, edit: Edit) -> nn.Module:
             if taken is None or labels is None:
                 continue
             made = made.index_select(dim, torch.from_numpy(taken).to(made.device))
-            made = keeping.times(made, dim, factors[labels][taken]) if scaled else made
-            if scaled and edit.preserve and channels.reads[labels].any():
-                made = keeping.times(made, dim, 1 / keeping.shares(channels, labels, taken, choice))
+            if not scaled:
+                continue
+            by = factors[labels][taken]
+            if edit.preserve and channels.reads[labels].any():
+                by = by / keeping.shares(channels, labels, taken, choice)
+            made = made if (by == 1).all() else keeping.times(widen(made), dim, by)
         return made.clone() if made is tensor else _laid_out_as(tensor, made)
 
     made = substitute(model, change)

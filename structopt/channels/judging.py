@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from structopt.channels import verify
-from structopt.channels.copying import substitute
+from structopt.channels import lengths, verify
+from structopt.channels.copying import flatten, substitute
 from structopt.channels.edit import build
 from structopt.channels.groups import Channels
 from structopt.channels.rows import Choice, Edit, Refused
 from structopt.channels.shadow import Shadow, plain_kernels
 from structopt.channels.tracing import call, map_tensors
+from structopt.channels.widening import wide
 
-Judge = Callable[[Edit], str]  # what goes wrong, or nothing
+
+class Judge(Protocol):
+    """Says what goes wrong with an edit, or nothing; and gives the edited model that it judged."""
+
+    def __call__(self, edit: Edit) -> str: ...
+    def made(self, edit: Edit) -> nn.Module: ...
 
 
 class Expected(NamedTuple):
@@ -28,27 +33,34 @@ class Expected(NamedTuple):
     watched: tuple[str, ...]
 
 
-def by_value(channels: Channels, model: nn.Module) -> Judge:
+class ByValue:
     """The outputs of an edited copy have to equal those of the model with channels masked."""
-    wide = substitute(model, verify.wide)
-    known: dict[tuple[int, ...], list[Expected]] = {}
 
-    changes = functools.cache(lambda: verify.changes(wide, channels.example))
+    def __init__(self, channels: Channels, model: nn.Module) -> None:
+        self.channels, self.model = channels, model
+        # What is worked out from weights needs them in double precision from the start.
+        self.source = substitute(model, wide) if lengths.kept(model) else model
+        self.known: dict[tuple[int, ...], list[Expected]] = {}
+        self.last: tuple[Edit, nn.Module] | None = None
 
-    def judge(edit: Edit) -> str:
+    def __call__(self, edit: Edit) -> str:
         key = tuple(edit.choice)
-        if key not in known:
-            known.clear()
-            known[key] = _expected(channels, wide, edit.choice)
-        for example, expected, watched in known[key]:
+        if key not in self.known:
+            self.known = {key: _expected(self.channels, self.source, edit.choice)}
+        self.last = None
+        try:
+            made = build(self.channels, self.source, edit, wide)
+        except Exception as failure:
+            return _failure(failure)
+        self.last = edit, made
+        for example, expected, watched in self.known[key]:
             try:
-                copy = build(channels, wide, edit)
-                found = verify.outputs_of_copy(copy, example, watched=watched)
+                found = verify.outputs(made, example, watched=watched)
             except Exception as failure:
                 return _failure(failure)
             error = verify.difference(expected, found)
             if error > verify.tolerance(expected):
-                if changes():
+                if self.changes:
                     return (
                         "the output of the model changes from run to run, so that nothing can be "
                         "compared (dropout that is on in evaluation mode?)"
@@ -56,7 +68,21 @@ def by_value(channels: Channels, model: nn.Module) -> Judge:
                 return f"the outputs differ by {error:.1e} of their size"
         return ""
 
-    return judge
+    @functools.cached_property
+    def changes(self) -> bool:
+        return verify.changes(self.source, self.channels.example)
+
+    def made(self, edit: Edit) -> nn.Module:
+        """What was judged last, with weights that were scaled rounded to what they were."""
+        if self.last is None or self.last[0] is not edit or self.source is not self.model:
+            return build(self.channels, self.model, edit)
+        made = self.last[1]
+        old, new = ([*m.parameters(), *m.buffers()] for m in (self.model, made))
+        for before, after in zip(old, new, strict=True):
+            if after.dtype != before.dtype:
+                after.data = after.data.to(before.dtype)
+        flatten(made)  # what was replaced lies apart
+        return made
 
 
 def _expected(channels: Channels, model: nn.Module, choice: Choice) -> list[Expected]:
@@ -115,23 +141,26 @@ def lively(model: nn.Module, example: Any) -> Any:
     return made if changed else None
 
 
-def by_shape(channels: Channels, model: nn.Module) -> Judge:
+class ByShape:
     """The same for a model without values: the shapes have to fit."""
 
-    def shapes(made: nn.Module) -> list[torch.Size]:
-        with plain_kernels(), Shadow():
-            return verify.shapes(call(made.eval(), channels.example))
+    def __init__(self, channels: Channels, model: nn.Module) -> None:
+        self.channels, self.model = channels, model
+        self.expected = self._shapes(substitute(model, torch.clone))
 
-    expected = shapes(substitute(model, torch.clone))
-
-    def judge(edit: Edit) -> str:
+    def __call__(self, edit: Edit) -> str:
         try:
-            found = shapes(build(channels, model, edit))
+            found = self._shapes(self.made(edit))
         except Exception as failure:
             return _failure(failure)
-        return "" if found == expected else "the shape of the output changes"
+        return "" if found == self.expected else "the shape of the output changes"
 
-    return judge
+    def _shapes(self, made: nn.Module) -> list[torch.Size]:
+        with plain_kernels(), Shadow():
+            return verify.shapes(call(made.eval(), self.channels.example))
+
+    def made(self, edit: Edit) -> nn.Module:
+        return build(self.channels, self.model, edit)
 
 
 def _failure(failure: Exception) -> str:

@@ -32,6 +32,13 @@ def pairs(model: nn.Module) -> Iterator[tuple[str, str, int]]:
                 yield f"{before}{hook.name}_g", f"{before}{hook.name}_v", hook.dim
 
 
+def kept(model: nn.Module) -> bool:
+    """Whether any weight is kept so."""
+    return any(True for _ in pairs(model)) or any(
+        True for m in model.modules() for _ in _stretched(m)
+    )
+
+
 def adjust(old: nn.Module, new: nn.Module, pick: Pick) -> None:
     """Give the lengths of an edited model what its directions lost or gained.
 

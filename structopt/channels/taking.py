@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from structopt.channels.asking import asked
-from structopt.channels.edit import build
 from structopt.channels.groups import Channels
-from structopt.channels.judging import Judge, by_shape, by_value
+from structopt.channels.judging import ByShape, ByValue, Judge
 from structopt.channels.members import ChannelGroup
 from structopt.channels.rows import Edit, Refused
 from structopt.channels.sizes import guesses
@@ -57,11 +56,11 @@ def take(
     )
     """
     channels, first = asked(model, groups, preserve, scale)
-    judge = by_shape(channels, model) if _is_bare(model) else by_value(channels, model)
+    judge = ByShape(channels, model) if _is_bare(model) else ByValue(channels, model)
     edit, problem = _exact(channels, model, first, judge)
     if edit is None:
         raise Refused(_complaint(channels, model, first, judge, problem))
-    return build(channels, model, edit)
+    return judge.made(edit)
 
 
 def _is_bare(model: nn.Module) -> bool:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from structopt.channels import ChannelGroup, channel_groups, take
 from structopt.channels.copying import substitute
 from structopt.channels.judging import lively
-from structopt.channels.verify import difference, outputs, tolerance, wide
+from structopt.channels.verify import difference, outputs, tolerance
+from structopt.channels.widening import wide
 from structopt.slicing.attention import FreeAttention, free_attention
 from structopt.slicing.cutting import named
 from structopt.slicing.streams import Stream, find_stream

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structopt.channels.verify import wide
+from structopt.channels.widening import wide
 from structopt.measure.running import call
 from structopt.slicing.cutting import named
 from structopt.slicing.streams import Stream

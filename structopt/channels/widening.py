@@ -1,0 +1,116 @@
+"""Run a model in double precision without a copy of it in double precision."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from structopt.channels.labels import Vector
+from structopt.channels.shadow import plain_kernels
+from structopt.channels.tracing import tensors_of
+
+Mask = Sequence[tuple[int, Vector]]  # dimensions, and the indices that are zero there
+_Key = tuple[int, torch.Size]
+_SMALL = (torch.float32, torch.float16, torch.bfloat16)
+_OWN = "_structopt_own"  # marks a view of a weight that is lent
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """A copy in the widest type that the device has."""
+    if not tensor.is_floating_point():
+        return tensor.clone()
+    if tensor.device.type == "cpu" and tensor.is_contiguous():
+        made = torch.from_numpy(np.empty(tensor.shape))  # numpy asks the kernel for large pages
+        return made.copy_(tensor.detach())
+    return tensor.to(_widest(tensor), copy=True)
+
+
+def _widest(tensor: Tensor) -> torch.dtype:
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
+
+
+def masked(tensor: Tensor, lost: Mask) -> Tensor:
+    """A wide copy that is zero at these indices of these dimensions."""
+    made = wide(tensor)
+    for dim, index in lost:
+        made.index_fill_(dim, torch.from_numpy(index).to(made.device), 0)
+    return made
+
+
+def lendable(tensor: Tensor) -> bool:
+    """Whether a copy of a model may share this weight, to be widened by `Wide` when it is met.
+
+    Rows of numbers are not worth it; torch compares the type of a bias with the input's.
+    """
+    small = tensor.dtype in _SMALL and tensor.dtype != _widest(tensor)
+    return small and tensor.ndim > 1 and isinstance(tensor, nn.Parameter)
+
+
+class Wide(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Keeps float64 where a model casts to float32, as many norms do.
+
+    `lent` are small weights that belong to the caller, and what is masked of each: an operator
+    that meets one is handed a wide copy for as long as it works. A model that writes to one of
+    them is stopped before it does.
+    """
+
+    def __init__(self, lent: Sequence[tuple[Tensor, Mask]] = ()) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.lent: Mapping[_Key, Mask] = {_key(tensor): mask for tensor, mask in lent}
+        if len(self.lent) < len(lent):
+            raise RuntimeError("two weights lie in the same memory: each has a mask of its own")
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        met = self.lent and any(map(self._is_own, tensors_of((args, kwargs))))
+        if met and any(map(self._is_own, tensors_of(list(_written(func, args, kwargs))))):
+            raise RuntimeError("the model writes to its weights")
+        out = func(*map(self._wide, args), **{k: self._wide(v) for k, v in kwargs.items()})
+        for tensor in tensors_of(out) if met and func.is_view else ():
+            setattr(tensor, _OWN, True)
+        return out
+
+    def _is_own(self, tensor: Tensor) -> bool:
+        return hasattr(tensor, _OWN) or (tensor.dtype in _SMALL and _key(tensor) in self.lent)
+
+    def _wide(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            mask = self.lent.get(_key(value)) if value.dtype in _SMALL and self.lent else None
+            return value if mask is None else masked(value, mask)
+        if isinstance(value, list | tuple):
+            return type(value)(map(self._wide, value))
+        return torch.float64 if isinstance(value, torch.dtype) and value in _SMALL else value
+
+
+def _key(tensor: Tensor) -> _Key:
+    """The same for a weight and its `data`."""
+    return tensor.data_ptr(), tensor.shape
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
+    """The arguments that an operator writes to."""
+    for place, argument in enumerate(func._schema.arguments if func._schema.is_mutable else ()):
+        if argument.is_write:
+            yield args[place] if place < len(args) else kwargs.get(argument.name)
+
+
+@contextlib.contextmanager
+def repeatable(seed: int = 0) -> Iterator[None]:
+    """The same random numbers each time, plain kernels, and fractions in double precision."""
+    usual = torch.get_default_dtype()
+    with torch.random.fork_rng(), plain_kernels():
+        torch.manual_seed(seed)
+        if not torch.backends.mps.is_available():  # which has no float64
+            torch.set_default_dtype(torch.float64)  # the root of a whole number has this type
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(usual)
