@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from channel_networks import CASES, conv, filled
+from channel_networks import CASES, Fn, conv, filled
 from channel_networks_further import FURTHER
 from torch import nn
 
 from structopt import checkpoint, files
 from structopt.channels import channel_groups, take
+from structopt.channels.layout import lay_plainly_
+from structopt.training.layout import overruns, wants_channels_last
 
 
 def halved(model, example):
@@ -185,6 +187,41 @@ def test_the_layout_in_memory_stays(device):
     (group,) = channel_groups(deep, torch.randn(1, 3, 5, 5, 5, device=device))
     narrow = take(deep, {group: range(4)})
     assert narrow[1].weight.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def is_plain(model):
+    plain = torch.contiguous_format
+    return all(p.stride() == p.clone(memory_format=plain).stride() for p in model.parameters())
+
+
+def test_what_onednn_would_write_past_its_memory_comes_out_in_plain_order(device):
+    """Also for a gradient that is taken outside of `train`, which looks at this itself."""
+    for before, after, spoiled in ((32, 16, False), (32, 15, True), (8, 8, True), (32, 32, False)):
+        branches = {
+            "a": conv(3, before, 3),
+            "b": conv(before, 24, 1, stride=2),
+            "c": conv(24, 4, 3),
+        }
+        model = Fn(lambda s, x: s.c(s.b(s.a(x)).relu()), **branches).to(device)
+        model.to(memory_format=torch.channels_last)
+        channels = channel_groups(model, torch.randn(2, 3, 9, 9, device=device))
+        choice = {channels["a"]: range(after), channels["b"]: range(20)}
+        narrow = take(model, choice)
+        assert is_plain(narrow) == (spoiled and device.type == "cpu"), (before, after)
+        assert not is_plain(model)
+        assert wants_channels_last(narrow, device) != (spoiled and device.type == "cpu")
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("stride", [1, 2, (1, 2)])
+@pytest.mark.parametrize("columns", [2, 15, 16, 32])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_editing_and_training_agree_on_what_onednn_cannot(kernel, stride, columns, groups):
+    """They may not import one another."""
+    model = nn.Sequential(nn.Conv2d(columns * groups, 4, kernel, stride=stride, groups=groups))
+    model.to(memory_format=torch.channels_last)
+    spoiled = overruns(model)
+    assert is_plain(lay_plainly_(model)) == spoiled
 
 
 def test_tied_weights_stay_tied(device):

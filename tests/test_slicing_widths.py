@@ -260,7 +260,10 @@ def test_a_slice_too_narrow_for_onednn_is_trained_in_plain_order():
     model, image, cpu = networks.ResNet20(width=16), torch.rand(1, 1, 28, 28), torch.device("cpu")
     assert wants_channels_last(model, cpu)
     assert wants_channels_last(Slimmable(networks.ResNet20(width=32), image, [0.5]), cpu)
-    assert not wants_channels_last(Slimmable(model, image, [0.5]), cpu)
+    slimmable = Slimmable(model.to(memory_format=torch.channels_last), image, [0.5])
+    assert not wants_channels_last(slimmable, cpu)
+    for width, plain in ((1.0, False), (0.5, True), (0.6, True)):
+        assert slimmable.extract(width).stage1[0].conv1.weight.is_contiguous() == plain
 
 
 @pytest.mark.parametrize("width", [0, -0.5, 1.5, float("nan")])

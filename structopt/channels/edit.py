@@ -10,16 +10,9 @@ from torch import Tensor, nn
 from structopt.channels import keeping, lengths
 from structopt.channels.copying import substitute
 from structopt.channels.groups import Channels
+from structopt.channels.layout import laid_out_as, lay_plainly_
 from structopt.channels.rows import Edit, rows_of
 from structopt.channels.sizes import refresh
-
-
-def _laid_out_as(tensor: Tensor, made: Tensor) -> Tensor:
-    """In memory as the tensor that it was taken from, channels last perhaps."""
-    for ndim, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-        if tensor.ndim == ndim and tensor.is_contiguous(memory_format=layout):
-            return made if tensor.is_contiguous() else made.contiguous(memory_format=layout)
-    return made
 
 
 def build(
@@ -52,9 +45,9 @@ def build(
             if edit.preserve and channels.reads[labels].any():
                 by = by / keeping.shares(channels, labels, taken, choice)
             made = made if (by == 1).all() else keeping.times(widen(made), dim, by)
-        return made.clone() if made is tensor else _laid_out_as(tensor, made)
+        return made.clone() if made is tensor else laid_out_as(tensor, made)
 
     made = substitute(model, change)
     lengths.adjust(model, made, lambda name, tensor: change(tensor, name, scaled=False))
     refresh(channels, made, edit)
-    return made
+    return lay_plainly_(made)

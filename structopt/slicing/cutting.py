@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from structopt.channels import ChannelGroup, Channels, take
+from structopt.channels.layout import lay_plainly_
 from structopt.measure.running import call
 from structopt.slicing.slices import Slice, widths_of
 from structopt.training import evaluating
@@ -59,7 +60,7 @@ class Narrow:
         made = filled(self.structure, lambda name, _: tensors[name].detach().clone())
         for mine, whole in zip(made.modules(), self._matching(model), strict=True):
             mine.training = whole.training
-        return made
+        return lay_plainly_(made)
 
     def _matching(self, model: nn.Module) -> Iterator[nn.Module]:
         """For each module of the structure that of the model."""
