@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from structopt.channels.labels import Vector
 from structopt.channels.mirrors import Axis, Book, Mirror
 
 
+@_disable_current_modes()  # what else watches the model has no use for these
 def follow(book: Book, move: Callable[[Tensor], Any], shape: Sequence[int], mirror: Mirror) -> Any:
     """The mirrors of `move(x)` for an x of this shape: run the same op on index tensors.
 
@@ -59,10 +61,11 @@ def _spread(
     book: Book, out: Tensor, axis: Vector, picked: list[int], alike: bool
 ) -> list[tuple[int, Vector]]:
     """Along which dimensions of `out` the labels of `axis` vary, and how."""
-    for d in range(out.ndim):  # constant dimensions of a view have stride 0; others are compared
-        if out.shape[d] > 1 and (out.stride(d) == 0 or bool((out == out.narrow(d, 0, 1)).all())):
-            out = out.narrow(d, 0, 1)
     index = out.numpy()
+    for d in range(index.ndim):  # constant dimensions of a view have stride 0; others are compared
+        first = index[(slice(None),) * d + (slice(1),)]
+        if index.shape[d] > 1 and (index.strides[d] == 0 or (index == first).all()):
+            index = first
     if index.size < 2:
         picked += [int(axis[i]) for i in index.ravel()]
         book.freeze(axis, "picks single indices by number")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -22,7 +23,7 @@ class Masked(Tracer):  # type: ignore[no-untyped-call]
     from those that stay.
     """
 
-    def __init__(self, book: Book, gone: Vector) -> None:
+    def __init__(self, book: Book, gone: npt.NDArray[np.bool_]) -> None:
         super().__init__(book)
         self.gone = gone  # for each label of a parameter: was it removed?
 
@@ -51,15 +52,17 @@ class Masked(Tracer):  # type: ignore[no-untyped-call]
         """The indices along an axis that stay, or `None` where all do."""
         if axis is None:
             return None
-        labels = self.book.labels
-        stays, seen = np.zeros(labels.size, bool), np.zeros(labels.size, bool)
-        for roots in labels.leaves(np.arange(len(self.gone))).values():
-            real = roots >= 0
-            seen[roots[real]] = True
-            stays[roots[real & ~self.gone]] = True
-        lost = seen & ~stays
-        out = np.zeros(len(axis), bool)
-        for roots in labels.leaves(axis).values():
+        labels, count = self.book.labels, len(self.gone)
+        leaves, out = labels.leaves(axis).values(), np.zeros(len(axis), bool)
+        lost = self.gone  # of a channel of weights, which are labelled first
+        if any((roots >= count).any() for roots in leaves):
+            stays, seen = np.zeros(labels.size, bool), np.zeros(labels.size, bool)
+            for roots in labels.leaves(np.arange(count)).values():
+                real = roots >= 0
+                seen[roots[real]] = True
+                stays[roots[real & ~self.gone]] = True
+            lost = seen & ~stays
+        for roots in leaves:
             out |= (roots >= 0) & lost[roots]
         return np.flatnonzero(~out) if out.any() else None
 

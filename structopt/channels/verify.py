@@ -79,7 +79,7 @@ def _run(
     lend: bool,
     seed: int = 0,
     masks: Mapping[str, Mask] | None = None,
-    gone: Vector | None = None,
+    gone: npt.NDArray[np.bool_] | None = None,
 ) -> list[Tensor]:
     """The outputs of a copy with these parts of its weights zero, for norms that others average."""
     masks = masks or {}
