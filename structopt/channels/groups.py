@@ -6,7 +6,7 @@ import functools
 import itertools
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from structopt.channels.members import ChannelGroup, Member
 from structopt.channels.mirrors import Book, Extent
 
 Axes = Mapping[tuple[str, int], Vector]
+_SIDES: tuple[Literal["left"], Literal["right"]] = ("left", "right")
 
 
 class Channels:
@@ -73,13 +74,18 @@ class Channels:
         raise KeyError(f"no group {name!r}; there are {', '.join(g.name for g in self.groups)}")
 
     @functools.cached_property
-    def biases(self) -> dict[int, set[int]]:
-        """Of each row of a weight, what is added to its results."""
-        found: dict[int, set[int]] = {}
-        for rows, bias in self.book.beside:
-            for row, one in zip(rows.tolist(), bias.tolist(), strict=True):
-                found.setdefault(row, set()).add(one)
-        return found
+    def _beside(self) -> tuple[Vector, Vector]:
+        """Rows of weights, ascending, and what is added to the results of each."""
+        pairs = [np.empty((2, 0), np.int64), *map(np.stack, self.book.beside)]
+        both = np.concatenate(pairs, axis=1)
+        rows, bias = both[:, np.argsort(both[0], kind="stable")]
+        return rows, bias
+
+    def biases(self, rows: Vector) -> list[int]:
+        """What is added to the results of these rows of a weight."""
+        known, bias = self._beside
+        ends = zip(*(np.searchsorted(known, rows, side).tolist() for side in _SIDES), strict=True)
+        return [int(one) for start, end in ends for one in bias[start:end]]
 
     def reading(self, number: int) -> npt.NDArray[np.bool_]:
         """Of each label: is it summed over, across the channels of this group?"""

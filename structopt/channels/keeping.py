@@ -48,8 +48,10 @@ def _folded(channels: Channels, edit: Edit) -> Reals:
             )
             for number in () if score.scales else score.picked:
                 rows = np.intersect1d(rows, book.rows(number))
-            biases = {b for row in rows for b in channels.biases.get(int(row), ())}
-            for row in ({*rows.tolist()} | biases) - done:  # one query may meet several keys
+            for row in {
+                *rows.tolist(),
+                *channels.biases(rows),
+            } - done:  # one query may meet several keys
                 done.add(row)
                 factor = root / (max(count, 1) if edit.preserve else 1)
                 found[row] = np.sqrt(factor) if same else factor
@@ -58,7 +60,7 @@ def _folded(channels: Channels, edit: Edit) -> Reals:
 
 def _scaling(book: Book, label: int, scales: tuple[Vector, ...]) -> Vector:
     """The entries of weights that scale a channel: of its own norm, or the rows that make it."""
-    root = book.labels.find(np.array([label]))
+    root = book.labels.find(np.array([label])) if scales else label
     found = [axis[book.labels.find(axis) == root] for axis in scales]
     known = np.concatenate(found) if found else np.empty(0, np.int64)
     return np.unique(known) if len(known) else book.rows(label)

@@ -149,9 +149,10 @@ class Book:
             if place >= 0:
                 grid, dim, made = self.grids[place]
                 if label <= made[-1]:
-                    above = np.unique(grid.take([label - made[0]], axis=dim)).tolist()
-                    parents = [one for p in above for one in self._sides(p, label)]
-                    known = np.unique(np.concatenate([self.rows(p) for p in parents]))
+                    known = np.unique(grid.take(label - made[0], axis=dim))
+                    if known[-1] >= self.weights:
+                        parents = [one for p in known.tolist() for one in self._sides(p, label)]
+                        known = np.unique(np.concatenate([self.rows(p) for p in parents]))
             self.origins[label] = known
         return known
 
