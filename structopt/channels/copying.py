@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-_ATOMS = (bool, int, float, str, type(None))
+_ATOMS = frozenset((bool, int, float, str, type(None)))
+_HELD = ("_parameters", "_buffers", "_modules")
 _STORES = (dict, OrderedDict, set)
 _WAYS = ("__reduce_ex__", "__reduce__", "__new__")
 
@@ -39,13 +40,22 @@ def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     for module in plain:
         twin = vars(memo[id(module)])
         for name, value in module.__getstate__().items():  # type: ignore[no-untyped-call]
-            if type(value) in _ATOMS:
+            if _is_atom(value):
                 twin[name] = value
+            elif type(value) is dict and name in _HELD and id(value) not in memo:
+                twin[name] = memo[id(value)] = {
+                    key: memo[id(held)] if id(held) in memo else copy.deepcopy(held, memo)
+                    for key, held in value.items()
+                }
             elif type(value) in _STORES and not value:
                 twin[name] = memo.setdefault(id(value), type(value)())
             else:
                 twin[name] = copy.deepcopy(value, memo)
     return copy.deepcopy(model, memo)
+
+
+def _is_atom(value: Any) -> bool:
+    return type(value) in _ATOMS or (type(value) is tuple and _ATOMS.issuperset(map(type, value)))
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -156,18 +156,21 @@ def _extents(modules: Mapping[str, nn.Module], book: Book) -> list[Extent]:
 def _collect(channels: Channels) -> list[ChannelGroup]:
     """Channels with the same signature, the axes they lie on and how often, form a group."""
     labels, axes = channels.book.labels, channels.axes
-    parts: list[tuple[int, Vector, Vector, Vector]] = []
     every = [*axes.values(), *channels.book.pieces]
-    for number, vector in enumerate(every):
-        for path, roots in labels.leaves(vector).items():
-            seen, first, count = np.unique(roots, return_index=True, return_counts=True)
-            real = seen >= 0
-            parts.append((hash((number, path)) % 2**61, seen[real], first[real], count[real]))
-    if not parts:
+    if not every:
         return []
-    root = np.concatenate([p[1] for p in parts])
-    mark = np.concatenate([_mix(_mix(np.full(len(p[1]), p[0])) + p[3]) for p in parts])
-    place = np.concatenate([p[2] for p in parts])
+    owner = np.repeat(np.arange(len(every)), [len(vector) for vector in every])
+    where = np.concatenate([np.arange(len(vector)) for vector in every])
+    parts: list[tuple[Vector, Vector, Vector]] = []
+    for path, roots in labels.leaves(np.concatenate(every)).items():
+        real = np.flatnonzero(roots >= 0)
+        order = real[np.lexsort((owner[real], roots[real]))]
+        seen, own = roots[order], owner[order]
+        first = np.flatnonzero(np.r_[True, (np.diff(seen) != 0) | (np.diff(own) != 0)])
+        count = np.diff(np.r_[first, len(order)])
+        mark = _mix(_mix(own[first] + hash(path) % 2**61) + count)
+        parts.append((seen[first], mark, where[order[first]]))
+    root, mark, place = (np.concatenate(part) for part in zip(*parts, strict=True))
     order = np.argsort(root, kind="stable")
     root, mark, place = root[order], mark[order], place[order]
     starts = np.flatnonzero(np.r_[True, root[1:] != root[:-1]])

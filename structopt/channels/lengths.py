@@ -34,9 +34,10 @@ def pairs(model: nn.Module) -> Iterator[tuple[str, str, int]]:
 
 def kept(model: nn.Module) -> bool:
     """Whether any weight is kept so."""
-    return any(True for _ in pairs(model)) or any(
-        True for m in model.modules() for _ in _stretched(m)
-    )
+    modules = list(model.modules())
+    if not any(m._forward_pre_hooks or "parametrizations" in m._modules for m in modules):
+        return False
+    return any(True for _ in pairs(model)) or any(True for m in modules for _ in _stretched(m))
 
 
 def adjust(old: nn.Module, new: nn.Module, pick: Pick) -> None:
