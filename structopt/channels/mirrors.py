@@ -149,10 +149,11 @@ class Book:
             if place >= 0:
                 grid, dim, made = self.grids[place]
                 if label <= made[-1]:
-                    known = np.unique(grid.take(label - made[0], axis=dim))
-                    if known[-1] >= self.weights:
-                        parents = [one for p in known.tolist() for one in self._sides(p, label)]
-                        known = np.unique(np.concatenate([self.rows(p) for p in parents]))
+                    above = set(grid.take(label - made[0], axis=dim).ravel().tolist())
+                    if max(above) >= self.weights:
+                        parents = [one for p in above for one in self._sides(p, label)]
+                        above = {row for p in parents for row in self.rows(p).tolist()}
+                    known = np.array(sorted(above))
             self.origins[label] = known
         return known
 
