@@ -38,7 +38,8 @@ def take(
     subset has to equal the full model with the other channels masked; norms that average over
     channels average over those that stay. Anything else has to equal the full model. Parameters,
     buffers and the sizes that modules remember are edited; hooks, devices, dtypes, tied weights
-    and `requires_grad` stay. On the ``meta`` device only shapes are checked.
+    and `requires_grad` stay; so does the order in memory, but where a CPU's gradients of so few
+    channels go wrong in channels-last order. On the ``meta`` device only shapes are checked.
 
     Raises ValueError where that does not hold, or for an index out of range, empty, repeated
     without ``preserve``, or of a group that is frozen or of a model of other shapes (a copy of the
