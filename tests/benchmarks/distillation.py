@@ -108,15 +108,22 @@ def student(lab: Laboratory, method: str, given: Settings, epochs: int, seed: in
 
 
 def choose(
-    lab: Laboratory, record: Record, kind: str, method: str, tries: list[Settings], epochs: int
+    lab: Laboratory,
+    record: Record,
+    kind: str,
+    method: str,
+    tries: list[Settings],
+    epochs: int,
+    seeds: tuple[int, ...] = (0,),
 ) -> Settings:
-    """The best of the tries on the held-out sixth; a single one is not tried."""
+    """The best of the tries on the held-out sixth, a mean of seeds; a single one is not tried."""
     chosen = record.result.setdefault(kind, {})
     if method not in chosen:
         found: list[dict[str, Any]] = [{"settings": given} for given in tries]
         for row in found if found[1:] else []:
-            model = student(lab, method, row["settings"], epochs)
-            row["validation accuracy in %"] = percent(model, lab.held)
+            models = (student(lab, method, row["settings"], epochs, seed) for seed in seeds)
+            scores = [percent(model, lab.held) for model in models]
+            row["validation accuracy in %"] = round(sum(scores) / len(scores), 2)
             print(kind, method, row, flush=True)
         chosen[method] = sorted(found, key=lambda row: -row.get("validation accuracy in %", 0))
         record.save()
