@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -64,7 +65,7 @@ def refresh(channels: Channels, model: nn.Module, edit: Edit) -> None:
     flatten(model)
 
 
-def _refresh_torch(module: nn.Module) -> None:
+def _refresh_torch(module: Any) -> None:
     """The attributes of torch's own layers follow from the shapes of their weights."""
     weight = getattr(module, "weight", None)
     values: dict[str, object] = {}
