@@ -104,6 +104,22 @@ def test_smoothing_levels_the_wrong_logits_and_keeps_the_gap(steady: bool, order
     level = torch.where(right, torch.tensor(4.0), torch.tensor(0.0))
     both = d.diagnose(nn.Identity(), [(level, labels)], [(level, labels)], temperature=4.0)
     assert reasons(both) == ["The teacher was trained with label smoothing"]
+    share = 5 / (math.exp(4.0) + 5 - 1)  # the smoothing whose perfect fit has this gap
+    assert f"smoothing of about {share:.2f}" in str(both)
+
+
+def test_a_few_right_answers_or_two_classes_say_nothing_of_smoothing() -> None:
+    def smoothed(count: int, classes: int, right: int) -> d.Diagnosis:
+        labels = torch.arange(count) % classes
+        said = torch.where(torch.arange(count) < right, labels, (labels + 1) % classes)
+        logits = 4.0 * torch.nn.functional.one_hot(said, classes)
+        pairs = [(logits, labels)]
+        return d.diagnose(nn.Identity(), pairs, pairs, temperature=4.0)
+
+    assert "label smoothing" in str(smoothed(64, 5, 16))
+    assert "label smoothing" not in str(smoothed(64, 5, 15))
+    assert "label smoothing" in str(smoothed(64, 3, 64))
+    assert "label smoothing" not in str(smoothed(64, 2, 64))
 
 
 def test_augmentation_that_the_cached_teacher_did_not_see(
@@ -115,6 +131,8 @@ def test_augmentation_that_the_cached_teacher_did_not_see(
     moved = data.batches(numbered, 64, augment=[data.Shift(3)])
     found = d.diagnose(teacher, moved, validation, cached=cached)
     assert reasons(found) == ["The cached teacher did not see this augmentation"]
+    other = float(str(found).partition("another class for ")[2].partition("%")[0])
+    assert 0 < other < 60  # in per cent; the shifted pictures are mostly still recognised
     still = data.batches(numbered, 64)
     assert not d.diagnose(teacher, still, validation, cached=cached)
     assert not d.diagnose(teacher, data.batches(train, 64, augment=[data.Shift(3)]), validation)

@@ -195,6 +195,29 @@ def test_adapters_map_what_can_be_mapped(
     torch.testing.assert_close(teacher, t)
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [((2, 9, 5), (2, 8, 7)), ((2, 5), (2, 9, 7)), ((2, 4, 8, 8), (2, 5)),
+                         ((2, 3, 4, 5, 5), (2, 3, 4, 5, 5))],
+)  # fmt: skip
+def test_what_no_adapter_maps_is_named(ours: tuple[int, ...], theirs: tuple[int, ...]) -> None:
+    from structopt.distillation.adapters import regressor
+
+    with pytest.raises(ValueError, match="no adapter maps a to b") as refused:
+        regressor(ours, theirs, "a to b")
+    assert f"{ours} to {theirs}" in str(refused.value)
+
+
+def test_pooling_is_the_mean_over_positions_or_tokens() -> None:
+    from structopt.distillation.adapters import pooled
+
+    maps, tokens = torch.randn(2, 3, 4, 5), torch.randn(2, 6, 3)
+    torch.testing.assert_close(pooled(maps), maps.flatten(2).mean(2))
+    torch.testing.assert_close(pooled(tokens), torch.stack(tokens.unbind(1)).mean(0))
+    for shape in ((3,), (2, 3, 4, 5, 6)):
+        with pytest.raises(ValueError, match="cannot be pooled"):
+            pooled(torch.zeros(shape))
+
+
 # Who teaches, and how it is left
 
 

@@ -1,4 +1,7 @@
-"""Groups with and without an exchange, and early exits by the clock, on embedded Fashion-MNIST.
+"""Widths in one network, groups with an exchange, and early exits, on embedded Fashion-MNIST.
+
+One slimmable network for four widths, and a network trained for each width by itself, with the same
+number of passes; each has the learning rate that is best in the mean on 2,000 images held out.
 
 A trained perceptron with four hidden layers is grouped, with each way to pass information, and
 trained on; beside it the dense network, trained on for as long. The learning rate of that is
@@ -21,6 +24,7 @@ from torch import nn
 from structopt import data, descent, slicing, training
 
 GROUPS, RATES, HIDDEN, EPOCHS = (8, 16), (0.001, 0.003, 0.01), 128, 3
+WIDTHS, PASSES = (0.25, 0.5, 0.75, 1.0), 12
 NETWORKS = {
     "3 blocks, pooled": ((8, 24, 48), True),
     "3 blocks, all positions": ((8, 24, 48), False),
@@ -58,6 +62,53 @@ class Bench:
 
     def score(self, model: nn.Module, examples: data.Examples) -> float:
         return round(100 * training.evaluate(model, examples, device=self.device), 2)
+
+
+def slim(width: float = 1.0) -> nn.Module:
+    """Four convolutions and a linear layer, as in the chapter on slicing."""
+    parts: list[nn.Module] = []
+    sizes = [1, *(int(width * channels) for channels in (8, 24, 32, 32))]
+    for number, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
+        stride = 2 if number < 2 else 1
+        layer = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        parts += [layer, nn.BatchNorm2d(outputs), nn.ReLU()]
+    return nn.Sequential(*parts, nn.Flatten(), nn.Linear(49 * sizes[-1], 10))
+
+
+def in_widths(bench: Bench, seeds: int, passes: int) -> dict[str, Any]:
+    """Test accuracy at each width: one network for all, and one for each."""
+
+    def shared(seed: int, lr: float) -> list[nn.Module]:
+        torch.manual_seed(seed)
+        model = slicing.Slimmable(slim(), bench.example, WIDTHS)
+        bench.fit(model, slicing.all_widths(), passes, seed, lr)
+        return [model.extract(width).eval() for width in WIDTHS]
+
+    def alone(width: float, seed: int, lr: float) -> nn.Module:
+        torch.manual_seed(seed)
+        return bench.fit(slim(width), training.supervised(), passes, seed, lr)
+
+    def best(made: dict[float, list[list[nn.Module]]]) -> tuple[float, list[list[nn.Module]]]:
+        """The rate whose networks, one list for each seed, are best on the images held out."""
+
+        def held(lr: float) -> float:
+            return sum(bench.score(model, bench.held) for row in made[lr] for model in row)
+
+        rate = max(made, key=held)
+        return rate, made[rate]
+
+    rate, rows = best({lr: [shared(seed, lr) for seed in range(seeds)] for lr in RATES})
+    found: dict[str, Any] = {"passes": passes, "learning rate, one for all": rate}
+    for number, width in enumerate(WIDTHS):
+        own, single = best({lr: [[alone(width, s, lr)] for s in range(seeds)] for lr in RATES})
+        scores = [bench.score(row[number], bench.test) for row in rows]
+        found[str(width)] = {
+            "one for all": mean_and_spread(scores),
+            "one for each": mean_and_spread([bench.score(row[0], bench.test) for row in single]),
+            "learning rate, one for each": own,
+        }
+        print(width, found[str(width)], flush=True)
+    return found
 
 
 def perceptron() -> nn.Module:
@@ -181,7 +232,7 @@ def exits(
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--part", choices=["exits", "groups"], help="only this one")
+    parser.add_argument("--part", choices=["exits", "groups", "widths"], help="only this one")
     options = parser.parse_args()
     torch.set_num_threads(1)
     device, quick = torch.device(options.device), options.quick
@@ -191,12 +242,14 @@ def main() -> None:
     result |= {"benchmark": "slicing", "machine": machine(device), "seeds": seeds}
     result |= {"seeds of groups": many}
     result |= {"clock": clock(device)[0], "epochs trained on": EPOCHS}
-    if options.part != "groups":
+    if options.part in (None, "widths"):
+        result["widths"] = in_widths(bench, seeds, 1 if quick else PASSES)
+    if options.part in (None, "exits"):
         result["exits"] = {}
         for name, (widths, pooled) in NETWORKS.items():
             result["exits"][name] = exits(bench, seeds, widths, pooled, 3 if quick else 7)
             print(name, result["exits"][name], flush=True)
-    if options.part != "exits":
+    if options.part in (None, "groups"):
         result["groups"] = {str(g): grouped(bench, many, g) for g in GROUPS}
     keep("slicing", result, quick)
 
