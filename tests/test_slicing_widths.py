@@ -195,6 +195,20 @@ def test_sorting_keeps_the_function(name, device):
     )
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_importance_is_the_share_of_each_weight_that_makes_or_reads_a_channel(device, seed):
+    torch.manual_seed(seed)
+    layers = nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)
+    model = nn.Sequential(*layers).double().to(device).eval()
+    with torch.no_grad():
+        model[2].weight.mul_(100)  # as a share it counts no more for that
+    first, second = model[0].weight.abs(), model[2].weight.abs()
+    order = (first.sum(1) / first.sum() + second.sum(0) / second.sum()).argsort(descending=True)
+    turned = sort_channels(model, torch.randn(4, 3, dtype=torch.float64, device=device))
+    assert torch.equal(turned[0].weight, model[0].weight[order])
+    assert torch.equal(turned[2].weight, model[2].weight[:, order])
+
+
 def test_a_slice_of_a_sorted_network_keeps_what_matters_most(device):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2)).double().to(device)
