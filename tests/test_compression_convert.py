@@ -185,6 +185,43 @@ def test_attention_of_torch_keeps_its_function():
     assert "self_attn" in IntMM().build(layer, x).runs_on
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_large_bytes_do_not_saturate(static):
+    """Each pair of products is 2 · 255 · 127, too large for 16 bits."""
+    model, x = nn.Linear(64, 16), torch.rand(8, 64) * 0.01 + 0.99
+    with torch.no_grad():
+        model.weight.copy_(torch.rand(16, 64) * 0.01 + 0.99)
+    made = ONNXRuntime(static=static).build(model, x, [x])
+    with torch.no_grad():
+        torch.testing.assert_close(made(x), model(x), rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("has", "asked"),
+    [
+        ({}, True),
+        ({"avx512_f": True, "avx512_vnni": False}, True),
+        ({"avx512_vnni": True}, False),
+        ({"avx_vnni": True}, False),
+    ],
+)
+def test_the_slower_product_is_asked_for_only_where_bytes_saturate(has, asked, monkeypatch):
+    import onnxruntime
+
+    class Options(onnxruntime.SessionOptions):
+        entries: dict[str, str] = {}  # noqa: RUF012
+
+        def add_session_config_entry(self, key, value):
+            self.entries[key] = value
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(onnxruntime, "SessionOptions", Options)
+    Options.entries.clear()
+    ONNXRuntime().build(nn.Linear(8, 4), torch.randn(2, 8), None)
+    assert (Options.entries.get("session.x64quantprecision") == "1") == asked
+
+
 def test_a_simulation_is_dropped_and_judged_by():
     model = mlp()
     x = torch.randn(32, 64)

@@ -63,7 +63,8 @@ def routes_on(device: torch.device | str) -> tuple[Route, ...]:
     """
     shared: tuple[Route, ...] = (Float(torch.bfloat16), IntMM())
     compiled: tuple[Route, ...] = (
-        Float(compiled=True),
+        IntMM(compiled=True),  # the fastest route on some processors, thousands of times too slow
+        Float(compiled=True),  # on others: that is what measuring is for
         Float(torch.bfloat16, compiled=True),
         TorchAO(),
         TorchAO(dynamic=True),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+import platform
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -133,9 +134,17 @@ def _open(graph: bytes) -> Any:
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
-    # Without VNNI unsigned times signed bytes saturate at 16 bits; this takes an exact product.
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    if _saturates():  # take the exact product, which is slower
+        options.add_session_config_entry("session.x64quantprecision", "1")
     return runtime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+
+def _saturates() -> bool:
+    """Whether products of unsigned and signed bytes are added up in 16 bits: x86 without VNNI."""
+    # An older torch does not say: be exact.
+    has: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    exact = has.get("avx512_vnni") or has.get("avx_vnni")
+    return platform.machine() in ("x86_64", "AMD64") and not exact
 
 
 def _feed(names: list[str], example: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 from structopt import networks
-from structopt.compression import Float, IntMM, ONNXRuntime, convert, routes_on
+from structopt.compression import Float, ONNXRuntime, convert, routes_on
 from structopt.compression.convert_onnx import exported_once
 from structopt.compression.convert_trial import Tried, attempt, without_simulation
 
@@ -70,11 +70,10 @@ def measured(name: str, device: torch.device, quick: bool, compiled: bool) -> di
     routes = [r for r in routes if compiled or not getattr(r, "compiled", False)]
     chosen = convert(network, x, routes, calibration=calibration, error=limit, seconds=WAIT)
     plain = without_simulation(network)
-    more = [IntMM(compiled=True)] if compiled and "MLP" in name else []
     tried: dict[str, Tried] = {}
     rows: dict[str, dict[str, Any]] = {}
     with exported_once():
-        for route in [Float(), *routes, *more]:
+        for route in [Float(), *routes]:
             begun = time.perf_counter()
             missing = route.missing(device)
             found = missing or attempt(route, plain, x, calibration, wanted, WAIT)
