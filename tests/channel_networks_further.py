@@ -44,6 +44,19 @@ def normed_queries() -> nn.Module:
     return made
 
 
+def batch_normed_queries() -> nn.Module:
+    """Pixels that attend to each other; queries and keys pass a batch norm each."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        made = self.qn(self.q(x)), self.kn(self.k(x)), self.v(x)
+        q, k, v = (t.flatten(2).transpose(1, 2).unsqueeze(1) for t in made)  # (B, 1, HW, C)
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return self.write(mixed.transpose(2, 3).reshape(len(x), -1, *x.shape[2:]))
+
+    return Fn(forward, q=conv(3, 4), k=conv(3, 4), v=conv(3, 8), qn=nn.BatchNorm2d(4),
+              kn=nn.BatchNorm2d(4), write=conv(8, 5))  # fmt: skip
+
+
 def complex_rotary() -> nn.Module:
     """Pairs of numbers turned as complex ones."""
 
@@ -170,6 +183,11 @@ FURTHER: dict[str, Case] = {
                 4, columns("write.weight", WIDTH), norms=[("qn", one), ("kn", one)], widens=False
             ),
         ],
+    ),
+    "batch-normed queries": images(
+        batch_normed_queries,
+        group(4, rows("qn.weight"), rows("qn.bias")),
+        group(8, columns("write.weight")),
     ),
     "complex rotary": Case(
         complex_rotary,

@@ -42,15 +42,14 @@ def _folded(channels: Channels, edit: Edit) -> Reals:
         root = np.sqrt(len(taken) / len(score.labels)) if score.kind in edit.fold else 1.0
         copies = np.bincount(taken, minlength=len(score.labels))
         for label, key, count in zip(score.labels, score.keys, copies, strict=True):
-            rows = _scaling(book, int(label), score.scales)
-            same = not score.picked and np.array_equal(
-                rows, _scaling(book, int(key), score.key_scales)
-            )
+            rows, whole = _scaling(book, int(label), score.scales)
+            others, _ = _scaling(book, int(key), score.key_scales)
+            same = not score.picked and np.array_equal(rows, others)
             for number in () if score.scales else score.picked:
                 rows = np.intersect1d(rows, book.rows(number))
             for row in {
                 *rows.tolist(),
-                *channels.biases(rows),
+                *([] if whole else channels.biases(rows)),
             } - done:  # one query may meet several keys
                 done.add(row)
                 factor = root / (max(count, 1) if edit.preserve else 1)
@@ -58,12 +57,15 @@ def _folded(channels: Channels, edit: Edit) -> Reals:
     return found
 
 
-def _scaling(book: Book, label: int, scales: tuple[Vector, ...]) -> Vector:
-    """The entries of weights that scale a channel: of its own norm, or the rows that make it."""
+def _scaling(book: Book, label: int, scales: tuple[Vector, ...]) -> tuple[Vector, bool]:
+    """The entries of weights that scale a channel, and whether what they add is among them.
+
+    Those of a norm of its own, with its bias; or the rows that make it, without.
+    """
     root = book.labels.find(np.array([label])) if scales else label
     found = [axis[book.labels.find(axis) == root] for axis in scales]
     known = np.concatenate(found) if found else np.empty(0, np.int64)
-    return np.unique(known) if len(known) else book.rows(label)
+    return (np.unique(known), True) if len(known) else (book.rows(label), False)
 
 
 def shares(channels: Channels, labels: Vector, taken: Vector, choice: Choice) -> Reals:
