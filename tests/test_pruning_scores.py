@@ -103,7 +103,10 @@ def test_what_no_layer_reads_and_what_is_no_loss_is_named(device):
     layer, x = nn.Linear(3, 2).to(device), x[0]
     for objective, words in (
         (lambda m, b: m(b), r"a scalar tensor with a gradient, not float32 \(2, 2\)"),
-        (lambda m, b: m(b).detach().sum(), r"not float32 \(\) without one"),
+        (
+            lambda m, b: m(b).detach().sum(),
+            r"a scalar tensor with a gradient, not float32 \(\) without one",
+        ),
     ):
         with pytest.raises(ValueError, match=words):
             pruning.score(layer, pruning.saliency, [x], objective=objective)

@@ -336,9 +336,9 @@ def test_an_error_in_the_objective_says_where_and_on_what():
 @pytest.mark.parametrize(
     ("objective", "words"),
     [
-        (lambda model, batch: 3.0, "not float"),
-        (lambda model, batch: torch.zeros(()), r"not float32 \(\) without one"),
-        (lambda model, batch: model(batch[0]), r"not float32 \(20, 2\)"),
+        (lambda model, batch: 3.0, r"a scalar tensor with a gradient, not float\n"),
+        (lambda model, batch: torch.zeros(()), r"with a gradient, not float32 \(\) without one"),
+        (lambda model, batch: model(batch[0]), r"with a gradient, not float32 \(20, 2\)"),
     ],
 )
 def test_what_an_objective_returns_is_checked(objective, words):

@@ -63,8 +63,9 @@ def routes_on(device: torch.device | str) -> tuple[Route, ...]:
     """
     shared: tuple[Route, ...] = (Float(torch.bfloat16), IntMM())
     compiled: tuple[Route, ...] = (
-        IntMM(compiled=True),  # the fastest route on some processors, thousands of times too slow
-        Float(compiled=True),  # on others: that is what measuring is for
+        # The fastest route on some processors, and far too slow on others: so it is measured.
+        IntMM(compiled=True),
+        Float(compiled=True),
         Float(torch.bfloat16, compiled=True),
         TorchAO(),
         TorchAO(dynamic=True),

@@ -9,7 +9,7 @@ choice has a final run too, so that no unlucky choice of theirs makes the gain.
 
 from functools import partial
 
-from distillation import EPOCHS, choose, each, student
+from distillation import EPOCHS, choose, each, sizes, student
 from distillation_lab import Record, laboratory, scored
 
 RATES = (0.04, 0.08, 0.16, 0.32)
@@ -28,7 +28,7 @@ def main() -> None:
     lab, _ = laboratory(__doc__)  # the record is the other file's
     record = Record(lab.device, lab.quick, "short-distillation")
     record.result |= {
-        "parameters": {"teacher": 116602, "student": 3778},
+        "parameters": sizes(lab),
         "training images": len(lab.train),
     }
     for method, found in CANDIDATES.items():

@@ -64,15 +64,19 @@ class Bench:
         return round(100 * training.evaluate(model, examples, device=self.device), 2)
 
 
+def blocks(widths: Sequence[int]) -> list[nn.Module]:
+    """3×3 convolutions with batch norm and ReLU, the first two with stride 2."""
+    made: list[nn.Module] = []
+    for number, (inputs, outputs) in enumerate(itertools.pairwise((1, *widths))):
+        layer = nn.Conv2d(inputs, outputs, 3, 2 if number < 2 else 1, padding=1, bias=False)
+        made.append(nn.Sequential(layer, nn.BatchNorm2d(outputs), nn.ReLU()))
+    return made
+
+
 def slim(width: float = 1.0) -> nn.Module:
     """Four convolutions and a linear layer, as in the chapter on slicing."""
-    parts: list[nn.Module] = []
-    sizes = [1, *(int(width * channels) for channels in (8, 24, 32, 32))]
-    for number, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
-        stride = 2 if number < 2 else 1
-        layer = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-        parts += [layer, nn.BatchNorm2d(outputs), nn.ReLU()]
-    return nn.Sequential(*parts, nn.Flatten(), nn.Linear(49 * sizes[-1], 10))
+    sizes = [int(width * channels) for channels in (8, 24, 32, 32)]
+    return nn.Sequential(*blocks(sizes), nn.Flatten(), nn.Linear(49 * sizes[-1], 10))
 
 
 def in_widths(bench: Bench, seeds: int, passes: int) -> dict[str, Any]:
@@ -182,11 +186,7 @@ def convolutional(widths: Sequence[int], pooled: bool) -> slicing.EarlyExits:
             return nn.Sequential(*layers)
         return nn.Sequential(nn.Flatten(), nn.Linear(49 * width, 10))
 
-    blocks = []
-    for number, (inputs, outputs) in enumerate(itertools.pairwise((1, *widths))):
-        layer = nn.Conv2d(inputs, outputs, 3, 2 if number < 2 else 1, padding=1, bias=False)
-        blocks.append(nn.Sequential(layer, nn.BatchNorm2d(outputs), nn.ReLU()))
-    model = nn.Sequential(*blocks, *head(widths[-1]))
+    model = nn.Sequential(*blocks(widths), *head(widths[-1]))
     return slicing.EarlyExits(model, torch.zeros(1, 1, 28, 28), {"1": head(widths[1])})
 
 
