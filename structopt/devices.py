@@ -12,12 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 __all__ = [
     "autocast_dtype",
     "best_device",
     "clock",
     "device_name",
+    "needs_plain_order",
     "seed_everything",
     "synchronize",
 ]
@@ -124,6 +126,30 @@ def device_name(device: Device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return _processor_name() if device.type in {"cpu", "mps"} else str(device)
+
+
+def needs_plain_order(model: nn.Module) -> bool:
+    """Whether a CPU must not differentiate ``model`` in channels-last order.
+
+    oneDNN (uxlfoundation/oneDNN#6035) writes past its memory where it finds the gradient of a
+    1×1 convolution with a stride and fewer input channels than fit into a register: 8 with
+    AVX2, 16 with AVX-512. The process dies, or gradients are wrong. Whoever narrows weights
+    inside ``forward`` says so by an attribute ``plain_order``.
+
+    >>> narrow, wide = nn.Conv2d(8, 32, 1, stride=2), nn.Conv2d(16, 32, 1, stride=2)
+    >>> needs_plain_order(narrow), needs_plain_order(wide)
+    (True, False)
+    """
+    return any(
+        getattr(m, "plain_order", False)
+        or (
+            isinstance(m, nn.Conv2d)
+            and m.kernel_size == (1, 1)
+            and m.stride != (1, 1)
+            and m.in_channels // m.groups < 16
+        )
+        for m in model.modules()
+    )
 
 
 @lru_cache

@@ -20,7 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "losses": set(),
     "networks": set(),
     "data": set(),
-    "channels": {"plots"},
+    "channels": {"devices", "plots"},
     "descent": {"plots"},
     "measure": {"devices", "files"},
     "checkpoint": {"files"},
@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "distillation": {"files", "losses", "training"},
     "compression": {"channels", "checkpoint", "files", "losses", "measure", "training"},
     "pruning": {"channels", "descent", "losses", "measure", "training"},
-    "slicing": {"channels", "distributed", "losses", "measure", "training"},
+    "slicing": {"channels", "devices", "distributed", "losses", "measure", "training"},
 }
 
 

@@ -16,8 +16,7 @@ from torch import nn
 
 from structopt import checkpoint, files
 from structopt.channels import channel_groups, take
-from structopt.channels.layout import lay_plainly_
-from structopt.training.layout import overruns, wants_channels_last
+from structopt.training.layout import wants_channels_last
 
 
 def halved(model, example):
@@ -210,18 +209,6 @@ def test_what_onednn_would_write_past_its_memory_comes_out_in_plain_order(device
         assert is_plain(narrow) == (spoiled and device.type == "cpu"), (before, after)
         assert not is_plain(model)
         assert wants_channels_last(narrow, device) != (spoiled and device.type == "cpu")
-
-
-@pytest.mark.parametrize("kernel", [1, 3])
-@pytest.mark.parametrize("stride", [1, 2, (1, 2)])
-@pytest.mark.parametrize("columns", [2, 15, 16, 32])
-@pytest.mark.parametrize("groups", [1, 2])
-def test_editing_and_training_agree_on_what_onednn_cannot(kernel, stride, columns, groups):
-    """They may not import one another."""
-    model = nn.Sequential(nn.Conv2d(columns * groups, 4, kernel, stride=stride, groups=groups))
-    model.to(memory_format=torch.channels_last)
-    spoiled = overruns(model)
-    assert is_plain(lay_plainly_(model)) == spoiled
 
 
 def test_tied_weights_stay_tied(device):

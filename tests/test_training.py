@@ -397,6 +397,7 @@ def test_what_onednn_would_write_past_its_memory_is_trained_in_plain_order():
         assert not wants_channels_last(spoiled, cpu)
         assert wants_channels_last(spoiled, torch.device("cuda"))
     assert not wants_channels_last(nn.Conv2d(32, 8, 1, stride=2, groups=8), cpu)
+    assert not wants_channels_last(nn.Conv2d(15, 8, 1, stride=(1, 2)), cpu)
 
 
 def test_a_narrow_residual_network_in_channels_last_order_gets_the_gradients_of_plain_order():

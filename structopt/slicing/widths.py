@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from structopt.channels import channel_groups
+from structopt.devices import needs_plain_order
 from structopt.slicing.cutting import Named, Narrow, named, narrow
 from structopt.slicing.slices import Slice, as_slice
-from structopt.training.layout import overruns
 from structopt.training.statistics import placed, recalibrate_
 
 _Norm = nn.modules.batchnorm._NormBase
@@ -66,7 +66,8 @@ class Slimmable(nn.Module):
         order = sorted(cut, key=lambda part: _size(cut[part]))
         self._narrow: dict[Slice, Narrow] = {part: cut[part] for part in order}
         self.statistics = nn.ModuleList(_Private(model, cut[part]) for part in order)
-        self.plain_order = any(overruns(cut[part].structure) for part in order)  # for `train`
+        # `train` asks for this mark.
+        self.plain_order = any(needs_plain_order(cut[part].structure) for part in order)
 
     @property
     def widths(self) -> tuple[Slice, ...]:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as Parallel
 
-from structopt import distributed
+from structopt import devices, distributed
 from structopt.training import randomness
 from structopt.training.averaging import Average
 from structopt.training.feeding import Feed, Group, move, not_finite
 from structopt.training.history import History, Validation
-from structopt.training.layout import lay_like_parameters, overruns, wants_channels_last
+from structopt.training.layout import lay_like_parameters, wants_channels_last
 from structopt.training.objectives import Objective, describe, need_scalar
 
 FETCH_STEPS, FETCH_SECONDS = 50, 0.5  # reading a loss waits for the device: do it seldom
@@ -65,7 +65,7 @@ class Run:
         model.to(device)
         if self.channels_last:
             model.to(memory_format=torch.channels_last)
-        elif device.type == "cpu" and overruns(model):
+        elif device.type == "cpu" and devices.needs_plain_order(model):
             model.to(memory_format=torch.contiguous_format)
         if isinstance(objective, nn.Module):
             objective.to(device)
