@@ -354,6 +354,25 @@ def test_a_layer_that_no_input_reaches_freezes_nothing_else():
     assert [group.name for group in channels] == ["a"]
 
 
+@pytest.mark.parametrize("used", [False, True])
+def test_a_channel_picked_for_its_shape_alone_freezes_nothing(used):
+    """As in BART, where one channel tells the positions how long the text is."""
+
+    def run(s, x):
+        hidden = s.a(x)
+        one = hidden[:, :, -1]
+        places = s.places(torch.arange(one.shape[1]))
+        return s.b(hidden + places + one[:, :, None] if used else hidden + places)
+
+    parts = {"a": nn.Linear(3, 8), "places": nn.Embedding(5, 8), "b": nn.Linear(8, 2)}
+    model, x = filled(Fn(run, **parts)), torch.randn(2, 5, 3)
+    channels = channel_groups(model, x)
+    if used:
+        assert "picks single indices by number: select" in channels["a"].frozen
+    else:
+        assert take(model, {channels["a"]: range(4)}).places.weight.shape == (5, 4)
+
+
 def test_a_use_that_a_rule_does_not_foresee_freezes_instead_of_failing():
     def forward(s, x):
         y = s.a(x).contiguous()

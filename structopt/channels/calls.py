@@ -33,7 +33,6 @@ class Call:
     squares: set[int] = field(default_factory=set)  # arguments that are squares
     scaled: dict[int, tuple[Vector, ...]] = field(default_factory=dict)  # what scaled them last
     scales: list[Axis] | None = None  # axes of the weights that scale the result, and their bias
-    owed: list[tuple[Vector, str]] = field(default_factory=list)  # frozen if the result is used
     values: set[int] = field(default_factory=set)  # arguments that another example would change
 
     def __getitem__(self, position: int) -> Any:
@@ -54,7 +53,7 @@ class Call:
 
     def owe(self, mirror: Sequence[Axis], text: str) -> None:
         """Freeze these once something uses what comes out."""
-        self.owed += [(axis, self.book.why(text)) for axis in mirror if axis is not None]
+        self.book.owed += [(axis, self.book.why(text)) for axis in mirror if axis is not None]
 
     def freeze_everything(self) -> Any:
         """What an operator without a rule does to all that it touches: nothing comes out of it."""

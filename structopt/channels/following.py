@@ -37,7 +37,7 @@ def follow(book: Book, move: Callable[[Tensor], Any], shape: Sequence[int], mirr
         book.picked = book.picked or [[] for _ in outputs]
         alike = len({out.shape for out in outputs}) == 1
         for out, dims, picked in zip(outputs, mirrors, book.picked, strict=True):
-            for d, labels in _spread(book, out, axis, picked, alike):
+            for d, labels in _spread(book, out, axis, picked, alike, single):
                 dims[d].append(labels)
     made = [[_combine(book, axes) for axes in dims] for dims in mirrors]
     for shape_, result in zip(sizes, made, strict=True):
@@ -58,7 +58,7 @@ def _combine(book: Book, axes: list[Vector]) -> Axis:
 
 
 def _spread(
-    book: Book, out: Tensor, axis: Vector, picked: list[int], alike: bool
+    book: Book, out: Tensor, axis: Vector, picked: list[int], alike: bool, alone: bool
 ) -> list[tuple[int, Vector]]:
     """Along which dimensions of `out` the labels of `axis` vary, and how."""
     index = out.numpy()
@@ -68,7 +68,11 @@ def _spread(
             index = first
     if index.size < 2:
         picked += [int(axis[i]) for i in index.ravel()]
-        book.freeze(axis, "picks single indices by number")
+        why = book.why("picks single indices by number")
+        if alone:  # perhaps for its shape alone
+            book.owed.append((axis, why))
+        else:
+            book.labels.freeze(axis, why)
         return []
     grid = axis[index]
     if max(index.shape) == index.size < len(axis):

@@ -46,7 +46,7 @@ class ByValue:
     def __call__(self, edit: Edit) -> str:
         key = tuple(edit.choice)
         if key not in self.known:
-            self.known = {key: _expected(self.channels, self.source, edit.choice)}
+            self.known = {key: self._expected(edit.choice)}
         self.last = None
         try:
             made = build(self.channels, self.source, edit, wide)
@@ -67,6 +67,17 @@ class ByValue:
                     )
                 return f"the outputs differ by {error:.1e} of their size"
         return ""
+
+    def _expected(self, choice: Choice) -> list[Expected]:
+        try:
+            return _expected(self.channels, self.source, choice)
+        except Exception as failure:
+            where = verify.stumbles(self.source, self.channels.example)
+            raise ValueError(
+                f"the model itself fails in double precision, in which edits are compared, in "
+                f"{where or 'its own forward'}: {type(failure).__name__}: {failure}. Choose a "
+                "kernel there that takes float64; the model is as it was"
+            ) from failure
 
     @functools.cached_property
     def changes(self) -> bool:

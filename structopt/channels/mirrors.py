@@ -72,6 +72,7 @@ class Book:
     weights: int = 0  # labels below this number are those of axes of parameters
     origins: dict[int, Vector] = field(default_factory=dict)  # what `rows` has found
     picked: list[list[int]] = field(default_factory=list)  # by the op at hand, of each output
+    owed: list[tuple[Vector, str]] = field(default_factory=list)  # frozen if what it made is used
     decided: bool = False  # values of the example or of the weights decided where the model went
     met: set[int] = field(default_factory=set)  # ids of parameters that some op used
     unmet: list[tuple[str, int]] = field(default_factory=list)  # sizes of others, if `decided`

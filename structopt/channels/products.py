@@ -95,6 +95,18 @@ def _product(call: Call, a: Tensor, b: Tensor) -> Mirror:
     return batch + (am[-2:-1] if a.ndim > 1 else []) + (bm[-1:] if b.ndim > 1 else [])
 
 
+@rule("_grouped_mm")
+def experts(call: Call) -> Any:
+    """(tokens, k) times (experts, k, m): each expert multiplies the tokens sent to it."""
+    a, b = call[0], call[1]
+    if a.ndim != 2 or b.ndim != 3 or call[3] is not None:
+        return call.freeze_everything()
+    expert, _, out = call.mirror(b)
+    call.book.freeze(expert, "experts that the tokens are sent to")
+    _contract(call, a, -1, b, -2, False)
+    return [call.mirror(a)[0], out]
+
+
 @rule("linear")
 def linear(call: Call) -> Mirror:
     _contract(call, call[0], -1, call[1], 1, False)

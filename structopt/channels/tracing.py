@@ -53,7 +53,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         rule = rules.find(func)
         if not call.mirrors and rule is not rules.fresh:
             return out
-        self.book.picked = []
+        self.book.picked, self.book.owed = [], []
         try:
             mirrors = rule(call)
         except Exception:  # used as its rule did not foresee, which is as good as no rule
@@ -69,8 +69,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if call.weights and len(call.weights) == len(call.shapes):
             for tensor in tensors_of(out):
                 setattr(tensor, _WEIGHT, True)
-        for tensor in tensors_of(out) if call.owed else ():
-            setattr(tensor, _OWED, call.owed)
+        for tensor in tensors_of(out) if self.book.owed else ():
+            setattr(tensor, _OWED, self.book.owed)
         return out
 
     def _note(self, call: Call, key: int, known: dict[str, Any]) -> None:

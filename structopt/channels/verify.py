@@ -18,7 +18,13 @@ from structopt.channels.labels import Vector
 from structopt.channels.masking import Masked
 from structopt.channels.mirrors import Book
 from structopt.channels.rows import Choice
-from structopt.channels.tracing import call, label_parameters, map_tensors, tensors_of
+from structopt.channels.tracing import (
+    call,
+    follow_modules,
+    label_parameters,
+    map_tensors,
+    tensors_of,
+)
 from structopt.channels.widening import Mask, Wide, lendable, masked, repeatable, wide
 
 Watched = Sequence[str]  # names of modules whose outputs are compared as well
@@ -106,8 +112,18 @@ def _run(
         book = Book()
         label_parameters(book, copy)
         inner = Masked(book, gone)
-    with repeatable(seed), Wide(lent), inner:
+    sizes = [p.element_size() for p in model.parameters() if p.is_floating_point()]
+    with repeatable(seed), Wide(lent, min(sizes, default=4)), inner:
         return [*tensors_of(call(copy, map_tensors(example, wide))), *tensors_of(seen)]
+
+
+def stumbles(model: nn.Module, example: Any) -> str:
+    """The name of the module in which the model fails in double precision."""
+    copy, book = substitute(model, wide).eval(), Book()
+    follow_modules(book, copy)
+    with contextlib.suppress(Exception), repeatable(), Wide():
+        call(copy, map_tensors(example, wide))
+    return book.module
 
 
 def changes(model: nn.Module, example: Any) -> bool:

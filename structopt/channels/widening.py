@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from structopt.channels.labels import Vector
-from structopt.channels.shadow import plain_kernels
+from structopt.channels.shadow import calls_experts, multiply, plain_kernels
 from structopt.channels.tracing import tensors_of
 
 Mask = Sequence[tuple[int, Vector]]  # dimensions, and the indices that are zero there
@@ -57,12 +57,13 @@ class Wide(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     `lent` are small weights that belong to the caller, and what is masked of each: an operator
     that meets one is handed a wide copy for as long as it works. A model that writes to one of
-    them is stopped before it does.
+    them is stopped before it does. A number has `size` bytes outside of here.
     """
 
-    def __init__(self, lent: Sequence[tuple[Tensor, Mask]] = ()) -> None:
+    def __init__(self, lent: Sequence[tuple[Tensor, Mask]] = (), size: int = 4) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.lent: Mapping[_Key, Mask] = {_key(tensor): mask for tensor, mask in lent}
+        self.unit = 16 // size
         if len(self.lent) < len(lent):
             raise RuntimeError("two weights lie in the same memory: each has a mask of its own")
 
@@ -73,10 +74,20 @@ class Wide(TorchDispatchMode):  # type: ignore[no-untyped-call]
         met = self.lent and any(map(self._is_own, tensors_of((args, kwargs))))
         if met and any(map(self._is_own, tensors_of(list(_written(func, args, kwargs))))):
             raise RuntimeError("the model writes to its weights")
+        if calls_experts(func, args):
+            return self._experts(*map(self._wide, args[:3]))
         out = func(*map(self._wide, args), **{k: self._wide(v) for k, v in kwargs.items()})
         for tensor in tensors_of(out) if met and func.is_view else ():
             setattr(tensor, _OWN, True)
         return out
+
+    def _experts(self, tokens: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+        """Torch's kernel takes no doubles, and no rows that are cut off within 16 bytes."""
+        if any(n % self.unit for n in (tokens.stride(0), *weights.stride()) if n != 1):
+            raise RuntimeError(
+                f"grouped_mm multiplies tokens by experts whose widths are multiples of {self.unit}"
+            )
+        return multiply(tokens, weights, ends)
 
     def _is_own(self, tensor: Tensor) -> bool:
         return hasattr(tensor, _OWN) or (tensor.dtype in _SMALL and _key(tensor) in self.lent)
