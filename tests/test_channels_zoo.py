@@ -63,6 +63,7 @@ def cut(full: nn.Sequential, norm: nn.Module, device: torch.device) -> tuple[nn.
         (nn.BatchNorm1d, "exact"),
         (nn.LayerNorm, "norms"),
         (nn.RMSNorm, "norms"),
+        (lambda width: WrittenOut(width), "norms"),
         (lambda width: nn.GroupNorm(2, width), "norms"),
         (lambda width: nn.GroupNorm(width // 2, width), "exact"),  # whole groups are left out
     ],
@@ -78,6 +79,18 @@ def test_the_reference_tells_exact_from_exact_but_for_norms(
     else:
         made, gone = cut(full, norm(4), device)  # type: ignore[operator]
     assert verdict(full, made, gone, example)[0] == outcome
+
+
+class WrittenOut(nn.LayerNorm):
+    """A layer norm of single operators."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        apart = x - x.mean(-1, keepdim=True)
+        spread = apart.pow(2).mean(-1, keepdim=True)
+        return apart / (spread + self.eps).sqrt() * self.weight + self.bias
 
 
 def halved_groups(full: nn.Sequential, device: torch.device) -> tuple[nn.Module, dict]:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from structopt.channels.labels import Vector
 from structopt.channels.mirrors import Axis, Book, Mirror, mirror_of
+from structopt.channels.statistics import SPREADS
 from structopt.channels.tracing import Tracer
 
-_NORMS = ("native_layer_norm", "native_group_norm", "_fused_rms_norm", "mean")
+_NORMS = ("native_layer_norm", "native_group_norm", "_fused_rms_norm")
 
 
 class Masked(Tracer):  # type: ignore[no-untyped-call]
@@ -30,10 +31,10 @@ class Masked(Tracer):  # type: ignore[no-untyped-call]
     def compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         op = self.book.op
         mirror = mirror_of(args[0]) if args and isinstance(args[0], Tensor) else None
+        if mirror is not None and op in ("mean", *SPREADS):
+            return self._mean(func, args, kwargs, mirror)
         if mirror is None or op not in _NORMS:
             return func(*args, **kwargs)
-        if op == "mean":
-            return self._mean(func, args, kwargs, mirror)
         if op == "native_group_norm":
             keep = self._kept(mirror[1])
             return func(*args, **kwargs) if keep is None else _group_norm(func, args, keep)

@@ -11,6 +11,8 @@ from structopt.channels.calls import Call, rule
 from structopt.channels.mirrors import Mirror
 from structopt.channels.moving import pointwise
 
+SPREADS = ("var", "std", "var_mean", "std_mean")
+
 
 @rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training")
 @rule("cudnn_batch_norm", "miopen_batch_norm", "_batch_norm_with_update", "native_batch_norm_legit")
@@ -121,7 +123,11 @@ def _dims(call: Call, argument: Any, ndim: int) -> list[int]:
 )
 @rule("nanmedian", "mode", "kthvalue", "aminmax")
 def reduction(call: Call) -> Any:
-    """The dimensions reduced are gone. A sum or a norm of channels may lose some; nothing else."""
+    """The dimensions reduced are gone. A sum or a norm of channels may lose some; nothing else.
+
+    Mean squares and spreads are statistics of a norm, which averages over those that stay. So is
+    a mean, where it is taken from these channels themselves, which the next operator shows.
+    """
     x, op = call[0], call.book.op
     names = [a.name for a in call.func._schema.arguments]
     if op in ("max", "min") and isinstance(call[1] if len(names) > 1 else None, Tensor):
@@ -129,7 +135,7 @@ def reduction(call: Call) -> Any:
     over = _dims(call, call[names.index("dim")] if "dim" in names else None, x.ndim)
     keep = bool(call[names.index("keepdim")]) if "keepdim" in names else False
     mirror = call.mirror(x)
-    if op == "mean" and id(x) in call.squares:
+    if (op == "mean" and id(x) in call.squares) or op in SPREADS:
         for d in over:
             call.book.averages(mirror[d])
     elif op not in ("sum", "nansum", "linalg_vector_norm", "norm"):

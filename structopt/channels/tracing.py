@@ -24,6 +24,7 @@ _WEIGHT = "_structopt_weight"  # marks a tensor that is made of parameters only
 _SQUARE = "_structopt_square"  # marks the square of a tensor: its mean belongs to a norm
 _OWED = "_structopt_owed"  # what is frozen once the tensor is used
 _LAYERS = tuple(f"torch.nn.modules.{name}" for name in ("linear", "conv", "activation"))
+_SAME = ("_to_copy", "clone", "detach", "alias")
 _DECIDES = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2")
 _VALUE = "_structopt_value"  # marks a tensor whose values the example or the weights decide
 
@@ -44,8 +45,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             call.shapes[id(tensor)] = tensor.shape
             self.book.met.add(id(tensor))
             self._note(call, id(tensor), vars(tensor))
-            settle_debts(self.book, tensor)
         self.book.op = name_of(func)
+        owing = [t for t in tensors_of((args, call.kwargs)) if hasattr(t, _OWED)]
+        self._settle(call, owing)
         self.book.decided |= bool(call.values) and self.book.op in _DECIDES
         call.out = out = self.compute(func, call.args, call.kwargs)
         for tensor in tensors_of(out) if call.values else ():
@@ -69,9 +71,24 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if call.weights and len(call.weights) == len(call.shapes):
             for tensor in tensors_of(out):
                 setattr(tensor, _WEIGHT, True)
+        if owing and (func.is_view or self.book.op in _SAME):
+            self.book.owed = [*self.book.owed, *getattr(owing[0], _OWED)]
         for tensor in tensors_of(out) if self.book.owed else ():
             setattr(tensor, _OWED, self.book.owed)
         return out
+
+    def _settle(self, call: Call, owing: list[Tensor]) -> None:
+        """What is owed for these is frozen now, unless they only look on, or centre a norm."""
+        if call.func.is_view or self.book.op in _SAME:
+            return
+        for tensor in owing:
+            debts = getattr(tensor, _OWED)
+            held = call.mirror(call[0]) if self.book.op in ("sub", "sub_") else []
+            if tensor is not call[0] and all(_is_among(axis, held) for axis, _ in debts):
+                for axis, _ in debts:  # the mean of channels, taken from themselves
+                    self.book.averages(axis)
+            else:
+                settle_debts(self.book, tensor)
 
     def _note(self, call: Call, key: int, known: dict[str, Any]) -> None:
         """Tell a call what is known of one of its arguments."""
@@ -229,6 +246,10 @@ def _run(book: Book, shadow: nn.Module, example: Any) -> list[torch.Size]:
         for axis in mirror_of(tensor) or ():
             freeze(book, axis, "output of the model")
     return [tensor.shape for tensor in out]
+
+
+def _is_among(axis: Vector, mirror: Mirror) -> bool:
+    return any(other is not None and np.array_equal(axis, other) for other in mirror)
 
 
 def settle_debts(book: Book, tensor: Tensor) -> None:

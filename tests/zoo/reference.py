@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 TOLERANCE = 1e-10  # of the largest value
+GONE = "_zoo_gone"  # marks a statistic of channels of which some were removed
 Lost = Mapping[str, Tensor]  # of parameters and buffers: true where an entry was removed
 
 
@@ -66,7 +67,7 @@ class Reference(TorchDispatchMode):
     A channel counts as removed where it is zero throughout, now that entries were zeroed, and was
     not before; both with two draws of weights, since with one a gate may have closed. `before` and
     `other` are what such runs have seen: of the whole network, and of the zeroed one with the
-    other draw.
+    other draw. What a mean is taken from stays zero where channels were removed.
     """
 
     def __init__(self, before: list[Any] | None = None, other: list[Any] | None = None) -> None:
@@ -79,7 +80,7 @@ class Reference(TorchDispatchMode):
         name = func._schema.name.removeprefix("aten::")
         dims = _statistics(name, args)
         if not dims:
-            return func(*args, **kwargs)
+            return _centred(func, name, args, func(*args, **kwargs))
         zero = [_zero(args[0], dim) for dim in dims]
         self.seen.append(zero)
         if self.before is None:
@@ -99,7 +100,22 @@ class Reference(TorchDispatchMode):
         x = args[0]
         for dim, lost in zip(dims, gone, strict=True):
             x = x.index_select(dim, (~lost).nonzero().flatten())
-        return func(x, *args[1:], **kwargs)
+        made = func(x, *args[1:], **kwargs)
+        for tensor in tensors(made):
+            setattr(tensor, GONE, list(zip(dims, gone, strict=True)))
+        return made
+
+
+def _centred(func: Any, name: str, args: tuple[Any, ...], made: Any) -> Any:
+    """A mean taken from channels leaves those that were removed at zero: they are not there."""
+    holder = args[1 if name == "sub" else 0] if name == "sub" or func.is_view else None
+    gone = getattr(holder, GONE, [])
+    if name == "sub":
+        for dim, lost in gone:
+            made = made.index_fill(dim, lost.nonzero().flatten(), 0)
+    elif gone and isinstance(made, Tensor):
+        setattr(made, GONE, gone)
+    return made
 
 
 def _wide(value: Any) -> Any:
@@ -210,17 +226,17 @@ def verdict(full: nn.Module, made: nn.Module, lost: Lost, example: Any) -> tuple
     "wrong": neither. And the error of the nearer of the two.
     """
     other = fresh(example)
-    note, again, others = Reference(), Reference(), Reference()
+    note, again = Reference(), Reference()
     found = run(made, other, Reference())  # first: `zero_` may end a parametrisation of its class
     whole = run(full, other, note)
     run(_with_other_weights(full), other, again)
-    zero_(full, lost)
-    zeroed = run(full, other, Reference())
-    run(_with_other_weights(full), other, others)
     before = [
         [a & b if len(a) == len(b) else a for a, b in zip(one, two, strict=False)]
         for one, two in zip(note.seen, again.seen, strict=False)
     ]
+    zero_(full, lost)
+    zeroed, others = run(full, other, Reference()), Reference(before)
+    run(_with_other_weights(full), other, others)
     expected = run(full, other, Reference(before, others.seen))
     plain, normed = difference(zeroed, found), difference(expected, found)
     if not all(bool(t.isfinite().all()) for t in zeroed) or difference(whole, zeroed) < 1e-6:

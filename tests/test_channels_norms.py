@@ -1,0 +1,99 @@
+"""Layer norms that a model writes out: means taken from their own channels, squares, spreads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from channel_networks import Fn, conv, filled
+from torch import nn
+
+from structopt.channels import channel_groups, take
+
+
+def by_squares(x):
+    mean = x.mean(1, keepdim=True)
+    return (x - mean) / torch.sqrt((x - mean).pow(2).mean(1, keepdim=True) + 1e-6)
+
+
+def by_products(x):
+    apart = x - x.mean(1).unsqueeze(1)
+    return apart * torch.rsqrt((apart * apart).mean(1).unsqueeze(1) + 1e-6)
+
+
+def by_variance(x):
+    mean, spread = x.mean(1, keepdim=True), x.var(1, keepdim=True, unbiased=False)
+    return (x - mean) / (spread + 1e-6).sqrt()
+
+
+def by_deviation(x):
+    return (x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 1e-6)
+
+
+def by_both(x):
+    spread, mean = torch.var_mean(x, 1, keepdim=True)
+    return (x - mean) / (spread + 1e-6).sqrt()
+
+
+def in_place(x):
+    apart = x.clone()
+    apart -= apart.float().mean(1, keepdim=True).to(apart.dtype)
+    return apart / apart.square().mean(1, keepdim=True).add(1e-6).sqrt()
+
+
+NORMS = [by_squares, by_products, by_variance, by_deviation, by_both, in_place]
+
+
+def network(norm, device):
+    torch.manual_seed(0)
+    parts = {"a": conv(3, 8, 3), "scale": nn.Parameter(torch.rand(8, 1, 1)), "b": conv(8, 4)}
+    model = Fn(lambda s, x: s.b((norm(s.a(x)) * s.scale).relu()), **parts)
+    return filled(model).to(device), torch.randn(2, 3, 6, 6, device=device)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_norm_written_out_averages_over_the_channels_that_stay(norm, device):
+    model, x = network(norm, device)
+    channels = channel_groups(model, x)
+    assert {group.name: group.size for group in channels} == {"a": 8}
+    kept = [0, 3, 4, 6, 7]
+    narrow = take(model, {channels["a"]: kept})
+    expected, x = network(norm, device)
+    exact = torch.float32 if device.type == "mps" else torch.float64
+    model, narrow, expected, x = (each.to(exact) for each in (model, narrow, expected, x))
+    a, b = expected.a, expected.b
+    a.weight.data, a.bias.data = model.a.weight.data[kept], model.a.bias.data[kept]
+    b.weight.data, b.bias.data = model.b.weight.data[:, kept], model.b.bias.data
+    expected.scale.data = model.scale.data[kept]
+    error = 1e-10 if exact is torch.float64 else 1e-4
+    with torch.no_grad():
+        torch.testing.assert_close(narrow(x), expected(x), rtol=error, atol=error)
+
+
+def doubled_use(x):
+    mean = x.mean(1, keepdim=True)
+    return (x - mean) + mean
+
+
+def of_another(x):
+    return x - x.roll(1, 1).sigmoid().flip(1).mean(1, keepdim=True)
+
+
+def as_a_map(x):
+    return x * x.mean(1, keepdim=True).sigmoid()
+
+
+def from_the_mean(x):
+    return x.mean(1, keepdim=True) - x
+
+
+def of_places(x):
+    return x - x.mean(1, keepdim=True).mean(2, keepdim=True)
+
+
+@pytest.mark.parametrize("use", [doubled_use, of_another, as_a_map, from_the_mean, of_places])
+def test_a_mean_of_channels_used_otherwise_freezes_them(use, device):
+    """It would be another number without some of them."""
+    model, x = network(use, device)
+    channels = channel_groups(model, x)
+    assert not len(channels)
+    assert "an average or a choice among channels: mean" in channels["a"].frozen
