@@ -40,7 +40,13 @@ def in_place(x):
     return apart / apart.square().mean(1, keepdim=True).add(1e-6).sqrt()
 
 
-NORMS = [by_squares, by_products, by_variance, by_deviation, by_both, in_place]
+def by_response(x):
+    """As ConvNeXt V2 does, over the lengths of whole channels."""
+    length = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True)
+    return x * (length / (length.mean(1, keepdim=True) + 1e-6))
+
+
+NORMS = [by_response, by_squares, by_products, by_variance, by_deviation, by_both, in_place]
 
 
 def network(norm, device):
@@ -78,8 +84,16 @@ def of_another(x):
     return x - x.roll(1, 1).sigmoid().flip(1).mean(1, keepdim=True)
 
 
+def divided_by_another(x):
+    return x.sigmoid().flip(1) / (x.mean(1, keepdim=True) + 2)
+
+
 def as_a_map(x):
     return x * x.mean(1, keepdim=True).sigmoid()
+
+
+def as_a_map_of_another_shape(x):
+    return x * x.mean(1).unsqueeze(1).to(torch.float64).to(x.dtype).sigmoid()
 
 
 def from_the_mean(x):
@@ -90,7 +104,18 @@ def of_places(x):
     return x - x.mean(1, keepdim=True).mean(2, keepdim=True)
 
 
-@pytest.mark.parametrize("use", [doubled_use, of_another, as_a_map, from_the_mean, of_places])
+@pytest.mark.parametrize(
+    "use",
+    [
+        doubled_use,
+        of_another,
+        as_a_map,
+        as_a_map_of_another_shape,
+        divided_by_another,
+        from_the_mean,
+        of_places,
+    ],
+)
 def test_a_mean_of_channels_used_otherwise_freezes_them(use, device):
     """It would be another number without some of them."""
     model, x = network(use, device)

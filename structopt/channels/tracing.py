@@ -52,6 +52,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         call.out = out = self.compute(func, call.args, call.kwargs)
         for tensor in tensors_of(out) if call.values else ():
             setattr(tensor, _VALUE, True)
+        if owing and _looks_on(call):
+            self._owe(out, getattr(owing[0], _OWED))
         rule = rules.find(func)
         if not call.mirrors and rule is not rules.fresh:
             return out
@@ -71,21 +73,22 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if call.weights and len(call.weights) == len(call.shapes):
             for tensor in tensors_of(out):
                 setattr(tensor, _WEIGHT, True)
-        if owing and (func.is_view or self.book.op in _SAME):
-            self.book.owed = [*self.book.owed, *getattr(owing[0], _OWED)]
-        for tensor in tensors_of(out) if self.book.owed else ():
-            setattr(tensor, _OWED, self.book.owed)
+        self._owe(out, self.book.owed)
         return out
 
+    def _owe(self, out: Any, debts: list[tuple[Vector, str]]) -> None:
+        for tensor in tensors_of(out) if debts else ():
+            setattr(tensor, _OWED, [*getattr(tensor, _OWED, ()), *debts])
+
     def _settle(self, call: Call, owing: list[Tensor]) -> None:
-        """What is owed for these is frozen now, unless they only look on, or centre a norm."""
-        if call.func.is_view or self.book.op in _SAME:
+        """What is owed for these is frozen now, unless they look on, or centre or scale a norm."""
+        if _looks_on(call):
             return
         for tensor in owing:
             debts = getattr(tensor, _OWED)
-            held = call.mirror(call[0]) if self.book.op in ("sub", "sub_") else []
+            held = call.mirror(call[0]) if self.book.op.rstrip("_") in ("sub", "div") else []
             if tensor is not call[0] and all(_is_among(axis, held) for axis, _ in debts):
-                for axis, _ in debts:  # the mean of channels, taken from themselves
+                for axis, _ in debts:  # the mean of channels, from which they are measured
                     self.book.averages(axis)
             else:
                 settle_debts(self.book, tensor)
@@ -246,6 +249,12 @@ def _run(book: Book, shadow: nn.Module, example: Any) -> list[torch.Size]:
         for axis in mirror_of(tensor) or ():
             freeze(book, axis, "output of the model")
     return [tensor.shape for tensor in out]
+
+
+def _looks_on(call: Call) -> bool:
+    """Whether the same numbers come out in another shape or type, or with a small one added."""
+    alone = call.book.op == "add" and not isinstance(call[1], Tensor)
+    return call.func.is_view or call.book.op in _SAME or alone
 
 
 def _is_among(axis: Vector, mirror: Mirror) -> bool:
