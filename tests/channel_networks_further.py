@@ -229,6 +229,27 @@ FURTHER: dict[str, Case] = {
             group(5, columns("wo")),
         ],
     ),
+    "distances": Case(
+        lambda: Fn(
+            lambda s, x: s.write(torch.cdist(s.read(x), s.codes)),
+            read=nn.Linear(3, 8), codes=nn.Parameter(torch.randn(6, 8)), write=nn.Linear(6, 5),
+        ),
+        WORDS,
+        [
+            group(8, rows("read.weight"), rows("read.bias"), columns("codes"), widens=False),
+            group(6, columns("write.weight")),
+        ],
+    ),
+    "distances of heads": Case(
+        lambda: Fn(
+            lambda s, x: s.write(torch.cdist(*(
+                part.unflatten(-1, (-1, 4)).transpose(1, 2) for part in (s.q(x), s.k(x))
+            )).transpose(1, 2).exp().sum(-1)),
+            q=nn.Linear(3, 8), k=nn.Linear(3, 8), write=nn.Linear(2, 5),
+        ),
+        WORDS,
+        [group(2, columns("write.weight"))],
+    ),
     "projected LSTM": Case(
         projected,
         WORDS,

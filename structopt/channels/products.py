@@ -116,6 +116,18 @@ def linear(call: Call) -> Mirror:
     return [*call.mirror(call[0])[:-1], out]
 
 
+@rule("_cdist_forward", "_euclidean_dist")
+def distances(call: Call) -> Mirror:
+    """Between each of (…, n, k) and each of (…, m, k): a channel that is gone adds nothing."""
+    a, b = call.mirror(call[0]), call.mirror(call[1])
+    call.book.tie(a[-1], b[-1])
+    batch: Mirror = []
+    for d in range(-call.out.ndim, -2):  # one may serve a whole batch of the other
+        sizes = [(mirror, t.shape[d]) for mirror, t in ((a, call[0]), (b, call[1])) if t.ndim >= -d]
+        batch.append(join(call, [m[d] for m, size in sizes if size == call.out.shape[d]]))
+    return [*batch, a[-2], b[-2]]
+
+
 @rule("embedding")
 def embedding(call: Call) -> Mirror:
     weight = call.mirror(call[0])

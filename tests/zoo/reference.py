@@ -184,7 +184,7 @@ def zero_(model: nn.Module, lost: Lost) -> None:
     for name, gone in lost.items():
         owner, middle, last = name.partition(".parametrizations.")
         plain, _, part = last.rpartition(".")
-        if middle and part != "original1":  # the lengths of weight norm go with its rows
+        if middle and part not in ("original", "original1"):  # lengths go with the rows
             continue
         module, weight = model.get_submodule(owner if middle else name.rpartition(".")[0]), plain
         if middle and parametrize.is_parametrized(module, plain):
