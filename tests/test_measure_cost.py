@@ -49,6 +49,18 @@ def test_products_of_matrices(device):
     assert macs(lambda x: torch.baddbmm(torch.zeros(2, 3, 5, device=device), x, b), a) == 60
 
 
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
+def test_of_a_mixture_each_token_counts_for_the_expert_it_meets():
+    class Experts(nn.Module):
+        def forward(self, tokens, weights, ends):
+            return F.grouped_mm(tokens, weights, offs=ends)
+
+    ends = torch.tensor([3, 3, 10], dtype=torch.int32)
+    example = torch.randn(10, 8), torch.randn(3, 8, 12), ends
+    cost = measure.cost(Experts(), example)
+    assert (cost.macs, cost.uncounted) == (8 * 12, ())
+
+
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"attn_mask": torch.zeros(6, 5)}])
 def test_attention_is_two_products(device, options):
     options = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}

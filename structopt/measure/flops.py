@@ -30,6 +30,7 @@ _MATRIX_PRODUCTS = {
     "addmv": lambda _c, a, *_, **__: 2 * math.prod(a),
     "dot": lambda a, *_, **__: 2 * math.prod(a),
     "vdot": lambda a, *_, **__: 2 * math.prod(a),
+    "_grouped_mm": lambda a, b, *_, **__: 2 * math.prod(a) * b[-1],  # each row meets one expert
     "_int_mm": lambda a, b, **_: 2 * math.prod(a) * b[1],
     "_weight_int8pack_mm": lambda a, b, *_, **__: 2 * math.prod(a) * b[0],
     "mkldnn_rnn_layer": lambda x, w, u, *_, **__: _recurrent(x, [w, u]),
