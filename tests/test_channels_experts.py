@@ -10,6 +10,7 @@ from torch import nn
 
 from structopt.channels import channel_groups, take
 from structopt.channels.shadow import multiply
+from structopt.pruning import Limits, prune_channels
 
 pytestmark = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
 
@@ -83,6 +84,21 @@ def test_widths_that_the_kernel_cannot_take_are_refused(dtype: torch.dtype, unit
         narrow = take(model, {channels[name]: range(unit)})
         with torch.no_grad():
             narrow(x)
+
+
+def test_experts_are_pruned_by_the_size_of_their_own_matrices() -> None:
+    model, x = mixture()
+    with torch.no_grad():
+        gate, up = model.experts.up.chunk(2, 1)
+        for part in (gate, up, model.experts.down.transpose(1, 2)):
+            part[:, 1::3] *= 9
+    leave = Limits(leave=("a", "experts#2"))
+    small = prune_channels(model, x, 2 / 3, limits=leave)
+    torch.testing.assert_close(small.experts.down, model.experts.down[:, :, 1::3])
+    with pytest.raises(ValueError, match="multiples of 4"):
+        prune_channels(model, x, 0.4, limits=leave)  # 14 of 24 stay
+    small = prune_channels(model, x, 0.4, limits=Limits(multiple_of=4, leave=leave.leave))
+    assert small.experts.down.shape == (4, 16, 16)
 
 
 def test_grouped_products_agree_with_the_kernel_of_torch() -> None:

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 from structopt.channels import ChannelGroup, Channels, channel_groups, take
 from structopt.pruning.budgets import Budget
 from structopt.pruning.choosing import Choice, Limits, choose_channels, need_limits
+from structopt.pruning.criteria import magnitude
 from structopt.pruning.ranking import PerLayer, Scope
 from structopt.pruning.scoring import Scores, channel_scores, score
 
@@ -33,7 +34,8 @@ def prune_channels(
     `target` is the fraction of channels removed (which removes about 1 - (1 - s)² of weights and
     MACs), or a budget such as ``MACs(share=0.5)`` or ``Milliseconds(3.0)``: the largest network
     within it is sought by bisection of the sparsity, each candidate built and its true cost taken.
-    `scores` come from :func:`score` (by default magnitudes), and are summed over all weights that
+    `scores` come from :func:`score` (by default magnitudes, also of matrices that no layer of torch
+    owns), and are summed over all weights that
     make or read a channel (:func:`channel_scores`). The model given is not touched; the copy
     computes exactly what the model computes with those channels masked.
 
@@ -49,7 +51,7 @@ def prune_channels(
     """
     need_limits(limits)
     channels = channel_groups(model, example)
-    ranked = channel_scores(channels, score(model) if scores is None else scores)
+    ranked = channel_scores(channels, _magnitudes(model, channels) if scores is None else scores)
     _need_scores(channels, ranked, limits)
 
     def choose(sparsity: float) -> Choice:
@@ -60,6 +62,16 @@ def prune_channels(
     else:
         choice = _largest_within(target, model, example, choose, channels)
     return take(model, choice) if choice else copy.deepcopy(model)
+
+
+def _magnitudes(model: nn.Module, channels: Channels) -> Scores:
+    """Those of weights; where a group has none, of its other matrices (as experts have)."""
+    found, every = score(model), dict(model.named_parameters())
+    for group in channels:
+        names = {member.parameter for member in group.members}
+        if not names & found.keys():
+            found |= {n: magnitude(every[n]) for n in names & every.keys() if every[n].ndim > 1}
+    return found
 
 
 def _need_scores(channels: Channels, ranked: dict[ChannelGroup, Tensor], limits: Limits) -> None:
