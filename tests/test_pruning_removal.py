@@ -326,3 +326,18 @@ def test_sensitivity_prunes_one_group_at_a_time(device):
         alone = take(model, pruning.choose_channels({group: scores[group]}, 0.5))
         assert curves[group.name][0.5] == pytest.approx(evaluate(alone), rel=1e-9)
         assert curves[group.name][0.0] == evaluate(model)
+
+
+def test_where_no_channel_goes_the_curve_holds_the_value_of_the_whole_model(device):
+    """Also where 0 is not asked for: 1 % of 8 channels is none."""
+    model, example = networks.LeNet5(widths=(8, 12, 20)).to(device), torch.zeros(IMAGE).to(device)
+    asked = []
+    curves = pruning.sensitivity(
+        model, example, lambda m: float(asked.append(m) or len(asked)), sparsities=iter([0.01])
+    )
+    assert curves == {name: {0.01: 1.0} for name in ("conv1", "conv2", "fc1")}
+    assert asked == [model]
+    for odd in (0.5, "0.5", [0.5, 1.0]):
+        with pytest.raises(ValueError, match=r"sparsities are a list|in \[0, 1\), not 1.0"):
+            pruning.sensitivity(model, example, asked.append, sparsities=odd)
+    assert len(asked) == 1  # what cannot be done is said before anything is evaluated

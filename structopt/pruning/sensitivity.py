@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from structopt.channels import ChannelGroup, channel_groups, take
 from structopt.pruning.choosing import Choice, choose_channels
+from structopt.pruning.ranking import need_sparsity
 from structopt.pruning.scoring import Scores, channel_scores, score
 
 Curves = dict[str, dict[float, float]]
@@ -23,7 +25,7 @@ def sensitivity(
     evaluate: Callable[[nn.Module], float],
     *,
     scores: Scores | None = None,
-    sparsities: Sequence[float] = (0.0, 0.25, 0.5, 0.75),
+    sparsities: Iterable[float] = (0.0, 0.25, 0.5, 0.75),
 ) -> Curves:
     """What `evaluate(model)` gives when one group alone is pruned: {group: {sparsity: value}}.
 
@@ -40,17 +42,23 @@ def sensitivity(
     >>> curves["fc1"]  # 100 × 300 weights read the 300 channels that fc1 makes
     {0.0: 30000.0, 0.5: 15000.0}
     """
+    given: object = sparsities
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise ValueError(f"sparsities are a list of fractions removed, not {given!r}")
+    sparsities = list(sparsities)
+    for sparsity in sparsities:
+        need_sparsity(sparsity)
     ranked = channel_scores(
         channel_groups(model, example), score(model) if scores is None else scores
     )
-    whole = evaluate(model) if 0.0 in sparsities else 0.0
+    whole = functools.cache(lambda: float(evaluate(model)))  # the same for every group
     curves: Curves = {}
     for group, one in ranked.items():
         curves[group.name] = {}
         for sparsity in sparsities:
             choice = choose_channels({group: one}, sparsity)
-            value = evaluate(mask_channels(model, choice)) if choice else whole
-            curves[group.name][sparsity] = float(value)
+            value = float(evaluate(mask_channels(model, choice))) if choice else whole()
+            curves[group.name][sparsity] = value
     return curves
 
 
