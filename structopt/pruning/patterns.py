@@ -54,7 +54,7 @@ class Filters:
     """
 
     def pool(self, name: str, scores: Tensor) -> Tensor:
-        return scores.flatten(1).sum(1)[None]
+        return scores.reshape(len(scores), -1).sum(1)[None]
 
     def spread(self, kept: Tensor, shape: torch.Size) -> Tensor:
         return kept.view(-1, *[1] * (len(shape) - 1)).expand(shape).contiguous()
