@@ -93,6 +93,14 @@ def test_filters_add_up_signed_scores_before_their_absolute_value(device):
     assert mask.tolist() == [[False, False], [True, True]]
 
 
+def test_filters_of_scales_are_the_scales(device):
+    """Of a norm each scale is an output, and has no other weights."""
+    score = torch.tensor([3.0, -1.0, 2.0, 0.5], device=device)
+    for pattern in (Filters(), pruning.Unstructured()):
+        mask = pruning.find_masks({"bn": score}, 0.5, pattern=pattern)["bn"]
+        assert mask.tolist() == [True, False, True, False]
+
+
 @given(sparsity=SPARSITIES)
 def test_rows_lose_the_same_number_each(sparsity):
     score = torch.randn(5, 2, 3, 3)
@@ -146,6 +154,18 @@ def test_masks_of_patterns_nest(device, pattern):
     first = pruning.find_masks(scores_of((8, 8), device=device), 0.25, pattern=pattern)
     then = pruning.find_masks(scores_of((8, 8), device=device), 0.5, pattern=pattern, within=first)
     assert not (then["0.weight"] & ~first["0.weight"]).any()
+
+
+@pytest.mark.parametrize("pattern", [pruning.Unstructured(), Filters(), Block(2, 2), NOfM(3, 4)])
+def test_nothing_comes_back_whatever_is_asked_for_next(device, pattern):
+    """Another pattern than that of the masks before, and less than is gone already."""
+    scores = scores_of((8, 8), device=device)
+    first = pruning.find_masks(scores, 0.5)
+    sparsity = None if isinstance(pattern, NOfM) else 0.25
+    then = pruning.find_masks(scores, sparsity, pattern=pattern, within=first)
+    whole = pruning.find_masks(scores, sparsity, pattern=pattern)["0.weight"]
+    assert not (then["0.weight"] & ~first["0.weight"]).any()
+    assert int(then["0.weight"].sum()) <= int(whole.sum())
 
 
 @pytest.mark.parametrize("scope", [pruning.PerLayer(), Global(), Global(True, 0.1), PerRow()])

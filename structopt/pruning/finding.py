@@ -41,7 +41,8 @@ def find_masks(
     Exactly round(sparsity · n) of the n units of the pattern go: of all units for ``Global()``,
     of each layer for ``PerLayer()``, of each row for ``PerRow()``; halves round to even, and of
     equal scores the first go. ``NOfM(n, m)`` sets the sparsity itself. What is gone in `within`,
-    earlier masks, goes first, so that masks nest. A block's score is the sum of its weights'.
+    earlier masks, goes first and never comes back, so that masks nest. A block's score is the sum
+    of its weights'.
 
     Raises ValueError for a sparsity outside [0, 1), NaN scores, a pattern that does not divide a
     layer, a layer of which nothing would stay, and masks `within` that are no masks of these.
@@ -70,6 +71,10 @@ def find_masks(
         shapes[name] = one.shape
     gone = _gone(ranks, sparsity, scope)
     masks = {name: pattern.spread(~gone[name], shapes[name]) for name in ranks}
+    if within is not None:  # a unit that stays may hold weights that went one by one
+        masks = {
+            name: mask & within[name].to(mask.device, mask.dtype) for name, mask in masks.items()
+        }
     _need_full(masks, sparsity, scope)
     return masks
 
