@@ -105,6 +105,11 @@ def test_channels_trained_to_zero_leave_without_a_trace(device):
     fit(model, data, epochs=1, after_step=lambda model, step: after(model, 20 + step))
     assert after.zeros(model)["0"] == gone  # no pressure any more, and none of them comes back
     assert 0 < gone < 6
+    twin, compiled = copy.deepcopy(model), torch.compile(model, backend="eager")
+    after(compiled, 1)
+    after(twin, 1)
+    assert torch.equal(model[0].weight, twin[0].weight)
+    assert after.zeros(compiled) == after.zeros(model)
     small = pruning.prune_channels(model, data[0][0][:1], gone / 6)
     assert small[0].out_channels == 6 - gone
     torch.testing.assert_close(small.eval()(data[0][0]), model.eval()(data[0][0]))

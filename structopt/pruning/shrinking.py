@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from structopt.channels import ChannelGroup
+from structopt.pruning.masks import inner
 from structopt.pruning.scoring import along
 
 
@@ -98,6 +99,7 @@ Axis = tuple[Tensor, int, Tensor]  # a parameter, one of its dimensions, the cha
 
 
 def _axes(model: nn.Module, group: ChannelGroup) -> list[Axis]:
+    model = inner(model, [member.parameter for member in group.members])
     parameters, found = dict(model.named_parameters()), list[Axis]()
     for member in group.members:
         weight = parameters.get(member.parameter)
