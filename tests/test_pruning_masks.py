@@ -497,6 +497,21 @@ def test_what_is_no_dict_of_masks_or_no_choice_of_groups_is_named():
         pruning.mask_channels(model, {"fc1": torch.tensor([0])})
 
 
+@pytest.mark.parametrize("found", [pruning.PruneWhileTraining, pruning.MovementWhileTraining])
+def test_masks_found_while_a_compiled_model_trains_are_those_of_the_model(device, found):
+    """So that they fit it, and a run resumed without compilation."""
+    model = network(device)
+    after, compiled = found(OneShot(0.5, at=3)), torch.compile(model, backend="eager")
+    optimizer = OPTIMIZERS["momentum"](model.parameters())
+    training.train(
+        compiled, batches(device), training.supervised(), optimizer, epochs=1, device=device,
+        after_step=after,
+    )  # fmt: skip
+    assert set(after.masks) == {"0.weight", "4.weight"}
+    assert all(not model.get_parameter(n)[~m].any() for n, m in after.masks.items())
+    pruning.apply_masks_(model, after.masks)
+
+
 @pytest.mark.parametrize(
     "make", [pruning.hold, partial(pruning.RegrowWhileTraining, end=9, every=2)]
 )

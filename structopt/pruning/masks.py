@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -43,16 +43,15 @@ def need_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> list[tuple[Tens
     return pairs
 
 
-def inner(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
-    """The model that the masks name, where it is wrapped by torch.compile or for DDP."""
-    while next(iter(masks), "") not in dict(model.named_parameters()):
-        wrapped = getattr(model, "_orig_mod", None)
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            wrapped = model.module
-        if not isinstance(wrapped, nn.Module):
-            break
-        model = wrapped
-    return model
+def inner(model: nn.Module, names: Iterable[str]) -> nn.Module:
+    """The model of these names (of none: the innermost), where torch.compile or DDP wrap it."""
+    ddp = isinstance(model, nn.parallel.DistributedDataParallel)
+    wrapped = model.module if ddp else getattr(model, "_orig_mod", None)
+    if not isinstance(wrapped, nn.Module) or next(iter(names), "") in dict(
+        model.named_parameters()
+    ):
+        return model
+    return inner(wrapped, names)
 
 
 @torch.no_grad()
@@ -142,7 +141,8 @@ class PruneWhileTraining(Hold):
     """An `after_step` that finds masks on a schedule, and holds them in between.
 
     Masks nest: what is gone stays gone. `score` is called with the model, and by default gives
-    magnitudes. `masks` are those in force; a checkpoint of the training holds them.
+    magnitudes. `masks` are those in force; a checkpoint of the training holds them. They name the
+    weights of the model inside, where it is wrapped by torch.compile or for DDP.
 
     >>> from structopt.pruning import Gradual
     >>> model, after_step = nn.Linear(8, 4), PruneWhileTraining(Gradual(0.5, 1, 3, every=1))
@@ -172,7 +172,7 @@ class PruneWhileTraining(Hold):
     def __call__(self, model: nn.Module, step: int = 0) -> None:
         if self.schedule.changes(step):
             self.masks = find_masks(
-                self.score(model),
+                self.score(inner(model, self.masks)),
                 self.schedule.sparsity(step),
                 pattern=self.pattern,
                 scope=self.scope,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structopt.pruning.masks import PruneWhileTraining
+from structopt.pruning.masks import PruneWhileTraining, inner
 from structopt.pruning.patterns import Pattern, Unstructured
 from structopt.pruning.ranking import PerLayer, Scope
 from structopt.pruning.schedules import Schedule
@@ -55,6 +55,7 @@ class MovementWhileTraining(PruneWhileTraining):
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, step: int = 0) -> None:
+        model = inner(model, self.movement)
         if not self.movement:
             found = score(model, leave=self.leave)
             self.movement = {name: torch.zeros_like(one) for name, one in found.items()}
