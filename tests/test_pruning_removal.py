@@ -277,6 +277,8 @@ def test_residual_blocks_are_those_that_pass_their_input_on():
     assert transformer == ["layers.0", "layers.1"]
     assert pruning.residual_blocks(networks.LeNet5(), example) == []
     assert pruning.residual_blocks(networks.TeacherNet(), example) == []  # x + block(x) is outside
+    words = nn.Sequential(nn.Embedding(9, 2), nn.Flatten(), nn.Linear(8, 4))
+    assert pruning.residual_blocks(words, torch.ones(3, 4).long()) == []  # of the same shape only
 
 
 @pytest.mark.parametrize("network", ["resnet", "transformer"])
