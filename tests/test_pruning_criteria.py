@@ -345,9 +345,15 @@ def test_what_is_left_alone_has_no_score(leave):
 
 def test_embeddings_norms_and_biases_are_no_weights_to_score(device):
     model = nn.ModuleDict(
-        {"words": nn.Embedding(5, 4), "norm": nn.LayerNorm(4), "out": nn.Linear(4, 2)}
+        {
+            "words": nn.Embedding(5, 4),
+            "norm": nn.LayerNorm(4),
+            "map": nn.LayerNorm((2, 4)),
+            "out": nn.Linear(4, 2),
+        }
     )
     assert set(pruning.score(model.to(device))) == {"out.weight"}
+    assert set(pruning.score(model, pruning.batch_norm_scale)) == {"norm.weight", "map.weight"}
 
 
 def test_a_criterion_of_your_own_is_a_function(device):

@@ -316,6 +316,8 @@ def test_reordering_refuses_what_it_cannot_do(device):
         pruning.permute_channels(model, x, Unstructured())
     with pytest.raises(ValueError, match=r"no group is called 'a' \(leave\); there are 0"):
         pruning.permute_channels(model, x, leave=["a"])
+    with pytest.raises(ValueError, match=r"leave is a list of names: leave=\['01'\]"):
+        pruning.permute_channels(model, x, leave="01")
 
 
 def semi(device):

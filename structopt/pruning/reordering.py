@@ -16,7 +16,7 @@ from structopt.channels.rows import rows
 from structopt.pruning.finding import find_masks
 from structopt.pruning.masks import apply_masks_, need_masks
 from structopt.pruning.patterns import NOfM
-from structopt.pruning.scoring import Scores, matches, score
+from structopt.pruning.scoring import Scores, matches, need_list, score
 
 _PIECE = 1 << 25  # numbers compared at once
 
@@ -50,6 +50,7 @@ def permute_channels(
     """
     if not isinstance(pattern, NOfM):
         raise ValueError(f"only N:M depends on the order of channels, not {pattern!r}")
+    need_list(leave)
     channels = channel_groups(model, example)
     for name in leave:
         if not any(matches(group.name, [name]) for group in channels):

@@ -35,9 +35,9 @@ def score(
 ) -> Scores:
     """The score of every weight of a model: {"conv1.weight": tensor of the weight's shape}.
 
-    Weights are parameters of two or more dimensions with "weight" in their name, embeddings left
-    out; for a criterion of `scale`, those of norms. `leave` lists names to leave alone, where
-    ``"layer1.*"`` stands for many. What the criterion asks for is fetched from `batches` in
+    Weights are parameters of two or more dimensions with "weight" in their name, embeddings and
+    norms left out; for a criterion of `scale`, those of norms. `leave` lists names to leave alone,
+    where ``"layer1.*"`` stands for many. What the criterion asks for is fetched from `batches` in
     evaluation mode, without autocast, on the model's device: derivatives of `objective` (by
     default cross-entropy) and statistics of inputs.
 
@@ -81,9 +81,13 @@ def score(
     return made
 
 
-def need_leave(model: nn.Module, leave: Sequence[str]) -> None:
+def need_list(leave: object) -> None:
     if isinstance(leave, str):  # would be taken for one pattern a letter
         raise ValueError(f"leave is a list of names: leave=[{leave!r}]")
+
+
+def need_leave(model: nn.Module, leave: Sequence[str]) -> None:
+    need_list(leave)
     names = [name for name, _ in model.named_parameters()]
     for pattern in leave:
         if not any(matches(name, [pattern]) for name in names):
@@ -152,8 +156,8 @@ def _weights(model: nn.Module, norms: bool) -> list[tuple[str, nn.Parameter]]:
         if norms:
             wanted = isinstance(owner, _NORMS) and name.endswith("weight")
         else:
-            embeds = isinstance(owner, nn.Embedding | nn.EmbeddingBag)
-            wanted = "weight" in name.rpartition(".")[2] and parameter.ndim > 1 and not embeds
+            other = isinstance(owner, (nn.Embedding, nn.EmbeddingBag, *_NORMS))
+            wanted = "weight" in name.rpartition(".")[2] and parameter.ndim > 1 and not other
         if wanted:
             found.append((name, parameter))
     return found
