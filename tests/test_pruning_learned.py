@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from pruning_networks import batches, fit, network
+from pruning_networks import Tied, batches, fit, network
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
@@ -322,6 +322,12 @@ def test_gates_refuse_what_they_cannot_do(device):
         assert not pruning.gates._gates(model)
     with pytest.raises(ValueError, match="Linear has no gates"):
         pruning.remove_gates_(weight_norm(nn.Linear(3, 2)))
+    tied = Tied(3).to(device)
+    with pytest.raises(ValueError, match=r"first.weight is second.weight as well.*leave=\['first"):
+        pruning.add_gates_(tied)
+    assert pruning.gates._gates(
+        pruning.add_gates_(nn.Sequential(tied, nn.Linear(3, 2)), leave=["0*"])
+    )
     quiet = pruning.add_gates_(nn.Linear(3, 2).eval())
     assert torch.equal(quiet.weight, quiet.weight)  # gates take the mode of the model
     pruning.add_gates_(model)

@@ -68,7 +68,8 @@ def add_gates_(
     first s is `share` in evaluation mode. Make the optimiser after this, so that it
     holds the gates; train with :func:`with_price`; then :func:`remove_gates_`.
 
-    Raises ValueError for another pattern, a share outside (0, 1), and a model that has gates.
+    Raises ValueError for another pattern, a share outside (0, 1), a model that has gates, and a
+    weight that several layers share.
 
     >>> model = add_gates_(nn.Linear(3, 2))
     >>> [tuple(p.shape) for p in model.parameters()]
@@ -80,8 +81,10 @@ def add_gates_(
         raise ValueError(f"share={share} is where the gates begin, in (0, 1)")
     if _gates(model):
         raise ValueError("the model has gates: remove_gates_ before others are added")
-    start = math.log(share / (1 - share))
-    for name, scores in score(model, leave=leave).items():
+    start, found = math.log(share / (1 - share)), score(model, leave=leave)
+    for name in found:
+        _need_own(model, name)
+    for name, scores in found.items():
         path, _, key = name.rpartition(".")
         rows = (len(scores), *[1] * (scores.ndim - 1))
         shape = scores.shape if isinstance(pattern, Unstructured) else rows
@@ -137,6 +140,13 @@ def remove_gates_(model: nn.Module) -> Masks:
         for path, key, _, _ in gates:
             parametrize.remove_parametrizations(model.get_submodule(path), key)
     return masks
+
+
+def _need_own(model: nn.Module, name: str) -> None:
+    weight, every = model.get_parameter(name), model.named_parameters(remove_duplicate=False)
+    others = [n for n, p in every if p is weight and n != name]
+    if others:  # whose layer would go round the gates
+        raise ValueError(f"{name} is {others[0]} as well: leave it alone, leave=[{name!r}]")
 
 
 def _gates(model: nn.Module) -> list[tuple[str, str, Tensor, _Gated]]:
