@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pruning_networks import batches, network
+from pruning_networks import Tied, batches, network
 from torch import nn
 from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -203,6 +203,7 @@ def test_masks_are_the_same_on_every_device(device, scope, pattern):
         (lambda s: pruning.find_masks({}, 0.5), "no scores"),
         (lambda s: pruning.find_masks({"w": s["0.weight"] * torch.nan}, 0.5), "24 of 24 scores"),
         (lambda s: pruning.find_masks({"w": s["0.weight"] > 0}, 0.5), "are torch.bool"),
+        (lambda s: pruning.find_masks({"w": s["0.weight"].numpy()}, 0.5), "w are of ndarray"),
         (lambda s: pruning.find_masks(s, 0.5, within={}), r"0\.weight is missing"),
         (lambda s: pruning.find_masks(s, 0.95, scope=Global(floor=0.5)), "floor=0.5 leaves"),
         (lambda s: Global(floor=1.0), "floor"),
@@ -450,6 +451,7 @@ def test_masks_that_do_not_fit_are_named_and_change_nothing(use):
             r"mask of 4\.weight is torch\.bool of shape \(2, 2\)",
         ),
         ({"4.weight": torch.ones(4, 96)}, r"4\.weight is torch\.float32"),
+        ({"4.weight": [True]}, r"mask of 4\.weight is of list: it has to be a bool tensor"),
     ):
         with pytest.raises(ValueError, match=words):
             use(model, good | bad)
@@ -468,6 +470,24 @@ def test_pruning_takes_its_scores_from_where_you_say(device):
     rows = pruning.PruneWhileTraining(Constant(0.5), pattern=Filters())
     rows(model, 1)
     assert all(mask.flatten(1).all(1).sum() == len(mask) // 2 for mask in rows.masks.values())
+
+
+def test_masks_of_a_weight_in_two_layers_are_those_of_both(device):
+    model = Tied(4).to(device)
+    masks, x = pruning.find_masks(pruning.score(model), 0.5), torch.randn(3, 4, device=device)
+    masked = pruning.apply_masks_(copy.deepcopy(model), masks)(x)
+    assert torch.equal(
+        pruning.apply_masks_(model, {"second.weight": masks["first.weight"]})(x), masked
+    )
+    nn.init.normal_(model.first.weight)
+    pruning.to_torch_(model, {n: m.cpu() for n, m in masks.items()})
+    found = model(x)
+    back = pruning.from_torch_(model)
+    assert back.keys() == {"first.weight", "second.weight"}
+    assert model.first.weight is model.second.weight
+    torch.testing.assert_close(pruning.apply_masks_(model, back)(x), found)
+    torch.testing.assert_close(pruning.to_torch_(model, back)(x), found)
+    assert set(dict(model.named_buffers())) == {"first.weight_mask", "second.weight_mask"}
 
 
 def test_masks_hold_under_distributed_data_parallel(tmp_path):

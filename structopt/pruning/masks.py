@@ -27,13 +27,18 @@ def need_mapping(masks: object) -> None:
 def need_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Each masked weight and its mask, after every complaint that can be made."""
     need_mapping(masks)
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))  # of tied ones every name
     pairs: list[tuple[Tensor, Tensor]] = []
     for name, mask in masks.items():
         weight = parameters.get(name)
         if weight is None:
             near = ", ".join(n for n in parameters if n.endswith("weight"))
             raise ValueError(f"the masks name {name!r}, but the weights of this model are {near}")
+        if not isinstance(mask, Tensor):
+            raise ValueError(
+                f"the mask of {name} is of {type(mask).__name__}: it has to be a bool tensor of "
+                f"the weight's shape {tuple(weight.shape)}"
+            )
         if weight.shape != mask.shape or mask.dtype != torch.bool:
             raise ValueError(
                 f"the mask of {name} is {mask.dtype} of shape {tuple(mask.shape)}: it has to be "
@@ -222,8 +227,8 @@ def to_torch_(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     >>> prune.is_pruned(model)
     True
     """
-    need_masks(model, masks)
-    for name, mask in masks.items():
-        path, _, key = name.rpartition(".")
-        prune.custom_from_mask(model.get_submodule(path), key, mask)  # type: ignore[no-untyped-call]
+    for weight, mask in dict(need_masks(model, masks)).items():  # once, whatever it is called
+        for layer in model.modules():  # every one that has the weight
+            for key in [k for k, p in layer._parameters.items() if p is weight]:
+                prune.custom_from_mask(layer, key, mask.to(weight.device))  # type: ignore[no-untyped-call]
     return model

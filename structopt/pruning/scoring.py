@@ -116,6 +116,8 @@ def need_scores(scores: object) -> None:
 
 def need_numbers(name: str, scores: Tensor) -> None:
     """Raise ValueError for scores that cannot be ranked."""
+    if not isinstance(scores, Tensor):
+        raise ValueError(f"the scores of {name} are of {type(scores).__name__}: give a tensor")
     if not scores.is_floating_point():
         raise ValueError(f"the scores of {name} are {scores.dtype}: give floating-point numbers")
     if scores.isnan().any():
