@@ -89,8 +89,11 @@ def test_recover_is_train_with_calibrated_norms_and_held_masks(device):
 
 def test_recover_refuses_what_it_cannot_do(device):
     model = network(device)
-    with pytest.raises(ValueError, match="at least 1"):
-        pruning.recover(model, batches(device), epochs=0)
+    before = copy.deepcopy(model.state_dict())
+    for epochs in (0, 1.5, "3"):
+        with pytest.raises(ValueError, match="a whole number, at least 1"):
+            pruning.recover(model, batches(device), epochs=epochs)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     both = {"masks": {}, "after_step": print}
     with pytest.raises(ValueError, match="not both"):
         pruning.recover(model, batches(device), epochs=1, **both)

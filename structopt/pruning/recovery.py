@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -72,8 +73,11 @@ def recover(
     >>> len(recover(LeNet300(), batches, epochs=2).losses)
     8
     """
-    if epochs < 1:
-        raise ValueError(f"epochs counts the passes over the batches, at least 1: {epochs}")
+    passes: object = epochs
+    if not isinstance(passes, Integral) or epochs < 1:
+        raise ValueError(
+            f"epochs are passes over the batches, a whole number, at least 1: {epochs}"
+        )
     after_step = options.pop("after_step", None)
     if masks is not None:
         if after_step is not None:
