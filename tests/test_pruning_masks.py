@@ -125,6 +125,25 @@ def test_normalising_makes_layers_of_different_size_of_weights_equals(device):
     assert abs(pruning.sparsity_of({"small": equal["small"]}) - 0.5) < 0.05
 
 
+def test_infinite_scores_stay_but_have_no_mean_to_divide_by(device):
+    """A score may say: never this one. Divided by such a mean all others would be 0."""
+    scores = {n: torch.rand(4, 6, device=device) for n in ("a", "b")}
+    scores["a"][0, 0] = torch.inf
+    assert pruning.find_masks(scores, 0.9, scope=Global(floor=0.01))["a"][0, 0]
+    with pytest.raises(ValueError, match=r"the mean of the scores of a is inf: .*normalise"):
+        pruning.find_masks(scores, 0.5, scope=Global(normalise=True))
+    layers = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)).to(device)
+    never = {"0.weight": torch.full((8, 4), torch.inf, device=device)}
+    with pytest.raises(ValueError, match=r"the mean of the scores of group '0' is inf"):
+        pruning.prune_channels(
+            layers,
+            torch.zeros(1, 4, device=device),
+            0.5,
+            scores=never,
+            scope=Global(normalise=True),
+        )
+
+
 def test_normalising_divides_by_the_mean_of_the_layer(device):
     scores = {
         "even": torch.rand(20, 10, device=device, dtype=torch.float64),
@@ -207,6 +226,8 @@ def test_masks_are_the_same_on_every_device(device, scope, pattern):
         (lambda s: pruning.find_masks(s, 0.5, within={}), r"0\.weight is missing"),
         (lambda s: pruning.find_masks(s, 0.95, scope=Global(floor=0.5)), "floor=0.5 leaves"),
         (lambda s: Global(floor=1.0), "floor"),
+        (lambda s: Global(floor="a"), "floor='a'"),
+        (lambda s: Global(0.01), r"normalise=0.01: true or false; .* Global\(floor=0.01\)"),
         (lambda s: NOfM(4, 4), "1 <= n < m"),
         (lambda s: Block(0, 2), "at least one row"),
         (lambda s: NOfM(2.5, 4), "whole numbers"),

@@ -206,6 +206,7 @@ def test_a_budget_out_of_reach_names_the_nearest():
         (lambda m, x: MACs("5"), "MACs: at_most is a number above 0, not '5'"),
         (lambda m, x: MACs(share="0.5"), r"share is a number in \(0, 1\], not '0.5'"),
         (lambda m, x: Limits(leave="conv1"), r"leave=\('conv1',\)"),
+        (lambda m, x: Limits(leave=None), "leave is a tuple of names, not None"),
         (lambda m, x: Limits(ratios={"conv1": 1.0}), "ratio of 'conv1'"),
         (lambda m, x: Limits(multiple_of=0), "multiple_of"),
         (lambda m, x: Limits(multiple_of=1.5), "whole number"),

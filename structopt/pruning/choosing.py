@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 
@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from structopt.channels import ChannelGroup
-from structopt.pruning.ranking import PerLayer, PerRow, Scope, need_scope, need_sparsity, number
+from structopt.pruning.ranking import (
+    PerLayer,
+    PerRow,
+    Scope,
+    need_scope,
+    need_sparsity,
+    normalised,
+    number,
+)
 from structopt.pruning.scoring import matches, need_numbers
 
 Choice = dict[ChannelGroup, Tensor]
@@ -45,6 +53,8 @@ class Limits:
         given: object = self.leave
         if isinstance(given, str):  # would be taken for one pattern a letter
             raise ValueError(f"leave is a tuple of names: leave=({given!r},)")
+        if not isinstance(given, Iterable):
+            raise ValueError(f"leave is a tuple of names, not {given!r}")
         whole = isinstance(self.multiple_of, int) and self.multiple_of >= 1
         floor: object = self.floor
         real = isinstance(floor, Real) and 0 < float(floor) < math.inf
@@ -126,7 +136,7 @@ def _widths(
         return {group: group.size - number(sparsity, group.size) for group in scores}
     ranked = []
     for group, one in scores.items():
-        one = one / one.mean().clamp(min=torch.finfo(one.dtype).tiny) if scope.normalise else one
+        one = normalised(f"group {group.name!r}", one) if scope.normalise else one
         least = max(limits.least(group.size), math.ceil(scope.floor * group.size))
         one = one.sort(stable=True).values
         one[group.size - least :] = torch.inf  # the best of each group are not for sale

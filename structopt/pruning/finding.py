@@ -20,6 +20,7 @@ from structopt.pruning.ranking import (
     lowest_in_rows,
     need_scope,
     need_sparsity,
+    normalised,
     number,
 )
 from structopt.pruning.scoring import need_numbers, need_scores
@@ -66,7 +67,7 @@ def find_masks(
         if isinstance(scope, Global):
             units = units.to(common)  # bits of one type compare with no others
             if scope.normalise:
-                units = units / units.abs().mean().clamp(min=torch.finfo(units.dtype).tiny)
+                units = normalised(name, units)
         ranks[name] = keys(units, _alive(name, one, pattern, within))
         shapes[name] = one.shape
     gone = _gone(ranks, sparsity, scope)

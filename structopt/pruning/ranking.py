@@ -35,8 +35,14 @@ class Global:
     floor: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.floor < 1:
-            raise ValueError(f"floor={self.floor}: the share that a layer keeps, in [0, 1)")
+        if not isinstance(self.normalise, bool):
+            raise ValueError(
+                f"normalise={self.normalise!r}: true or false; the share that a layer keeps is "
+                "Global(floor=0.01)"
+            )
+        floor: object = self.floor
+        if not (isinstance(floor, Real) and 0 <= float(floor) < 1):
+            raise ValueError(f"floor={floor!r}: the share that a layer keeps, in [0, 1)")
 
 
 Scope = PerLayer | PerRow | Global
@@ -87,6 +93,14 @@ def lowest_in_rows(key: Tensor, count: int) -> Tensor:
     """The `count` lowest of each row, equal ones in their order."""
     order = key.argsort(dim=1, stable=True)[:, :count]
     return torch.zeros_like(key, dtype=torch.bool).scatter_(1, order, True)
+
+
+def normalised(name: str, scores: Tensor) -> Tensor:
+    """Divided by the mean of their sizes."""
+    mean = scores.abs().mean()
+    if not mean.isfinite():
+        raise ValueError(f"the mean of the scores of {name} is {mean:g}: rank without normalise")
+    return scores / mean.clamp(min=torch.finfo(mean.dtype).tiny)
 
 
 def number(sparsity: float, size: int) -> int:
