@@ -14,6 +14,7 @@ from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from structopt import checkpoint, pruning, training
+from structopt.channels import channel_groups
 from structopt.pruning import (
     Block,
     Constant,
@@ -367,6 +368,8 @@ class Log(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.names.append(str(function))
+        if self.names[-1] == "aten.index.Tensor":
+            self.names += ["bool index" for i in args[1] if i is not None and i.dtype == torch.bool]
         return function(*args, **(kwargs or {}))
 
 
@@ -378,6 +381,30 @@ def test_holding_is_one_product_that_reads_no_number_back(device):
     with Log() as log:
         after(model, 2)
     assert log.names == ["aten._foreach_mul_.List"]
+
+
+WAITS = {"_local_scalar_dense.default", "nonzero.default", "bincount.default", "bool index"}
+CALLS = {
+    "prune": lambda model, masks, groups: pruning.PruneWhileTraining(Constant(0.5)),
+    "move": lambda model, masks, groups: pruning.MovementWhileTraining(OneShot(0.5, at=1)),
+    "regrow": lambda model, masks, groups: pruning.RegrowWhileTraining(masks, end=99, every=50),
+    "shrink": lambda model, masks, groups: pruning.ShrinkChannels(groups, strength=1e-3, end=99),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_between_its_changes_no_call_waits_for_a_number(device, call):
+    """Of a size, too: a GPU has to be done before the CPU knows how many entries are true."""
+    model, example = network(device), torch.zeros(1, 1, 6, 6, device=device)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    masks = pruning.find_masks(pruning.score(model), 0.5)
+    after = CALLS[call](model, masks, channel_groups(model, example))
+    after(model, 1)
+    with Log() as log:
+        after(model, 2)
+    assert log.names
+    assert not WAITS & {name.removeprefix("aten.") for name in log.names}
 
 
 def test_gradual_pruning_while_training_nests_and_ends_exactly(device):

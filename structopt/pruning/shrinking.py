@@ -119,8 +119,9 @@ def _axes(model: nn.Module, group: ChannelGroup) -> list[Axis]:
 def _squares(axes: list[Axis], size: int) -> tuple[Tensor, Tensor]:
     """Of each channel the sum of the squares of its entries, and how many there are."""
     squares = torch.stack([along(w.square(), dim, c, size) for w, dim, c in axes]).sum(0)
-    counts = [torch.bincount(c[c >= 0], minlength=size) * (w.numel() // len(c)) for w, _, c in axes]
-    return squares, torch.stack(counts).sum(0).to(squares.dtype)
+    each = [squares.new_full((len(c),), w.numel() // len(c)) for w, _, c in axes]
+    counts = [along(n, 0, c, size) for n, (_, _, c) in zip(each, axes, strict=True)]
+    return squares, torch.stack(counts).sum(0)
 
 
 def _need_some(group: ChannelGroup, factor: Tensor) -> None:
