@@ -325,6 +325,8 @@ def test_sensitivity_prunes_one_group_at_a_time(device):
     channels = channel_groups(model, example)
     scores = pruning.channel_scores(channels, pruning.score(model))
     assert set(curves) == {"conv1", "conv2", "fc1"}
+    asked = pruning.sensitivity(model, example, evaluate)["fc1"]
+    assert list(asked) == [0.0, 0.25, 0.5, 0.75]  # quarters, where nothing else is said
     for group in channels:
         alone = take(model, pruning.choose_channels({group: scores[group]}, 0.5))
         assert curves[group.name][0.5] == pytest.approx(evaluate(alone), rel=1e-9)
