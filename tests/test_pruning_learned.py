@@ -104,6 +104,9 @@ def test_channels_trained_to_zero_leave_without_a_trace(device):
     gone = after.zeros(model)["0"]
     fit(model, data, epochs=1, after_step=lambda model, step: after(model, 20 + step))
     assert after.zeros(model)["0"] == gone  # no pressure any more, and none of them comes back
+    version = model[0].weight._version
+    after(model, 21)
+    assert model[0].weight._version == version  # nothing runs
     assert 0 < gone < 6
     twin, compiled = copy.deepcopy(model), torch.compile(model, backend="eager")
     after(compiled, 1)

@@ -282,6 +282,31 @@ def test_residual_blocks_are_those_that_pass_their_input_on():
     assert pruning.residual_blocks(words, torch.ones(3, 4).long()) == []  # of the same shape only
 
 
+class Residual(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.body = kind, nn.Linear(4, 4)
+
+    def forward(self, x, more=1.0, *, scale=1.0):
+        x = x[0] if self.kind == "listed" else x
+        y = x + more * scale * self.body(x)
+        return (y,) if self.kind == "tupled" else y
+
+
+class Stack(nn.ModuleDict):
+    def forward(self, x):
+        x = self["twice"](self["twice"](self["plain"](x)))
+        x = self["scaled"](self["more"](x, x), scale=2.0)
+        x = self["relu"](self["listed"]([x]))
+        return self["tupled"](x)[0]
+
+
+def test_a_block_is_called_with_one_tensor_and_nothing_else_as_an_identity_would_be():
+    names = ("plain", "twice", "scaled", "more", "listed", "tupled")
+    model = Stack({n: Residual(n) for n in names} | {"relu": nn.Sequential(nn.ReLU())})
+    assert pruning.residual_blocks(model, torch.randn(3, 4)) == ["plain", "twice"]
+
+
 @pytest.mark.parametrize("network", ["resnet", "transformer"])
 def test_removing_blocks_equals_zeroing_them(network, device):
     model = trained(NETWORKS[network]()).double().to(device)
@@ -309,6 +334,12 @@ def test_block_influence_equals_its_definition(device):
             y = block(x)
         cosines.append(((x * y).sum(1) / (x.norm(dim=1) * y.norm(dim=1)).clamp(min=1e-8)).mean())
     assert found["stage1.1"] == pytest.approx(1 - float(torch.stack(cosines).mean()), abs=1e-5)
+    sequence = nn.Sequential(nn.Linear(4, 4)).to(device)
+    x = torch.randn(2, 3, 4, device=device)
+    y = sequence(x).detach()
+    features = (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1))
+    found = pruning.block_influence(sequence, [x], ["0"])
+    assert found["0"] == pytest.approx(1 - float(features.mean()), abs=1e-5)
     nn.init.zeros_(model.stage2[1].bn2.weight)
     nn.init.zeros_(model.stage2[1].bn2.bias)
     after = pruning.block_influence(model, batches)
