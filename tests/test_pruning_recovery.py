@@ -2,6 +2,7 @@
 
 import copy
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -168,7 +169,12 @@ def test_diagnosis_finds_statistics_that_no_longer_fit(device):
     inputs, targets = (torch.cat(part) for part in zip(*data, strict=True))
     found = pruning.diagnose(model, stale, inputs[:1], Examples(inputs, targets), batches=data)
     assert any("Accuracy was" in line for line in found)
-    assert any("recalibrate_(model, batches)" in line for line in found)
+    fresh = pruning.recalibrate_(copy.deepcopy(stale), data)
+    gain = training.evaluate(fresh, Examples(inputs, targets)) - training.evaluate(
+        stale, Examples(inputs, targets)
+    )
+    back = f"{100 * gain:.1f} points of that come back"
+    assert any(back in line and "recalibrate_(model, batches)" in line for line in found)
     dense = training.evaluate(model, Examples(inputs, targets))
     same = pruning.diagnose(model, model, inputs[:1], Examples(inputs, targets), batches=data)
     assert same == [f"Accuracy was {100 * dense:.1f} %, and is {100 * dense:.1f} %."]
@@ -195,6 +201,50 @@ def test_the_advice_depends_on_how_much_was_lost(device, wrong, advice):
     assert [advice in line for line in found[1:]] == [True]  # no norm is to blame
     without = pruning.diagnose(before[1:], after[1:], data.inputs, data)
     assert "Give batches" not in str(without)  # there is none
+
+
+@pytest.mark.parametrize(
+    ("wrong", "advice"), [(4, ""), (6, "Train on"), (290, "Train on"), (310, "remove less")]
+)
+def test_half_a_point_is_no_loss_and_three_tenths_are_too_much(wrong, advice):
+    """Of a thousand examples so many are taken for the next class."""
+    targets = torch.cat([torch.zeros(wrong), torch.ones(1000 - wrong)]).long()
+    data = Examples(torch.eye(2)[targets], targets)
+    before, after = (nn.Sequential(nn.Linear(2, 2, bias=False)) for _ in range(2))
+    before[0].weight.data = torch.eye(2)
+    after[0].weight.data = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
+    found = pruning.diagnose(before, after, data.inputs[:1], data)
+    said = [word for word in ("Train on", "remove less") if word in str(found)]
+    assert said == ([advice] if advice else [])
+
+
+def chain(*widths):
+    sizes = (4, *widths)
+    return nn.Sequential(*[nn.Linear(a, b) for a, b in pairwise(sizes)])
+
+
+@pytest.mark.parametrize(("width", "said"), [(19, True), (21, False)])
+def test_a_layer_is_narrow_where_it_keeps_a_third_of_what_is_usual(width, said):
+    before, after = chain(100, 100, 100, 100, 100), chain(width, 32, 60, 88, 88)
+    words = str(pruning.diagnose(before, after, torch.ones(1, 4)))
+    assert ("0 keeps 19 of 100 channels" in words) == said
+    assert ("Limits(ratios={'0': 0.7})" in words) == said  # half of what the median layer keeps
+
+
+@pytest.mark.parametrize(("zeros", "words"), [(4, ""), (6, "6 %"), (80, "80 %")])
+def test_zeros_are_spoken_of_from_a_twentieth_on(zeros, words):
+    before = nn.Sequential(nn.Linear(10, 10, bias=False))
+    nn.init.ones_(before[0].weight)
+    after = copy.deepcopy(before)
+    after[0].weight.data.view(-1)[:zeros] = 0
+    found = pruning.diagnose(before, after, torch.ones(1, 10))
+    assert [line.split(" of the weights")[0] for line in found] == ([words] if words else [])
+
+
+def test_nine_is_the_least_odd_width():
+    for width, said in ((7, False), (8, False), (9, True), (14, True), (18, True), (24, False)):
+        words = str(pruning.diagnose(chain(32, 32), chain(width, 32), torch.ones(1, 4)))
+        assert ("multiple of 8" in words) == said
 
 
 def test_sizes_that_are_fine_are_not_spoken_of(device):
