@@ -111,6 +111,27 @@ def test_widths_are_multiples_and_never_more_than_asked_goes(analysed, sparsity,
         assert wanted <= kept < max(wanted, 1) + multiple
 
 
+def test_what_each_group_keeps_and_which_of_equal_channels_go(device):
+    found = [Limits(floor=floor).least(10) for floor in (1, 0.25, 3)]
+    assert [Limits().least(10), *found] == [1, 1, 3, 3]
+    model = nn.Sequential(nn.Linear(2, 600), nn.Linear(600, 400), nn.Linear(400, 1)).to(device)
+    groups = channel_groups(model, torch.zeros(1, 2, device=device))
+    equal = {group: torch.ones(group.size, device=device) for group in groups}
+    first, second = (
+        {g.name: i.cpu() for g, i in pruning.choose_channels(equal, 0.5, scope=scope).items()}
+        for scope in (PerLayer(), Global())
+    )
+    assert torch.equal(first["0"], torch.arange(300, 600))  # the first go
+    assert torch.equal(first["1"], torch.arange(200, 400))
+    assert {name: len(kept) for name, kept in second.items()} == {"0": 100}
+    floored = pruning.choose_channels(equal, 0.95, scope=Global(floor=0.25))
+    assert {g.name: len(i) for g, i in floored.items()} == {"0": 150, "1": 100}
+    with pytest.raises(ValueError, match="limits is a value"):
+        pruning.choose_channels(equal, 0.5, limits={"floor": 2})
+    with pytest.raises(ValueError, match=r"group '0' are NaN"):
+        pruning.choose_channels({g: one * torch.nan for g, one in equal.items()}, 0.5)
+
+
 def test_choices_nest(analysed):
     _, _, _, scores = analysed
     for scope in (PerLayer(), Global(), Global(normalise=True)):
