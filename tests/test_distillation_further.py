@@ -327,6 +327,18 @@ def test_dreams_are_taken_for_their_labels_and_fit_the_statistics(device: torch.
     assert d.total_variation(smooth) < 0.8 * d.total_variation(images)
 
 
+def test_dreams_move_on_under_autocast(device: torch.device) -> None:
+    """It keeps what it has cast of a leaf: the teacher would see the first images for ever."""
+    teacher = networks.StudentNet().to(device)
+    x, y = batch(device, 20)
+    gaps = []
+    for enabled in (False, True):
+        with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+            images = d.dream(teacher, 3 * x, y, steps=40)
+        gaps.append(d.statistics_gap(teacher, images)[1].item())
+    assert gaps[1] == pytest.approx(gaps[0], rel=0.2)
+
+
 def test_hooks_go_when_the_teacher_fails() -> None:
     teacher = networks.TeacherNet()
     with pytest.raises(ValueError, match="28"):

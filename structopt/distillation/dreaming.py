@@ -105,7 +105,7 @@ def dream(
     images = start.detach().clone().requires_grad_()
     optimizer = torch.optim.Adam([images], lr)
     for _ in range(steps):
-        logits, gap = statistics_gap(teacher, images)
+        logits, gap = statistics_gap(teacher, images.clone())  # autocast keeps its cast of a leaf
         loss = losses.cross_entropy(logits, labels) + gap_weight * gap
         loss = loss + variation_weight * total_variation(images)
         (images.grad,) = torch.autograd.grad(loss, images)
