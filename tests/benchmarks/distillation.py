@@ -115,13 +115,14 @@ def choose(
     tries: list[Settings],
     epochs: int,
     seeds: tuple[int, ...] = (0,),
+    taught: Callable[[Laboratory, str, Settings, int, int], nn.Module] = student,
 ) -> Settings:
     """The best of the tries on the held-out sixth, a mean of seeds; a single one is not tried."""
     chosen = record.result.setdefault(kind, {})
     if method not in chosen:
         found: list[dict[str, Any]] = [{"settings": given} for given in tries]
         for row in found if found[1:] else []:
-            models = (student(lab, method, row["settings"], epochs, seed) for seed in seeds)
+            models = (taught(lab, method, row["settings"], epochs, seed) for seed in seeds)
             scores = [percent(model, lab.held) for model in models]
             row["validation accuracy in %"] = round(sum(scores) / len(scores), 2)
             print(kind, method, row, flush=True)

@@ -55,23 +55,27 @@ class Laboratory:
         )
         return model
 
+    def teacher(
+        self, name: str, make: Callable[[], nn.Module], *, lr: float, seed: int, epochs: int = 20
+    ) -> nn.Module:
+        """Trained with flips and shifts, or what ``folder`` keeps of that."""
+        torch.manual_seed(seed)
+        model = make()
+        path = self.folder / f"{name}.safetensors"
+        if path.exists() and not self.quick:
+            model.load_state_dict(files.load_tensors(path)[0])
+        else:
+            augment = (Flip(), Shift(1))
+            self.fit(model, training.supervised(), self.train, epochs=epochs, lr=lr, seed=seed,
+                     augment=augment)  # fmt: skip
+            if not self.quick:
+                files.save_tensors(path, model.state_dict(), {})
+        return model.to(self.device).requires_grad_(False)
+
     @cached_property
     def teachers(self) -> list[nn.Module]:
-        found: list[nn.Module] = []
-        for seed in SEEDS[:2]:
-            torch.manual_seed(seed)
-            model: nn.Module = networks.TeacherNet()
-            path = self.folder / f"teacher-{seed}.safetensors"
-            if path.exists() and not self.quick:
-                model.load_state_dict(files.load_tensors(path)[0])
-            else:
-                augment = (Flip(), Shift(1))
-                self.fit(model, training.supervised(), self.train, epochs=20, lr=0.01, seed=seed,
-                         augment=augment)  # fmt: skip
-                if not self.quick:
-                    files.save_tensors(path, model.state_dict(), {})
-            found.append(model.to(self.device).requires_grad_(False))
-        return found
+        make = networks.TeacherNet
+        return [self.teacher(f"teacher-{n}", make, lr=0.01, seed=n) for n in SEEDS[:2]]
 
     @cached_property
     def cached(self) -> distillation.Cached:
