@@ -57,6 +57,13 @@ def batch_normed_queries() -> nn.Module:
               kn=nn.BatchNorm2d(4), write=conv(8, 5))  # fmt: skip
 
 
+def sparse_graph(self: Any, x: Tensor) -> Tensor:
+    """Each node hears of the one before it."""
+    graph = torch.eye(4, dtype=x.dtype, device=x.device).roll(1, 0).to_sparse()
+    heard = torch.sparse.mm(graph, self.a(x))
+    return self.b(torch.sparse.addmm(self.skip(x), graph, heard).relu())
+
+
 def complex_rotary() -> nn.Module:
     """Pairs of numbers turned as complex ones."""
 
@@ -249,6 +256,13 @@ FURTHER: dict[str, Case] = {
         ),
         WORDS,
         [group(2, columns("write.weight"))],
+    ),
+    "sparse graph": Case(
+        lambda: Fn(
+            sparse_graph, a=nn.Linear(3, 8), skip=nn.Linear(3, 8), b=nn.Linear(8, 5)
+        ),
+        (4, 3),
+        [group(8, columns("b.weight"), scales=True)],
     ),
     "projected LSTM": Case(
         projected,

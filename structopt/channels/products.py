@@ -75,10 +75,12 @@ def product(call: Call) -> Mirror:
     return _product(call, call[0], call[1])
 
 
-@rule("addmm", "baddbmm", "addmv", "addbmm")
+@rule("addmm", "baddbmm", "addmv", "addbmm", "_sparse_addmm")
 def add_product(call: Call) -> Mirror:
     out = _product(call, call[1], call[2])
     extra = call[0]
+    if call[3] == 0:  # as in torch.sparse.mm
+        return out
     for d in range(-len(out), 0):
         if extra.ndim >= -d and extra.shape[d] == call.out.shape[d]:
             axis = call.mirror(extra)[d]
