@@ -111,6 +111,19 @@ def test_grouped_products_agree_with_the_kernel_of_torch() -> None:
     assert not found[9:].any()
 
 
+def test_numbers_from_outside_of_the_model_are_widened_with_it() -> None:
+    places = torch.rand(2, 4, 4, 2) * 2 - 1
+
+    def forward(s, x):
+        return s.b(F.grid_sample(s.a(x), places, align_corners=False))
+
+    model = filled(Fn(forward, a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(8, 2, 1)))
+    x = torch.randn(2, 3, 6, 6)
+    narrow = take(model, {channel_groups(model, x)["a"]: range(4)})
+    model.b.weight.data[:, 4:] = 0
+    torch.testing.assert_close(narrow(x), model(x))
+
+
 def test_a_model_that_cannot_run_in_double_precision_is_named() -> None:
     class Single(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

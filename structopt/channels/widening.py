@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from structopt.channels.labels import Vector
 from structopt.channels.shadow import calls_experts, multiply, plain_kernels
-from structopt.channels.tracing import tensors_of
+from structopt.channels.tracing import map_tensors, tensors_of
 
 Mask = Sequence[tuple[int, Vector]]  # dimensions, and the indices that are zero there
 _Key = tuple[int, torch.Size]
@@ -76,7 +76,17 @@ class Wide(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise RuntimeError("the model writes to its weights")
         if calls_experts(func, args):
             return self._experts(*map(self._wide, args[:3]))
-        out = func(*map(self._wide, args), **{k: self._wide(v) for k, v in kwargs.items()})
+        given, named = [*map(self._wide, args)], {k: self._wide(v) for k, v in kwargs.items()}
+        try:
+            out = func(*given, **named)
+        except RuntimeError:  # numbers from outside of the model, of which no copy was made?
+            small = [t for t in tensors_of((given, named)) if t.dtype in _SMALL]
+            if not small or func._schema.is_mutable:
+                raise
+            given, named = map_tensors(
+                (given, named), lambda t: t.to(_widest(t) if t.dtype in _SMALL else t.dtype)
+            )
+            out = func(*given, **named)
         for tensor in tensors_of(out) if met and func.is_view else ():
             setattr(tensor, _OWN, True)
         return out
