@@ -111,10 +111,11 @@ def balanced(scores: Reals, start: Numbers) -> Numbers:
     """
     found, groups = start.copy(), scores.shape[1]
     small = 1e-12 * max(float(np.abs(scores).max()), 1e-300)
+    gain = np.full((groups, groups), -np.inf)
+    who = np.zeros((groups, groups), np.int64)
+    changed = list(range(groups))
     while True:
-        gain = np.full((groups, groups), -np.inf)
-        who = np.zeros((groups, groups), np.int64)
-        for a in range(groups):
+        for a in changed:
             members = np.flatnonzero(found == a)
             moves = scores[members] - scores[members, a][:, None]
             who[a], gain[a] = members[moves.argmax(0)], moves.max(0)
@@ -124,6 +125,7 @@ def balanced(scores: Reals, start: Numbers) -> Numbers:
             return found
         for a, b in cycle:
             found[who[a, b]] = b
+        changed = [a for a, _ in cycle]
 
 
 def _gaining_cycle(gain: Reals, small: float) -> list[tuple[int, int]]:
@@ -131,11 +133,12 @@ def _gaining_cycle(gain: Reals, small: float) -> list[tuple[int, int]]:
     total, before = np.zeros(len(gain)), np.full(len(gain), -1)
     for _ in range(len(gain) + 1):
         through = total[:, None] + gain
-        better = through.max(0) > total + small
+        most = through.max(0)
+        better = most > total + small
         if not better.any():
             return []
         before = np.where(better, through.argmax(0), before)
-        total = np.where(better, through.max(0), total)
+        total = np.where(better, most, total)
     node = int(np.flatnonzero(better)[0])
     for _ in gain:
         node = int(before[node])
