@@ -3,12 +3,12 @@
 One slimmable network for four widths, and a network trained for each width by itself, with the same
 number of passes; each has the learning rate that is best in the mean on 2,000 images held out.
 
-A trained perceptron with four hidden layers is grouped, with each way to pass information, and
-trained on; beside it the dense network, trained on for as long. The learning rate of that is
-chosen for each row apart, by the mean of three seeds on 2,000 images held out. Then networks with
-one exit: the cheapest threshold that loses nothing on the images held out, timed against the whole
-network in turns. They differ in what the heads read, and in how much lies behind the exit. Test
-images are seen by the final runs alone.
+Two trained perceptrons, one twice as deep and as wide as the other, are grouped, with each way to
+pass information, and trained on; beside them the dense network, trained on for as long. The
+learning rate of that is chosen for each row apart, by the mean of three seeds on 2,000 images held
+out. Then networks with one exit: the cheapest threshold that loses nothing on the images held out,
+timed against the whole network in turns. They differ in what the heads read, and in how much lies
+behind the exit. Test images are seen by the final runs alone.
 """
 
 import copy
@@ -23,7 +23,8 @@ from torch import nn
 
 from structopt import data, descent, slicing, training
 
-GROUPS, RATES, HIDDEN, EPOCHS = (8, 16), (0.001, 0.003, 0.01), 128, 3
+GROUPS, RATES, EPOCHS = (8, 16), (0.001, 0.003, 0.01), 3
+STACKS = {"groups": (4, 128), "groups, twice as deep and wide": (8, 256)}  # layers, hidden units
 WIDTHS, PASSES = (0.25, 0.5, 0.75, 1.0), 12
 NETWORKS = {
     "3 blocks, pooled": ((8, 24, 48), True),
@@ -115,63 +116,56 @@ def in_widths(bench: Bench, seeds: int, passes: int) -> dict[str, Any]:
     return found
 
 
-def perceptron() -> nn.Module:
+def perceptron(layers: int, hidden: int) -> nn.Module:
+    """So many linear layers from hidden units to hidden units: those that can be grouped."""
     parts: list[nn.Module] = [nn.Flatten()]
-    for inputs in (784, *[HIDDEN] * 4):
-        parts += [nn.Linear(inputs, HIDDEN), nn.BatchNorm1d(HIDDEN), nn.ReLU()]
-    return nn.Sequential(*parts, nn.Linear(HIDDEN, 10))
+    for inputs in (784, *[hidden] * layers):
+        parts += [nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU()]
+    return nn.Sequential(*parts, nn.Linear(hidden, 10))
 
 
-def starts(bench: Bench, seed: int, groups: int) -> dict[str, nn.Module]:
-    """A dense network, and its grouped forms as they come from the cut."""
-    torch.manual_seed(seed)
-    dense = bench.fit(perceptron(), training.supervised(), 2 * EPOCHS, seed, 0.003)
-    cut = {
-        name: slicing.group_layers(dense, bench.example, groups, exchange=exchange)
-        for name, exchange in EXCHANGES.items()
-    }
-    return {"dense": dense, **cut}
+def trained_on(bench: Bench, begun: Sequence[nn.Module]) -> dict[str, Any]:
+    """Test accuracy of one row before and after, with the rate that is best for three seeds."""
 
+    def trained(seed: int, lr: float) -> nn.Module:
+        model = copy.deepcopy(begun[seed])
+        return bench.fit(model, training.supervised(), EPOCHS, seed + 100, lr)
 
-def grouped(bench: Bench, seeds: int, groups: int) -> dict[str, Any]:
-    """Test accuracy of each row when cut and after training on, and what the shuffle gave back."""
-
-    def trained(small: nn.Module, seed: int, lr: float) -> nn.Module:
-        return bench.fit(copy.deepcopy(small), training.supervised(), EPOCHS, seed + 100, lr)
-
-    scores: dict[str, dict[str, Any]] = {}
-    all_starts = [starts(bench, seed, groups) for seed in range(seeds)]
-    for name in ("dense", *EXCHANGES):
-        held = {
-            lr: [
-                bench.score(trained(start[name], seed, lr), bench.held)
-                for seed, start in enumerate(all_starts[:3])
-            ]
-            for lr in RATES
-        }
-        rate = max(RATES, key=lambda lr: sum(held[lr]))
-        scores[name] = {"learning rate": rate, "when cut": [], "trained on": []}
-        for seed, start in enumerate(all_starts):
-            scores[name]["when cut"].append(bench.score(start[name], bench.test))
-            done = trained(start[name], seed, rate)
-            scores[name]["trained on"].append(bench.score(done, bench.test))
-        print(groups, name, rate, scores[name]["trained on"], flush=True)
-    means = {name: sum(row["trained on"]) / seeds for name, row in scores.items()}
-    lost = means["dense"] - means["branches"]
+    first = {lr: [trained(seed, lr) for seed in range(len(begun[:3]))] for lr in RATES}
+    rate = max(RATES, key=lambda lr: sum(bench.score(model, bench.held) for model in first[lr]))
+    done = first[rate] + [trained(seed, rate) for seed in range(3, len(begun))]
     return {
-        "rows": {
-            name: {
-                "learning rate": row["learning rate"],
-                **{key: mean_and_spread(row[key]) for key in ("when cut", "trained on")},
-            }
-            for name, row in scores.items()
-        },
-        "points lost by grouping": round(lost, 2),
-        "share that comes back": {
-            name: round((means[name] - means["branches"]) / lost, 2)
-            for name in ("shuffled", "averaged", "thin layer")
-        },
+        "learning rate": rate,
+        "when cut": mean_and_spread([bench.score(model, bench.test) for model in begun]),
+        "trained on": mean_and_spread([bench.score(model, bench.test) for model in done]),
     }
+
+
+def grouped(bench: Bench, seeds: int, layers: int, hidden: int) -> dict[str, Any]:
+    """For each number of groups: the rows, and what each exchange gave back."""
+    dense: list[nn.Module] = []
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        model = perceptron(layers, hidden)
+        dense.append(bench.fit(model, training.supervised(), 2 * EPOCHS, seed, 0.003))
+    whole, found = trained_on(bench, dense), {}
+    for groups in GROUPS:
+        rows = {"dense": whole}
+        for name, exchange in EXCHANGES.items():
+            cut = [slicing.group_layers(m, bench.example, groups, exchange=exchange) for m in dense]
+            rows[name] = trained_on(bench, cut)
+            print(layers, hidden, groups, name, rows[name], flush=True)
+        means = {name: row["trained on"]["mean"] for name, row in rows.items()}
+        lost = means["dense"] - means["branches"]
+        found[str(groups)] = {
+            "rows": rows,
+            "points lost by grouping": round(lost, 2),
+            "share that comes back": {
+                name: round((means[name] - means["branches"]) / lost, 2)
+                for name in ("shuffled", "averaged", "thin layer")
+            },
+        }
+    return found
 
 
 def convolutional(widths: Sequence[int], pooled: bool) -> slicing.EarlyExits:
@@ -250,7 +244,8 @@ def main() -> None:
             result["exits"][name] = exits(bench, seeds, widths, pooled, 3 if quick else 7)
             print(name, result["exits"][name], flush=True)
     if options.part in (None, "groups"):
-        result["groups"] = {str(g): grouped(bench, many, g) for g in GROUPS}
+        for name, sizes in STACKS.items():
+            result[name] = grouped(bench, many, *sizes)
     keep("slicing", result, quick)
 
 
