@@ -133,6 +133,32 @@ def test_every_output_has_its_mean_again(device):
     torch.testing.assert_close(means(rounded), means(model), rtol=0, atol=1e-9)
 
 
+def test_an_image_without_a_batch_is_a_batch_of_one():
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 4, 3))
+    line = nn.Sequential(nn.Conv1d(3, 5, 3), nn.ReLU(), nn.Conv1d(5, 4, 3, groups=1))
+    for network, x in (model, torch.randn(3, 9, 8)), (line, torch.randn(3, 9)), (
+        nn.Sequential(nn.Linear(3, 2)), torch.randn(3),
+    ):  # fmt: skip
+        grid = Grid(2)
+        one, alone = (compression.gptq_weights(network, [b], grid) for b in (x[None], x))
+        for name, codes in one.items():
+            assert torch.equal(alone[name].codes, codes.codes)
+        one, alone = (
+            compression.correct_biases_(
+                compression.put_(copy.deepcopy(network), compression.quantize_weights(network, grid)),
+                network, [b],
+            )
+            for b in (x[None], x)
+        )  # fmt: skip
+        assert torch.equal(one[0].bias, alone[0].bias)
+        assert str(compression.input_zeros(network, [x[None]])) == str(
+            compression.input_zeros(network, [x])
+        )
+    norm = nn.Sequential(nn.LayerNorm(3), nn.Linear(3, 2))
+    one, alone = (compression.smooth_inputs(norm, [b]) for b in (x[None], x))
+    assert torch.equal(one[1].weight, alone[1].weight)
+
+
 def test_biases_of_other_models_and_missing_ones():
     bare = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3))
     compression.correct_biases_(bare, copy.deepcopy(bare), [torch.randn(4, 3)])
@@ -157,6 +183,22 @@ def test_equalised_ranges_and_the_same_function(device):
     written = made[0].weight.abs().amax((1, 2, 3)).view(2, 3).amax(0)
     read = made[2].weight.abs().amax((0, 2, 3))
     torch.testing.assert_close(written, read, rtol=0.02, atol=0)
+
+
+def test_equalisation_gives_a_copy_and_passes_norms_by():
+    model = nn.Sequential(
+        nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.ReLU(),
+        nn.Conv2d(4, 2, 1),
+    )  # fmt: skip
+    before, x = copy.deepcopy(model.state_dict()), torch.randn(2, 2, 9, 9)
+    expected = model.eval()(x)
+    for one, rounds in (model, 4), (model, 0), (nn.Sequential(nn.Conv2d(2, 2, 1)), 4):
+        made = compression.equalize(one, x, rounds=rounds)
+        assert made is not one
+        for p in made.parameters():
+            assert all(p is not own for own in one.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert torch.allclose(compression.equalize(model, x)(x), expected, atol=1e-5)
 
 
 def test_one_step_a_tensor_serves_equalised_channels(device):
@@ -300,6 +342,59 @@ def test_the_weights_of_a_model_one_layer_after_the_other(device):
     assert lost[0] < 0.7 * lost[1]
 
 
+class Tied(nn.Module):
+    """A language model whose last layer reads with the weights of its embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.inner = nn.Embedding(9, 6), nn.Linear(6, 6)
+        self.other, self.head = nn.Linear(6, 6), nn.Linear(6, 9, bias=False)
+        self.head.weight, self.other.weight = self.embed.weight, self.inner.weight
+
+    def forward(self, tokens):
+        return self.head(self.other(self.inner(self.embed(tokens)).relu()))
+
+
+def test_a_weight_that_layers_share_is_coded_once_for_all_that_reads_it():
+    model, tokens, grid = Tied(), torch.randint(9, (40, 5)), Grid(3)
+    codes = compression.gptq_weights(model, [tokens], grid)
+    assert list(codes) == ["inner.weight", "embed.weight"]
+    read = [model.embed(tokens), model.inner(model.embed(tokens)).relu()]
+    rows = torch.cat([x.flatten(0, 1) for x in read]).detach()
+    expected = compression.gptq(model.inner.weight, rows.T @ rows, grid)
+    assert torch.equal(codes["inner.weight"].codes, expected.codes)
+    made = compression.put_(copy.deepcopy(model), codes)
+    assert made.head.weight is made.embed.weight
+    assert list(compression.gptq_weights(model, [tokens], grid, ["embed.weight"])) == [
+        "embed.weight"
+    ]
+    with pytest.raises(ValueError, match=r"'head.weight' is tied to 'embed.weight'"):
+        compression.gptq_weights(model, [tokens], grid, ["head.weight"])
+
+
+def test_an_expert_that_reads_nothing_of_the_first_batch_is_coded_too():
+    class Either(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right = nn.Linear(4, 2), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.left(x) if x.sum() > 0 else self.right(x)
+
+    x = torch.rand(9, 4)
+    assert sorted(compression.gptq_weights(Either(), [x, -x], Grid(3))) == [
+        "left.weight",
+        "right.weight",
+    ]
+
+
+def test_a_weight_that_other_parameters_compute_is_refused_by_name():
+    model = nn.Sequential(nn.Linear(4, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
+    with pytest.raises(ValueError, match="the weight of 1 is computed from other parameters"):
+        compression.gptq_weights(model, [torch.randn(9, 4)], Grid(3))
+    assert compression.gptq_weights(model, [torch.randn(9, 4)], Grid(3), ["0.weight"])
+
+
 def test_a_pruned_weight_stays_pruned_and_a_dead_input_harms_nothing(device):
     x = torch.randn(200, 20, device=device) @ torch.randn(20, 20, device=device)
     x[:, 3] = 0  # the errors of related inputs reach far into the zeros
@@ -324,7 +419,7 @@ def test_bad_input_is_named():
         compression.gptq_weights(LeNet300(), [], Grid())
     with pytest.raises(ValueError, match=r"weight: the inputs of Conv3d"):
         compression.gptq_weights(nn.Conv3d(1, 1, 1), [torch.ones(1, 1, 2, 2, 2)], Grid())
-    with pytest.raises(ValueError, match="'fc1' is no linear layer"):
+    with pytest.raises(ValueError, match=r"'fc1.weight' is no weight of a linear layer"):
         compression.gptq_weights(
             nn.ModuleDict({"fc1": nn.Bilinear(2, 2, 2)}), [1], Grid(), ["fc1.weight"]
         )
@@ -342,7 +437,7 @@ def test_what_second_order_rounding_is_not_asked_is_told():
     for rounded in compression.gptq_weights, compression.adaround_weights:
         with pytest.raises(ValueError, match=r"'used.bias' is no weight of a linear layer"):
             rounded(Aside(), [torch.randn(9, 4)], Grid(3), ["used.bias"])
-        with pytest.raises(ValueError, match="'unused' never ran"):
+        with pytest.raises(ValueError, match=r"'unused.weight' never ran"):
             rounded(Aside(), [torch.randn(9, 4)], Grid(3), ["unused.weight"])
 
 

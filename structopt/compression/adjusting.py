@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from structopt.channels import ChannelGroup, Member, channel_groups, take
 from structopt.compression.codes import naming
-from structopt.compression.evidence import readers, watch
+from structopt.compression.evidence import by_channel, readers, watch
 from structopt.compression.folding import computes_the_same
 from structopt.compression.quantize import as_finite
 
@@ -39,7 +39,7 @@ def equalize(model: nn.Module, example: Any, *, rounds: int = 4) -> nn.Module:
     >>> torch.allclose(made[0].weight.abs().amax(1), made[2].weight.abs().amax(0))
     True
     """
-    refused: set[str] = set()
+    model, refused = copy.deepcopy(model), set[str]()
     for _ in range(rounds):
         for name in [group.name for group in channel_groups(model, example)]:
             group = channel_groups(model, example)[name]
@@ -72,7 +72,8 @@ def _factors(
     """What to multiply each channel by; 1 where a side is zero; None where a side is missing."""
     reach = {True: np.zeros(group.size), False: np.zeros(group.size)}
     for member in members:
-        weight = model.get_parameter(member.parameter)
+        path, _, key = member.parameter.rpartition(".")
+        weight = getattr(model.get_submodule(path), key)  # of a norm, a buffer too
         if weight.ndim > 1:
             with naming(member.parameter):
                 largest = as_finite(weight).abs().movedim(member.dim, 0).flatten(1).amax(1)
@@ -152,8 +153,7 @@ def _means(
     count: dict[str, int] = {}
 
     def see(name: str, given: Tensor, made: Tensor) -> None:
-        dim = -1 if isinstance(layers[name], nn.Linear) else made.ndim - given.ndim + 1
-        rows = made.double().movedim(dim, 0).flatten(1)
+        rows = by_channel(layers[name], made.double())
         total[name] = total.get(name, torch.zeros(())).to(rows) + rows.sum(1)
         count[name] = count.get(name, 0) + rows.shape[1]
 

@@ -90,6 +90,10 @@ def chosen(model: nn.Module, names: Sequence[str] | None) -> dict[str, Tensor]:
         return {name: weight for name, weight in parameters.items() if weight.ndim > 1}
     if missing := [name for name in names if name not in parameters]:
         near = ", ".join(name for name, weight in parameters.items() if weight.ndim > 1)
+        tied = dict(model.named_parameters(remove_duplicate=False)).get(missing[0])
+        for name, weight in parameters.items():
+            if weight is tied:
+                raise ValueError(f"{missing[0]!r} is tied to {name!r}: give that name")
         raise ValueError(f"this model has no {missing[0]!r}; its weights are {near}")
     return {name: parameters[name] for name in names}
 

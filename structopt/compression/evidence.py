@@ -43,16 +43,25 @@ def watch(
     """
 
     def hook(name: str, layer: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> None:
+        held.append(bool(given[0].numel() or made.numel()))
         see(name, given[0].detach(), made.detach())
 
+    held = list[bool]()
     handles = [layer.register_forward_hook(partial(hook, name)) for name, layer in layers.items()]
     count = 0
     with observed(model, handles):
         for batch in batches:
             call(model, placed(inputs_of(batch), model))
             count += 1
-    if not count:
+    if not count or (held and not any(held)):
         raise ValueError("the batches are empty: there is nothing to calibrate with")
+
+
+def by_channel(layer: nn.Module, x: Tensor) -> Tensor:
+    """What a layer reads or makes as (channels, everything else), with or without a batch."""
+    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):  # channels stand before the places
+        return x.movedim(-1 - len(layer.kernel_size), 0).unsqueeze(-1).flatten(1)
+    return x.movedim(-1, 0).unsqueeze(-1).flatten(1)
 
 
 def all_ran(wanted: Iterable[str], ran: Container[str]) -> None:

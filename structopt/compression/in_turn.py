@@ -26,26 +26,37 @@ def in_turn(
 ) -> dict[str, Made]:
     """``code(weight, hessian)`` of linear layers and convolutions, in the order in which they run.
 
-    ``names`` are parameters; None: the weights of all such layers. One pass over the batches for
-    each layer; the model stays as it is.
+    ``names`` are parameters; None: the weights of all such layers that run. A weight that several
+    layers share is coded once, for what all of them read. One pass over the batches for each
+    layer, and one before; the model stays as it is.
     """
     batches, made = list(batches), dict[str, Made]()
     coded = copy.deepcopy(model)
-    if names is None:
-        layers = readers(coded)
+    known = {id(weight): name for name, weight in coded.named_parameters()}
+    layers = {layer: m for layer, m in readers(coded).items() if id(m.weight) in known}
+    wanted = None if names is None else chosen(coded, names)
+    if wanted is None:
+        if computed := [layer for layer in readers(coded) if layer not in layers]:
+            raise ValueError(
+                f"the weight of {computed[0] or 'the model'} is computed from other parameters: "
+                "torch.nn.utils.parametrize.remove_parametrizations first, or name other weights"
+            )
     else:
-        if others := [name for name in chosen(coded, names) if name.rpartition(".")[2] != "weight"]:
+        own = {known[id(m.weight)] for m in layers.values()}
+        if others := [name for name in wanted if name not in own]:
             raise ValueError(f"{others[0]!r} is no weight of a linear layer or convolution")
-        layers = readers(coded, [name.rpartition(".")[0] for name in names])
-    order: list[str] = []
-    watch(coded, batches[:1], layers, lambda name, given, out: order.append(name))
-    if names is not None:
-        all_ran(layers, order)
-    for layer in dict.fromkeys(order):
-        name = f"{layer}.weight".lstrip(".")
+        layers = {layer: m for layer, m in layers.items() if known[id(m.weight)] in wanted}
+    reading: dict[str, dict[str, None]] = {}  # of each weight the layers, in order; ties share one
+
+    def see(layer: str, given: Tensor, out: Tensor) -> None:
+        reading.setdefault(known[id(layers[layer].weight)], {})[layer] = None
+
+    watch(coded, batches, layers, see)  # all of them: an expert may read nothing of the first
+    all_ran(wanted or (), reading)
+    for name, those in reading.items():
         with naming(name):
-            hessian = hessian_of(coded, batches, layer)
-            made[name] = code(coded.get_parameter(name), hessian)
+            first, *more = (hessian_of(coded, batches, layer) for layer in those)
+            made[name] = code(coded.get_parameter(name), sum(more, start=first))
         put_(coded, {name: made[name]})
     return made
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structopt.compression.evidence import READERS, all_ran, readers, watch
+from structopt.compression.evidence import READERS, all_ran, by_channel, readers, watch
 from structopt.compression.folding import computes_the_same
 from structopt.measure.running import call
 from structopt.training.observing import observed
@@ -83,8 +83,8 @@ def _reach(model: nn.Module, batches: Sequence[Any]) -> dict[str, Tensor]:
     layers, found = readers(model), dict[str, Tensor]()
 
     def see(name: str, given: Tensor, made: Tensor) -> None:
-        after = 0 if isinstance(layers[name], nn.Linear) else _weight(layers[name]).ndim - 2
-        rows = given.movedim(given.ndim - 1 - after, 0).flatten(1).abs().amax(1).double()
+        every = by_channel(layers[name], given).abs().double()
+        rows = every.amax(1) if every.shape[1] else every.sum(1)
         if not bool(rows.isfinite().all()):
             raise ValueError(f"what {name or 'the model'} reads is not finite")
         found[name] = torch.maximum(found[name], rows) if name in found else rows

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from structopt.compression.evidence import See, readers, watch
+from structopt.compression.evidence import See, by_channel, readers, watch
 from structopt.measure import latency
 
 
@@ -60,9 +60,7 @@ def _counted(
 
     def see(name: str, given: Tensor, made: Tensor) -> None:
         also(name, given, made)
-        weight = layers[name].get_parameter("weight")
-        dim = given.ndim - 1 - (weight.ndim - 2)  # channels stand before the places
-        units = (given != 0).movedim(dim, 0).flatten(1)  # (channels, everything else)
+        units = by_channel(layers[name], given != 0)
         total[name] = total.get(name, 0) + units.numel()
         zero[name] = zero.get(name, 0) + units.numel() - int(units.sum())
         used[name] = units.any(1) | used[name] if name in used else units.any(1)

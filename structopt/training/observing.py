@@ -49,6 +49,7 @@ def columns(layer: nn.Linear | nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     x = F.pad(x, layer._reversed_padding_repeated_twice, mode)
     flat = isinstance(layer, nn.Conv1d)  # a picture of height 1
+    x = x if x.ndim == 2 + len(layer.kernel_size) else x[None]  # a batch of one
     x = x.unsqueeze(-2) if flat else x
     size, reach, stride = (
         (1, *pair) if flat else pair for pair in (layer.kernel_size, layer.dilation, layer.stride)
