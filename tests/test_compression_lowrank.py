@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -120,6 +121,17 @@ def test_with_inputs_known_no_product_of_that_rank_is_nearer(conv, device):
     torch.testing.assert_close(spectrum[:9], torch.linalg.svdvals(outputs), rtol=1e-3, atol=1e-3)
 
 
+def test_one_direction_may_outweigh_all_others_by_far():
+    """As the mean does in what a ReLU makes; all numbers are in single precision."""
+    x = torch.rand(4, 512) + 3
+    model = nn.Sequential(nn.Linear(512, 64))
+    made = compression.factorize(model, {"0": 5}, batches=[x])
+    torch.testing.assert_close(made(x), model(x), rtol=1e-3, atol=1e-3)
+    total = compression.spectra(model, batches=[x])["0"][0].square().sum()
+    outputs = (x.double() @ model[0].weight.detach().double().T).square().sum()
+    torch.testing.assert_close(total, outputs, rtol=1e-3, atol=0)
+
+
 def test_ranks_by_energy_and_by_error():
     u, _ = torch.linalg.qr(torch.randn(40, 20).double())
     v, _ = torch.linalg.qr(torch.randn(30, 20).double())
@@ -195,9 +207,10 @@ def test_bad_input_is_named():
     model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Linear(4, 4))
     with pytest.raises(ValueError, match=r"'0' is no linear .* without groups .*; those are 1"):
         compression.factorize(model, {"0": 1})
-    for rank in 0, 5, (1, 1):
+    for rank in 0, 5, (1, 1), 2.0, "2":
         with pytest.raises(ValueError, match=r"SVD\(\) of 1 has ranks from 1 to \(4,\), not"):
             compression.factorize(model, {"1": rank})
+    assert compression.factorize(model, {"1": np.int64(2)})[1][0].out_features == 2
     with pytest.raises(ValueError, match="Depthwise is for Conv2d"):
         compression.factorize(model, {"1": 1}, form=Depthwise())
     with torch.no_grad():

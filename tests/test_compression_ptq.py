@@ -140,12 +140,13 @@ def test_an_image_without_a_batch_is_a_batch_of_one():
         nn.Sequential(nn.Linear(3, 2)), torch.randn(3),
     ):  # fmt: skip
         grid = Grid(2)
+        nearest = compression.quantize_weights(network, grid)
         one, alone = (compression.gptq_weights(network, [b], grid) for b in (x[None], x))
         for name, codes in one.items():
             assert torch.equal(alone[name].codes, codes.codes)
         one, alone = (
             compression.correct_biases_(
-                compression.put_(copy.deepcopy(network), compression.quantize_weights(network, grid)),
+                compression.put_(copy.deepcopy(network), nearest),
                 network, [b],
             )
             for b in (x[None], x)

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from structopt.compression.codes import Coded, chosen, naming, put_
@@ -92,12 +93,17 @@ def share_weight_vectors(
     return made
 
 
-def hessian_of(model: nn.Module, batches: Iterable[Any], name: str) -> Tensor:
-    """The sum of x xᵀ over what the rows of a layer's weight multiply, (groups, n, n)."""
+def hessian_of(
+    model: nn.Module, batches: Iterable[Any], name: str, dtype: torch.dtype | None = None
+) -> Tensor:
+    """The sum of x xᵀ over what the rows of a layer's weight multiply, (groups, n, n).
+
+    Computed in this type; None: in that of x, at least float32.
+    """
     layer, found = model.get_submodule(name), list[Tensor]()
 
     def see(name: str, given: Tensor, made: Tensor) -> None:
-        x = _columns(layer, given)  # (groups, n, inputs)
+        x = _columns(layer, given).to(dtype)  # (groups, n, inputs)
         product = x @ x.mT
         found[:] = [found[0] + product if found else product]
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 
 from structopt.compression.codes import naming
-from structopt.compression.evidence import readers
+from structopt.compression.evidence import exchange_, readers
 from structopt.compression.in_turn import hessian_of
 from structopt.compression.quantize import as_finite
 from structopt.compression.ranks import SVD, Form, Ranks
@@ -84,9 +84,8 @@ def factorize(
             product = _product(layers[name], rank, form, _root(model, batches, name, form))
         if not name:
             return product
-        parent, _, key = name.rpartition(".")
-        owner = made.get_submodule(parent)
-        setattr(owner, key, product)
+        exchange_(made, name, product)
+        owner = made.get_submodule(name.rpartition(".")[0])
         if isinstance(owner, nn.TransformerEncoderLayer):  # its fused form reads the weights itself
             owner.activation_relu_or_gelu = 0
     return made
@@ -112,17 +111,22 @@ def _given(
             f"with zeros; those are {', '.join(layers) or 'none of this model'}"
         )
     full = form.full(layers[name].get_parameter("weight").shape)
-    ranks = (rank,) * len(full) if isinstance(rank, int) else tuple(rank)
-    if len(ranks) != len(full) or not all(1 <= r <= f for r, f in zip(ranks, full, strict=True)):
+    ranks = tuple(rank) if isinstance(rank, Sequence) else (rank,) * len(full)
+    if len(ranks) != len(full) or not all(
+        isinstance(r, SupportsIndex) and 1 <= r.__index__() <= f
+        for r, f in zip(ranks, full, strict=True)
+    ):
         raise ValueError(f"{form} of {name} has ranks from 1 to {full}, not {ranks}")
-    return ranks
+    return tuple(r.__index__() for r in ranks)
 
 
 def _root(model: nn.Module, batches: Iterable[Any] | None, name: str, form: Form) -> Tensor | None:
     """L with L Lᵀ = the sum of x xᵀ over what the layer reads, and a little of its mean."""
     if batches is None or not form.sees_inputs:
         return None
-    hessian = hessian_of(model, batches, name)[0].double()
+    # In float32 the rounding of one large direction, as of what a ReLU makes, would outweigh the
+    # rest, and the sum have no root.
+    hessian = hessian_of(model, batches, name, torch.float64)[0]
     hessian.diagonal().add_(1e-6 * hessian.diagonal().mean() + 1e-30)
     made: Tensor = torch.linalg.cholesky(hessian)
     return made
