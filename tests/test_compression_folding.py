@@ -41,13 +41,14 @@ def test_every_norm_of_a_resnet_is_folded(device):
     assert norms(model) > 0, "the model given is untouched"
 
 
-@pytest.mark.parametrize("kind", ["1d", "2d", "3d", "linear"])
+@pytest.mark.parametrize("kind", ["1d", "2d", "3d", "linear", "plain"])
 def test_norms_behind_each_kind_of_layer(kind, device):
     conv, norm, shape = {
         "1d": (nn.Conv1d(3, 6, 2, groups=3, bias=False), nn.BatchNorm1d(6), (2, 3, 7)),
         "2d": (nn.Conv2d(3, 6, 2, stride=2), nn.BatchNorm2d(6, affine=False), (2, 3, 7, 7)),
         "3d": (nn.Conv3d(3, 6, 2), nn.BatchNorm3d(6), (2, 3, 4, 4, 4)),
         "linear": (nn.Linear(3, 6), nn.BatchNorm1d(6), (2, 3)),
+        "plain": (nn.Linear(3, 6, bias=False), nn.BatchNorm1d(6, affine=False), (2, 3)),
     }[kind]
     model = used(nn.Sequential(conv, norm, nn.ReLU())).to(device).double().eval()
     x = torch.randn(shape, device=device).double()
@@ -82,6 +83,10 @@ def test_what_is_not_exact_is_left(kind):
     assert torch.equal(made(x), model(x))
     frozen = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, track_running_stats=False))
     assert norms(compression.fold_batch_norms(frozen, torch.randn(4, 3))) == 1
+    computed = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1))
+    kept = nn.Sequential(computed, nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    assert norms(compression.fold_batch_norms(kept, x)) == 1
+    assert compression.removable(kept, x) == []
     for outputs in 5, 6:  # a norm over 5 words, not over what the linear layer makes of each
         words = used(nn.Sequential(nn.Linear(3, outputs), nn.BatchNorm1d(5))).eval()
         assert norms(compression.fold_batch_norms(words, torch.randn(4, 5, 3))) == 1

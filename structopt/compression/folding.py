@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from structopt.compression.evidence import READERS
@@ -66,10 +67,16 @@ def merge_layers(model: nn.Module, example: Any) -> nn.Module:
 def _folded(layer: nn.Module, norm: nn.Module) -> nn.Module:
     if not isinstance(norm, NORMS) or norm.running_mean is None:
         raise ValueError("a batch norm without running statistics depends on its batch")
+    if parametrize.is_parametrized(layer):
+        raise ValueError("a weight that other parameters compute has no place for the norm's scale")
     if isinstance(layer, nn.Linear) and layer.out_features != norm.num_features:
         raise ValueError("the norm goes over another axis than the outputs of the linear layer")
     fuse: Any = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
-    made: nn.Module = fuse(copy.deepcopy(layer).eval(), copy.deepcopy(norm).eval())
+    plain: Any = copy.deepcopy(norm).eval()
+    for key, value in ("weight", 1.0), ("bias", 0.0):  # torch lets convolutions alone lack them
+        if getattr(plain, key) is None:
+            setattr(plain, key, nn.Parameter(torch.full_like(plain.running_mean, value)))
+    made: nn.Module = fuse(copy.deepcopy(layer).eval(), plain)
     return made.train(layer.training)
 
 
