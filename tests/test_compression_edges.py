@@ -156,6 +156,54 @@ def test_hessians_that_are_none(hessian, match):
         compression.gptq(torch.randn(4, 6), hessian, Grid(4))
 
 
+def test_a_layer_in_two_places_is_exchanged_in_both():
+    x = torch.randn(20, 6)
+    relu, linear = nn.ReLU(), nn.Linear(6, 6)
+    model = nn.Sequential(linear, relu, linear, relu)
+    grid = Grid(3, symmetric=False, fit=MSE())
+    for made in (
+        compression.clip_activations(model, [x], grid).model,
+        compression.threshold_activations(model, [x], 0.7).model,
+    ):
+        assert made[1] is made[3]
+        assert not isinstance(made[1], nn.ReLU)
+    made = compression.factorize(model, {"0": 6})
+    assert made[0] is made[2]
+    torch.testing.assert_close(made(x), model(x))
+    for made in (
+        compression.skip_zeros(model, [x[:1]], rounds=1, at_least=0).model,
+        compression.IntMM().build(model, x).inner,
+    ):
+        assert made[0] is made[2]
+        assert not isinstance(made[0], nn.Linear)
+
+
+def test_of_more_numbers_than_single_precision_counts_all_are_covered():
+    x = torch.ones(2**24 + 3)
+    x[0] = 2
+    scale = compression.fit(x, Grid(8, fit=Percentile(100))).scale
+    assert float(scale) == pytest.approx(2 / 127)
+
+
+def test_batches_without_examples_are_as_good_as_none():
+    model = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 4))
+    empty = torch.zeros(0, 6)
+    for way in (
+        lambda b: compression.calibrate(model, b, Grid(8)),
+        lambda b: compression.gptq_weights(model, b, Grid(4)),
+        lambda b: compression.smooth_inputs(model, b),
+        lambda b: compression.correct_biases_(copy.deepcopy(model), model, b),
+    ):
+        with pytest.raises(ValueError, match="the batches are empty"):
+            way([empty])
+        way([torch.randn(5, 6), empty])  # beside others one does no harm
+
+
+def test_a_model_without_weights_is_told():
+    with pytest.raises(ValueError, match="no weight to round"):
+        compression.prepare_rate(nn.ReLU())
+
+
 def test_zeros_are_counted_where_there_is_no_input():
     found = compression.input_zeros(layer(0.0, 4, 0), [torch.randn(5, 0)])
     assert (found.share, found.always) == ({"0": 0.0}, {"0": 0.0})

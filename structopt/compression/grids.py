@@ -220,7 +220,7 @@ def _at(units: Tensor, share: float) -> Tensor:
     """The smallest number of each row with at least that share of the row at or below it; >= 0."""
     ordered = units.sort(1).values  # NaN comes last
     known = (~units.isnan()).sum(1)
-    index = (known * share).ceil().long().clamp(min=1) - 1
+    index = (known.double() * share).ceil().long().clamp(min=1) - 1  # float32 counts to 2^24
     return ordered.gather(1, index[:, None])[:, 0].clamp(min=0)
 
 

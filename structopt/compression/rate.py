@@ -176,6 +176,8 @@ def prepare_rate(
     if not 0 < step < math.inf:
         raise ValueError(f"step={step}: the first step is a positive share of the weights' size")
     made, coding = copy.deepcopy(model), {}
+    if not chosen(made, names):
+        raise ValueError("the model has no weight to round")
     for name, weight in chosen(made, names).items():
         with naming(name):
             if weight.dtype.itemsize < 4:
