@@ -131,6 +131,10 @@ def test_clipped_at_the_end_of_the_grid(device):
     steps = compression.calibrate(made.model, batches, Grid(2, symmetric=False), ["2"])
     assert float(steps["2"].scale) * 3 == pytest.approx(bound), "a plain grid ends at the bound"
     assert isinstance(model[1], nn.ReLU)
+    coarse = small(device).bfloat16()
+    given = [x.bfloat16() for x in batches]
+    made = compression.clip_activations(coarse, given, Grid(3, symmetric=False, fit=MinMax()))
+    assert made.change == 0
 
 
 def test_bounds_that_cannot_be():

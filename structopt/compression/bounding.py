@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from structopt.compression.activations import activations
-from structopt.compression.evidence import watch
+from structopt.compression.evidence import exchange_, watch
 from structopt.compression.granularity import PerTensor
 from structopt.compression.grids import Grid
 from structopt.compression.inputs import SAMPLE
@@ -80,7 +80,9 @@ def clip_activations(
     def end(values: Tensor) -> float:
         steps = fit(values, grid)
         found, largest = ((grid.codes[1] - steps.zero) * steps.scale)[0], values.amax()
-        return float(largest if torch.isclose(found, largest) else found)  # no rounding of its own
+        return float(
+            largest if torch.isclose(found, largest.to(found)) else found
+        )  # no rounding of its own
 
     return _bounded(model, batches, names, end, lambda bound: nn.Hardtanh(0.0, bound))
 
@@ -148,7 +150,7 @@ def _bounded(
         bounds[name] = find(values)
         new = make(bounds[name])
         touched[name] = float((new(values) != values).double().mean())
-        made.set_submodule(name, new.train(relu.training))
+        exchange_(made, name, new.train(relu.training))
     return Bounded(made, bounds, touched, changed_by(model, made, batches))
 
 

@@ -17,6 +17,7 @@ from structopt.compression.convert_parts import (
     refuse,
     shown,
 )
+from structopt.compression.evidence import exchange_
 from structopt.measure.costs import cost
 
 WIDTHS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -68,8 +69,7 @@ class IntMM:
             if not name:
                 made = _IntLinear(layer)
             else:
-                parent, _, key = name.rpartition(".")
-                setattr(made.get_submodule(parent), key, _IntLinear(layer))
+                exchange_(made, name, _IntLinear(layer))
         words = in_words(model, layers, "int8 with dynamic int8 inputs on torch._int_mm")
         words += ", compiled" if self.compiled else ""
         return Converted(as_compiled(made, self.compiled), words, cost(model, example))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from structopt.compression.evidence import See, by_channel, readers, watch
+from structopt.compression.evidence import See, by_channel, exchange_, readers, watch
 from structopt.measure import latency
 
 
@@ -162,5 +162,5 @@ def skip_zeros(
             if not name:
                 made = skipping
             else:
-                made.set_submodule(name, skipping)
+                exchange_(made, name, skipping)
     return Skipped(made, tuple(names), zeros, times, device)
