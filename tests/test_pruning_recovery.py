@@ -44,6 +44,8 @@ def test_recalibration_without_batches_leaves_the_statistics(device):
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match="empty"):
         pruning.recalibrate_(model, [])
+    with pytest.raises(ValueError, match="batches are empty"):  # no statistics in place of known
+        pruning.recalibrate_(model, [batches(device, 1)[0][0][:0]])
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     assert model[1].momentum == 0.1
     plain = nn.Linear(2, 2)

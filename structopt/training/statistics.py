@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from structopt.measure.running import call
+from structopt.measure.running import call, tensors_of
 from structopt.training.objectives import evaluating
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -53,8 +53,10 @@ def recalibrate_(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
                 norm.momentum = None  # torch's way to say: the plain average
                 norm.train()
             for batch in batches:
-                call(model, placed(inputs_of(batch), model))
-                count += 1
+                given = placed(inputs_of(batch), model)
+                if any(tensor.numel() for tensor in tensors_of(given)):  # else it counts as zeros
+                    call(model, given)
+                    count += 1
         if not count:
             raise ValueError("the batches are empty: there is nothing to take statistics from")
     except Exception:
