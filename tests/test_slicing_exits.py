@@ -254,6 +254,8 @@ def test_what_is_wrong_is_named():
     wide = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(7))
     with pytest.raises(ValueError, match=r"the head of conv1 gives a tensor of shape \(3, 7\)"):
         EarlyExits(SimpleNet(), image, {"conv1": wide})
+    with pytest.raises(ValueError, match="does each head take what its module gives"):
+        EarlyExits(SimpleNet(), image, {"conv1": nn.Linear(3, 10)})
     network, x, y = small(torch.device("cpu"))
     with pytest.raises(ValueError, match="2 weights for 3 exits"):
         all_exits(weights=[1, 1])(network, (x, y))

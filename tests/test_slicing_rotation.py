@@ -420,6 +420,8 @@ def test_what_is_wrong_is_named():
     model, x = networks.TinyTransformer(dim=8, depth=1), torch.zeros(1, 1, 28, 28)
     with pytest.raises(ValueError, match="the batches are empty"):
         rotate(model, x, [])
+    with pytest.raises(ValueError, match="is NaN or infinite: it has no principal axes"):
+        rotate(model, x, [torch.full((2, 1, 28, 28), torch.nan)])
     with pytest.raises(ValueError, match="does not accept the example"):
         rotate(model, torch.zeros(1, 3, 28, 28), [])
     rotated = rotate(model, x, [torch.randn(2, 1, 28, 28)])

@@ -358,6 +358,8 @@ def test_no_bandwidth_is_refused():
     ):
         with pytest.raises(ValueError, match="give a bandwidth above 0"):
             split_latency(layers, 1, **wrong)
+    with pytest.raises(ValueError, match="give a bandwidth above 0"):
+        split_latency(layers, nan, bandwidth=1)
 
 
 def test_the_bytes_of_a_cut_are_those_that_are_sent(device):

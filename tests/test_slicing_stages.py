@@ -429,7 +429,7 @@ def test_impossible_plans_are_refused():
         choose_cuts(layers, 2, memory=[math.nan, 9])
     with pytest.raises(ValueError, match="bandwidth=0"):
         choose_cuts(layers, 2, bandwidth=0)
-    for count in (1.5, math.nan):
+    for count in (1.5, math.nan, math.inf):
         with pytest.raises(ValueError, match="give a whole number, at least 1"):
             choose_cuts(layers, 2, microbatches=count)
     with pytest.raises(ValueError, match="schedule='1F1B': give torch's ScheduleGPipe or"):

@@ -291,6 +291,8 @@ def test_what_is_wrong_is_named():
     model, x = networks.LeNet5(widths=(2, 4, 8)), torch.zeros(1, 1, 28, 28)
     with pytest.raises(ValueError, match=r"widths is a list of widths: \[0.5\]"):
         Slimmable(model, x, 0.5)
+    with pytest.raises(ValueError, match=r"widths is a list of widths: \['0.5'\]"):
+        Slimmable(model, x, "0.5")
     with pytest.raises(ValueError, match="empties group 'conv1', which has 2 channels"):
         Slimmable(model, x, [0.2])
     with pytest.raises(ValueError, match="no group is called 'conv9'; there are conv1"):

@@ -80,9 +80,8 @@ def clip_activations(
     def end(values: Tensor) -> float:
         steps = fit(values, grid)
         found, largest = ((grid.codes[1] - steps.zero) * steps.scale)[0], values.amax()
-        return float(
-            largest if torch.isclose(found, largest.to(found)) else found
-        )  # no rounding of its own
+        near = torch.isclose(found, largest.to(found))
+        return float(largest if near else found)  # no rounding of its own
 
     return _bounded(model, batches, names, end, lambda bound: nn.Hardtanh(0.0, bound))
 

@@ -196,7 +196,13 @@ def _verify(network: EarlyExits, example: Tensor) -> None:
         noise = torch.randn(batch.shape, generator=torch.Generator().manual_seed(0))
         batch = batch + noise.to(batch)
     with torch.no_grad(), evaluating(network):
-        expected = network(batch)
+        try:
+            expected = network(batch)
+        except RuntimeError as failure:
+            raise ValueError(
+                f"the model with its heads does not run on such inputs ({failure}): does each head "
+                "take what its module gives?"
+            ) from failure
         for name, logits in zip(network.at, expected, strict=False):
             if logits.shape != expected[-1].shape:
                 raise ValueError(

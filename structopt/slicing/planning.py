@@ -211,7 +211,7 @@ def _too_small(layers: Sequence[Layer], k: int, room: Sequence[float]) -> str:
 
 
 def _check(microbatches: int, bandwidth: float, schedule: Schedule) -> None:
-    if not microbatches >= 1 or microbatches != int(microbatches):
+    if not microbatches >= 1 or microbatches % 1:
         raise ValueError(f"microbatches={microbatches}: give a whole number, at least 1")
     if not bandwidth > 0:
         raise ValueError(f"bandwidth={bandwidth}: give bytes a second, above 0")

@@ -217,7 +217,11 @@ def split_latency(
         >>> split_latency(layers, 12, bandwidth=4, slowdown=2)
         {'(input)': 6.0, 'a': 4.5, '(output)': 6.0}
     """
-    if not bandwidth > 0 or min(slowdown, delay, entering) < 0 or math.isnan(slowdown + delay):
+    if (
+        not bandwidth > 0
+        or min(slowdown, delay, entering) < 0
+        or math.isnan(slowdown + delay + entering)
+    ):
         raise ValueError(
             f"bandwidth={bandwidth}, slowdown={slowdown}, delay={delay}, entering={entering}: "
             "give a bandwidth above 0, and nothing negative"

@@ -101,4 +101,6 @@ def gram(model: nn.Module, stream: Stream, batches: Iterable[Any]) -> Tensor:
             call(model, placed(inputs_of(batch), model))
     if not found.any():
         raise ValueError("the batches are empty: there is nothing to find the axes from")
+    if not found.isfinite().all():
+        raise ValueError("what the norms hand on is NaN or infinite: it has no principal axes")
     return found

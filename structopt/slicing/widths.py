@@ -53,7 +53,7 @@ class Slimmable(nn.Module):
 
     def __init__(self, model: nn.Module, example: Any, widths: Sequence[float | Slice]) -> None:
         super().__init__()
-        if isinstance(widths, (int, float, Slice)):
+        if isinstance(widths, (int, float, str, Slice)):
             raise ValueError(f"widths is a list of widths: [{widths!r}]")
         parts = [as_slice(width) for width in widths]
         channels = channel_groups(model, example)
