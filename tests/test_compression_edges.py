@@ -147,13 +147,26 @@ def test_files_of_few_numbers(tmp_path, grid):
 @pytest.mark.parametrize(
     ("hessian", "match"),
     [
-        (torch.full((6, 6), math.nan), "hessian: 36 of 36 numbers are NaN"),
-        (-torch.eye(6), r"hessian of shape \(6, 6\) is no sum of x xᵀ, or damp=0.01 is too small"),
+        (torch.full((6, 6), math.nan), r"hessian, \(6, 6\), holds NaN or infinite"),
+        (torch.full((6, 6), math.inf), r"hessian, \(6, 6\), holds NaN or infinite"),
+        (-torch.eye(6), r"hessian of shape \(6, 6\) is no sum of x xᵀ"),
     ],
 )
 def test_hessians_that_are_none(hessian, match):
-    with pytest.raises(ValueError, match=match):
-        compression.gptq(torch.randn(4, 6), hessian, Grid(4))
+    for way in (
+        lambda w: compression.gptq(w, hessian, Grid(4)),
+        lambda w: compression.adaround(w, hessian, Grid(4), steps=2),
+        lambda w: compression.share_vectors(w, 3, 2, hessian=hessian),
+    ):
+        with pytest.raises(ValueError, match=match):
+            way(torch.randn(4, 6))
+        with pytest.raises(ValueError, match="does not fit a weight of shape"):
+            way(torch.randn(4))
+    turned = torch.eye(6) + 4 * (1 - torch.eye(6))  # a diagonal as of a sum, and yet none
+    with pytest.raises(ValueError, match=r"is no sum of x xᵀ, or damp=0.01 is too small"):
+        compression.gptq(torch.randn(4, 6), turned, Grid(4))
+    with pytest.raises(ValueError, match="is no sum of x xᵀ"):
+        compression.share_vectors(torch.randn(4, 6), 3, 2, hessian=turned)
 
 
 def test_a_layer_in_two_places_is_exchanged_in_both():

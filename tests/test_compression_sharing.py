@@ -169,3 +169,5 @@ def test_bad_input_is_named():
     shared = compression.share_weights(nn.Linear(3, 2), 2)
     with pytest.raises(ValueError, match=r"shape \(2, 3\), the weight \(2, 4\)"):
         compression.tie(shared)(nn.Linear(4, 2))
+    with pytest.raises(ValueError, match="codes of 'weight', which is no parameter"):
+        compression.tie(shared)(nn.Sequential(nn.Linear(3, 2)))

@@ -88,4 +88,8 @@ def fitting(hessian: Tensor, weight: Tensor) -> Tensor:
             f"a hessian of shape {tuple(hessian.shape)} does not fit a weight of shape "
             f"{tuple(weight.shape)}: it is the sum of x xᵀ over what its rows multiply"
         )
+    if not bool(parts.isfinite().all()):
+        raise ValueError(f"the hessian, {tuple(hessian.shape)}, holds NaN or infinite numbers")
+    if bool((parts.diagonal(dim1=1, dim2=2) < 0).any()):
+        raise ValueError(f"a hessian of shape {tuple(hessian.shape)} is no sum of x xᵀ")
     return parts

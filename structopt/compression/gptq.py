@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structopt.compression.codes import naming
 from structopt.compression.evidence import fitting
 from structopt.compression.grids import Grid, Steps
 from structopt.compression.in_turn import in_turn
@@ -35,8 +34,8 @@ def gptq(weight: Tensor, hessian: Tensor, grid: Grid, *, damp: float = 0.01) -> 
     >>> gptq(weight, x.T @ x, Grid(3)).codes.shape
     torch.Size([4, 6])
     """
-    rows = as_finite(weight).flatten(1)  # (O, n)
     parts = fitting(hessian, weight)
+    rows = as_finite(weight).flatten(1)  # (O, n)
     steps = grid.fit.steps(grid.per.split(rows.view(weight.shape)), grid)
     units = grid.per.split(torch.zeros_like(rows).view(weight.shape))
     scale, zero = (
@@ -72,8 +71,7 @@ def _rounded(rows: Tensor, steps: Steps, hessian: Tensor, grid: Grid, damp: floa
 
 def _upper(hessian: Tensor, damp: float) -> Tensor:
     """U with Uᵀ U = the inverse of the damped Hessian; inputs that are always 0 are apart."""
-    with naming("hessian"):
-        hessian = as_finite(hessian).clone()
+    hessian = hessian.clone()
     diagonal = hessian.diagonal()
     diagonal[diagonal == 0] = 1
     diagonal += damp * diagonal.mean()

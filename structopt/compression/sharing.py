@@ -137,8 +137,11 @@ class Tie:
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, step: int = 0) -> None:
+        parameters = dict(model.named_parameters())
         for name, shared in self.codes.items():
-            weight = model.get_parameter(name)
+            weight = parameters.get(name)
+            if weight is None:
+                raise ValueError(f"there are codes of {name!r}, which is no parameter of the model")
             if weight.shape != shared.shape:
                 raise ValueError(
                     f"the codes of {name} have shape {tuple(shared.shape)}, the weight "

@@ -174,7 +174,10 @@ def _turn(blocks: Tensor, own: Tensor, rows: int, count: int) -> Tensor:
     often = torch.bincount(group * count + own % count, minlength=len(blocks) * count)
     mean = torch.tensordot(often.to(blocks), blocks.flatten(0, 1), 1)
     level = DAMP * mean.diagonal().mean() or torch.ones_like(mean[0, 0])
-    made: Tensor = torch.linalg.cholesky(mean + level * torch.eye(len(mean)).to(mean))
+    lower, wrong = torch.linalg.cholesky_ex(mean + level * torch.eye(len(mean)).to(mean))
+    if int(wrong):
+        raise ValueError("the hessian is no sum of x xᵀ")
+    made: Tensor = lower
     return made
 
 
