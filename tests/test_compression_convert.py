@@ -295,6 +295,10 @@ def test_bad_input_is_told():
 
     with pytest.raises(ValueError, match="no floating-point output"):
         convert(Largest(), x)
+    for wrong in IntMM(), "IntMM", ["IntMM"]:
+        with pytest.raises(ValueError, match="routes is a list of routes"):
+            convert(nn.Linear(4, 2), torch.ones(3, 4), wrong)
+    assert IntMM().build(nn.Linear(4, 2), torch.ones(3, 4))(torch.ones(0, 4)).shape == (0, 2)
     with pytest.raises(ValueError, match="calibration= is empty"):
         convert(model, x, calibration=[])
     for route in (ONNXRuntime(static=True), TorchAO(static=True)):

@@ -123,6 +123,8 @@ def convert(
     """
     if not 0 <= error < math.inf or not 0 < seconds < math.inf:
         raise ValueError(f"error={error}, seconds={seconds}: give a number >= 0, and one above 0")
+    if isinstance(routes, Route) or not all(isinstance(route, Route) for route in routes or ()):
+        raise ValueError(f"routes is a list of routes such as [IntMM()], not {routes!r}")
     check_finite(example, "the example")
     batches = None if calibration is None else list(calibration)
     for batch in batches or ():

@@ -94,7 +94,7 @@ class _IntLinear(nn.Module):
         whole = torch._int_mm((rows / steps).round().to(torch.int8), self.codes)  # (rows, out)
         made = whole.to(x.dtype) * steps * self.scale
         made = made if self.bias is None else made + self.bias
-        return made.reshape(*x.shape[:-1], -1)
+        return made.reshape(*x.shape[:-1], made.shape[-1])
 
 
 @dataclass(frozen=True)
