@@ -98,10 +98,11 @@ def gptq_weights(
 
     Layers are rounded in the order in which they run, each from the inputs that it gets behind
     those already rounded: one pass over the batches a layer. ``names`` are parameters, as in
-    :func:`structopt.compression.quantize_weights`; by default the weights of all such layers.
+    :func:`structopt.compression.quantize_weights`; by default the weights of all such layers that
+    run. A weight that several layers share is rounded once, for all that they read.
 
-    Raises ValueError for other parameters, three-dimensional convolutions, no batches, and as
-    ``quantize``.
+    Raises ValueError for other parameters, weights that other parameters compute, three-dimensional
+    convolutions, no batches, and as ``quantize``.
 
     >>> model, x = nn.Linear(6, 4), torch.randn(50, 6)
     >>> sorted(gptq_weights(model, [x], Grid(3)))
