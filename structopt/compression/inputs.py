@@ -26,7 +26,9 @@ def calibrate(
 
     Of each input in each batch, its extremes and up to 65,536 evenly spread numbers are kept, so
     that min-max is exact. The model runs in evaluation mode; a batch is the inputs, or a pair
-    (inputs, targets). An input that never varies gets a step too.
+    (inputs, targets). An input that never varies gets a step too. Layers that the model does not
+    call get none, as the projections of ``nn.MultiheadAttention``, which multiplies by their
+    weights itself.
 
     Raises ValueError for no batches, for grids that are not per tensor, and inputs not finite.
 
@@ -78,7 +80,8 @@ def round_inputs(
     With the ``steps`` of :func:`calibrate`: static, for the layers that they name. Without:
     dynamic, a step for each call, over the whole batch. It simulates integer kernels, and is
     slower than the model. With rounded weights, :func:`structopt.compression.put_`, each product
-    is one of integers times the two scales.
+    is one of integers times the two scales. What ``nn.MultiheadAttention`` reads stays as it is:
+    it does not call its projections.
 
     Raises ValueError as ``calibrate``, and for steps of layers that the model has not.
 
