@@ -66,9 +66,10 @@ def train(
     In several processes (:func:`structopt.distributed.join`) each takes its slice of each batch;
     rank 0 writes the files, and losses are those of the whole batch.
 
-    Raises ``ValueError`` for batches that are empty, or a checkpoint of another run, and
-    ``FloatingPointError`` naming epoch and step where loss or weights are NaN or infinite (losses
-    are read every 50 steps, so as not to wait for the device; the last checkpoint stays good).
+    Raises ``ValueError`` for batches that are empty, a ``clip`` not above 0, or a checkpoint of
+    another run, and ``FloatingPointError`` naming epoch and step where loss or weights are NaN or
+    infinite (losses are read every 50 steps, so as not to wait for the device; the last checkpoint
+    stays good).
 
     >>> from structopt import losses
     >>> from structopt.training import supervised
@@ -82,8 +83,10 @@ def train(
     device = torch.device(device) if device else distributed.own_device()
     if autocast == "auto":
         autocast = devices.autocast_dtype(device)
-    if epochs < 0:
+    if epochs < 0 or epochs % 1:
         raise ValueError(f"epochs counts the passes over the batches, at least 0: {epochs}")
+    if clip is not None and not clip > 0:  # torch would turn every step uphill, or into none
+        raise ValueError(f"clip is the largest norm of a gradient, above 0, not {clip}")
     feed = Feed(batches, accumulate)
     if schedule and not feed.steps:
         raise ValueError("a schedule needs to know the number of steps: give batches with a len()")
