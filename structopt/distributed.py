@@ -12,8 +12,10 @@ the optimiser is made, ``nn.SyncBatchNorm.convert_sync_batchnorm(model)`` (CUDA 
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Iterable, Iterator
+from collections import UserDict
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +26,9 @@ from torch import Tensor, nn
 from structopt import devices
 
 __all__ = ["Shard", "cut", "gather", "join", "mean", "rank", "rows", "shard", "world_size", "wrap"]
+
+
+DICTS = (dict, UserDict)  # the second is what tokenisers hand over
 
 
 def world_size() -> int:
@@ -112,8 +117,8 @@ def rows(batch: Any) -> int:
 def tensors(batch: Any) -> Iterator[Tensor]:
     if isinstance(batch, Tensor):
         yield batch
-    elif isinstance(batch, (list, tuple, dict)):
-        for item in batch.values() if isinstance(batch, dict) else batch:
+    elif isinstance(batch, (list, tuple, *DICTS)):
+        for item in batch.values() if isinstance(batch, DICTS) else batch:
             yield from tensors(item)
 
 
@@ -137,10 +142,22 @@ def cut(batch: Any) -> tuple[Any, int]:
 def _slice(batch: Any, start: int, stop: int, total: int) -> Any:
     if isinstance(batch, Tensor):
         return batch[start:stop] if batch.ndim and batch.shape[0] == total else batch
-    if isinstance(batch, dict):
-        return type(batch)((k, _slice(v, start, stop, total)) for k, v in batch.items())
+    return nested(batch, lambda item: _slice(item, start, stop, total))
+
+
+def nested(batch: Any, change: Callable[[Any], Any]) -> Any:
+    """The same container with each item changed; what is no container stays.
+
+    >>> nested({"x": [1]}, len)
+    {'x': 1}
+    """
+    if isinstance(batch, DICTS):
+        made = copy.copy(batch)  # a defaultdict cannot be made from its items
+        for key, value in batch.items():
+            made[key] = change(value)
+        return made
     if isinstance(batch, (list, tuple)):
-        items = [_slice(item, start, stop, total) for item in batch]
+        items = [change(item) for item in batch]
         return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
     return batch
 
@@ -174,8 +191,19 @@ def shard(batches: Iterable[Any]) -> Iterable[Any]:
 
 
 def is_dealt_out(batches: Any) -> bool:
-    sampler = getattr(batches, "sampler", None)
-    return isinstance(sampler, torch.utils.data.DistributedSampler)
+    dealt = torch.utils.data.DistributedSampler
+    return any(isinstance(sampler, dealt) for sampler in samplers(batches))
+
+
+def samplers(batches: Any) -> list[Any]:
+    """What a ``DataLoader`` draws its order from; a batch sampler of the user's own holds another.
+
+    >>> samplers([torch.arange(3)])
+    []
+    """
+    outer = getattr(batches, "batch_sampler", None)
+    found = (getattr(batches, "sampler", None), outer, getattr(outer, "sampler", None))
+    return list({id(s): s for s in found if s is not None}.values())
 
 
 def mean(values: Tensor) -> Tensor:

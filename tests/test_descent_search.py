@@ -1,6 +1,8 @@
 """Paths for pictures, and the learning-rate finder that leaves no trace."""
 
 import math
+from collections import UserDict, namedtuple
+from typing import Any
 
 import pytest
 import torch
@@ -143,6 +145,21 @@ def test_the_finder_asks_for_epochs_by_number() -> None:
     batches.asked = []
     descent.find_lr(nn.Linear(4, 1), batches, objective, between=(1e-6, 1e-5), steps=10)
     assert batches.asked == [0, 1, 2]
+
+
+def test_the_finder_takes_any_container_and_loaders_that_count_epochs() -> None:
+    class Loader(list):
+        epoch = 3
+
+    pair = namedtuple("Pair", ["inputs", "targets"])
+    for kind in (lambda x, y: pair(x, y), lambda x, y: UserDict(inputs=x, targets=y)):
+        batches = Loader(kind(x, y) for x, y in some_batches())
+
+        def loss(net: nn.Module, batch: Any) -> Tensor:
+            given = batch["inputs"] if isinstance(batch, UserDict) else batch.inputs
+            return net(given).square().mean()
+
+        assert len(descent.find_lr(nn.Linear(4, 1), batches, loss, steps=5).losses) > 1
 
 
 def test_bad_searches_are_named() -> None:

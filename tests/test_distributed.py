@@ -11,8 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
 from structopt import distributed, files
+from structopt.training.feeding import Feed
 
 SCRIPT = Path(__file__).parent / "scripts" / "train_together.py"
 sys.path.insert(0, str(SCRIPT.parent))
@@ -96,6 +98,18 @@ def test_alone_nothing_changes(monkeypatch):
         assert distributed.shard(batches) is batches
         assert distributed.gather("x") == ["x"]
         assert torch.equal(distributed.mean(torch.ones(2)), torch.ones(2))
+
+
+def test_a_batch_sampler_over_a_distributed_one_deals_out_too():
+    """Each process would else take a slice of its share, and the rest be seen by none."""
+    order = DistributedSampler(range(8), num_replicas=2, rank=0)
+    assert distributed.is_dealt_out(DataLoader(range(8), sampler=order))
+    assert distributed.is_dealt_out(
+        DataLoader(range(8), batch_sampler=BatchSampler(order, 2, False))
+    )
+    assert not distributed.is_dealt_out(DataLoader(range(8), shuffle=True))
+    Feed(DataLoader(range(8), batch_sampler=BatchSampler(order, 2, False)), 1).epoch(5, 0)
+    assert order.epoch == 5
 
 
 @given(total=st.integers(1, 40), world=st.integers(1, 9))

@@ -3,7 +3,10 @@
 import copy
 import math
 import signal
+from collections import UserDict, defaultdict
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -222,6 +225,32 @@ def test_any_model_batch_and_objective_will_do(device):
     assert abs(model.at.item()) < 2
 
 
+@pytest.mark.parametrize("kind", [partial(defaultdict, list), UserDict])
+def test_what_keeps_a_batch_like_a_dict_is_one(kind, device):
+    """Tokenisers give a UserDict; accumulated, its batches count by their examples too."""
+    batches = [kind({"x": torch.full((count,), float(count))}) for count in (1, 3)]
+
+    def objective(model, batch):
+        assert type(batch) is type(batches[0])
+        assert batch["x"].device.type == device.type
+        return model(batch["x"][:, None]).mean()
+
+    model = nn.Linear(1, 1)
+    settings = {"autocast": None, "device": device, "accumulate": np.int64(2)}
+    before = model.weight.item()
+    history = train(model, batches, objective, sgd(model), epochs=1, **settings)
+    assert history.ends == [1]
+    assert model.weight.item() == pytest.approx(before - 0.1 * (1 + 3 * 3) / 4)
+
+
+def test_a_loader_may_count_its_epochs_itself():
+    class Loader(list):
+        epoch = 3
+
+    history = one_epoch(Loader(data.batches(examples(), 20)))
+    assert len(history.losses) == 2
+
+
 def test_fused_kernels_get_moments_in_their_parameters_order(device):
     """State made before the network became channels-last must be laid out anew."""
     given, models = examples(), []
@@ -351,6 +380,10 @@ def test_what_an_objective_returns_is_checked(objective, words):
     [
         ({"accumulate": 0}, "accumulate counts"),
         ({"epochs": -1}, "epochs counts"),
+        ({"epochs": 1.5}, "epochs counts"),
+        ({"clip": 0.0}, "clip is the largest norm"),
+        ({"clip": -1.0}, "clip is the largest norm"),
+        ({"clip": math.nan}, "clip is the largest norm"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, words):

@@ -44,6 +44,7 @@ COMBINATIONS = [
     {"optimizer": "fused", "parts": "accumulate"},
     {"optimizer": "descent", "batches": "loader"},
     {"optimizer": "adam", "batches": "generator", "parts": "accumulate hint"},
+    {"optimizer": "sgd", "batches": "sampler"},
     {"optimizer": "adam", "parts": "half"},
     {"optimizer": "sgd", "parts": "outside"},
 ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -144,9 +146,10 @@ def _search(
 
 def _endless(batches: Iterable[Any]) -> Iterator[Any]:
     number = 0
+    epoch: Any = getattr(batches, "epoch", None)  # a loader may keep a number there
     while True:
         count = 0
-        for batch in batches.epoch(number) if hasattr(batches, "epoch") else batches:
+        for batch in epoch(number) if callable(epoch) else batches:
             count += 1
             yield batch
         if count == 0:
@@ -156,9 +159,13 @@ def _endless(batches: Iterable[Any]) -> Iterator[Any]:
 
 def _to(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, (tuple, list)):
-        return type(batch)(_to(part, device) for part in batch)
-    if isinstance(batch, dict):
-        return {key: _to(part, device) for key, part in batch.items()}
+        parts = [_to(part, device) for part in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    if isinstance(batch, (dict, UserDict)):
+        moved = copy.copy(batch)
+        for key, part in batch.items():
+            moved[key] = _to(part, device)
+        return moved
     return batch.to(device) if isinstance(batch, Tensor) else batch
 
 

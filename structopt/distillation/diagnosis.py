@@ -120,7 +120,7 @@ def _labels(targets: Tensor, cached: Cached | None) -> Tensor:
 
 
 def _first(batches: Any) -> Iterator[Any]:
-    walk = batches.epoch(0) if hasattr(batches, "epoch") else iter(batches)
+    walk = batches.epoch(0) if callable(getattr(batches, "epoch", None)) else iter(batches)
     for number, batch in enumerate(walk):
         if number == BATCHES:
             return

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +25,7 @@ class Feed:
     """
 
     def __init__(self, batches: Any, accumulate: int) -> None:
-        if not isinstance(accumulate, int) or accumulate < 1:
+        if not isinstance(accumulate, (int, np.integer)) or accumulate < 1:
             raise ValueError(f"accumulate counts the batches of a step, at least 1: {accumulate}")
         if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
             kind = type(batches).__name__
@@ -34,7 +35,9 @@ class Feed:
         self.sliced = distributed.world_size() > 1 and not distributed.is_dealt_out(batches)
         if isinstance(batches, distributed.Shard):
             batches = batches.batches
-        self.batches, self.accumulate = batches, accumulate
+        self.batches, self.accumulate = batches, int(accumulate)
+        # A loader of the user's own may keep a number under that name.
+        self.by_number = callable(getattr(batches, "epoch", None))
 
     @property
     def steps(self) -> int:
@@ -45,27 +48,27 @@ class Feed:
     @property
     def generators(self) -> list[torch.Generator]:
         """Generators that a ``DataLoader`` or its sampler draws from, besides the global ones."""
-        holders = (self.batches, getattr(self.batches, "sampler", None))
+        holders = (self.batches, *distributed.samplers(self.batches))
         found = [getattr(holder, "generator", None) for holder in holders]
         return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
     @property
     def draws_globally(self) -> bool:
         """Whether processes that share these batches must share torch's generator too."""
-        return self.sliced and not hasattr(self.batches, "epoch")
+        return self.sliced and not self.by_number
 
     def spoiled(self, epoch: int, batch: int) -> bool:
         """Whether that batch can be looked at again, and holds NaN or infinite values."""
-        again = self.batches.epoch(epoch, batch) if hasattr(self.batches, "epoch") else ()
+        again = self.batches.epoch(epoch, batch) if self.by_number else ()
         return any(not_finite(found) for found in islice(again, 1))
 
     def epoch(self, number: int, start: int) -> Iterator[Any]:
         """The batches of epoch ``number`` from batch ``start`` on."""
-        if hasattr(self.batches, "epoch"):
+        if self.by_number:
             return iter(self.batches.epoch(number, start))
-        sampler = getattr(self.batches, "sampler", None)
-        if sampler is not None and hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(number)
+        for sampler in distributed.samplers(self.batches):
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(number)
         iterator: Iterator[Any] = iter(self.batches)
         next(islice(iterator, start, start), None)  # skip: the order was drawn at the start
         return iterator
@@ -97,9 +100,4 @@ def move(batch: Any, device: torch.device, channels_last: bool) -> Any:
             order = torch.channels_last
             return batch.to(device, non_blocking=not wait, memory_format=order)
         return batch.to(device, non_blocking=not wait)
-    if isinstance(batch, dict):
-        return type(batch)((k, move(v, device, channels_last)) for k, v in batch.items())
-    if isinstance(batch, (list, tuple)):
-        items = [move(item, device, channels_last) for item in batch]
-        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
-    return batch
+    return distributed.nested(batch, lambda item: move(item, device, channels_last))

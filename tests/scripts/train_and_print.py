@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
 from structopt import data, descent, devices
 from structopt.training import supervised, train
@@ -36,6 +36,9 @@ def examples(count=40):
 def feed(kind):
     if kind == "batches":
         return data.batches(examples(), 8, augment=[data.Flip(), data.Shift(1)])
+    if kind == "sampler":  # its generator lies two steps inside
+        order = RandomSampler(range(40), generator=torch.Generator())
+        return DataLoader(Noisy(examples()), batch_sampler=BatchSampler(order, 8, False))
     settings = {"workers": {"num_workers": 2}, "generator": {"generator": torch.Generator()}}
     return DataLoader(Noisy(examples()), 8, shuffle=True, **settings.get(kind, {}))
 
