@@ -84,8 +84,10 @@ def seed_everything(seed: int) -> None:
     >>> seed_everything(0); torch.equal(first, torch.rand(3))
     True
     """
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+    whole = isinstance(seed, (int, np.integer)) and not isinstance(seed, bool)
+    if not whole or not 0 <= seed < 2**32:
         raise ValueError(f"seed={seed!r}: give a whole number from 0 to 2**32 - 1")
+    seed = int(seed)
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 (libraries that a reader brings along still draw from it)
     torch.manual_seed(seed)

@@ -1,7 +1,9 @@
 """Examples, batches and augmentations: laws on every device."""
 
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -73,9 +75,11 @@ LABELS = torch.arange(4)
         (ZEROS, LABELS - 1, "label -1"),
         (ZEROS, torch.tensor([0.0, 1.0, float("nan"), 0.0]), r"targets\[2\].*NaN or infinity"),
         (ZEROS, LABELS.to("meta"), "cpu.*meta"),
+        (ZEROS.numpy(), LABELS, r"inputs are ndarray.*torch\.as_tensor\(inputs\)"),
+        (ZEROS, LABELS.tolist(), r"targets are list.*torch\.as_tensor\(targets\)"),
     ],
 )
-def test_bad_examples_are_named(inputs: Tensor, targets: Tensor, said: str) -> None:
+def test_bad_examples_are_named(inputs: Any, targets: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         Examples(inputs, targets, tuple("abcdefghij"))
 
@@ -267,6 +271,13 @@ def test_augmentation_is_new_in_each_batch_and_epoch(device: torch.device) -> No
 def test_a_batch_size_that_cannot_be_is_named(size: object) -> None:
     with pytest.raises(ValueError, match=r"size=.*at least one"):
         data.batches(numbered(5), size)  # type: ignore[arg-type]
+
+
+def test_a_number_of_numpy_is_a_number() -> None:
+    given = numbered(10)
+    assert [len(y) for _, y in data.batches(given, np.int64(4))] == [4, 4, 2]
+    for share in (np.int64(2), np.float32(0.2), np.float64(0.2)):
+        assert given.split(share)[1].targets.tolist() == given.split(2)[1].targets.tolist()
 
 
 def test_batches_that_would_all_be_dropped_are_refused() -> None:

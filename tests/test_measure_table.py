@@ -2,10 +2,11 @@
 
 import html.parser
 import itertools
+import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune
@@ -87,6 +88,28 @@ def test_marked_rows_are_those_that_no_row_beats(points):
 
     for k, point in enumerate(points):
         assert (k in marked) == (not any(beats(other, point) for other in points))
+
+
+@pytest.mark.parametrize("column", ["a", "good"])
+def test_a_row_that_is_not_a_number_is_never_marked(column):
+    """A model that diverged is beaten by none, since nothing compares with NaN."""
+    rows = [{"a": 1.0, "good": 1.0}, {"a": 0.5, "good": 2.0, column: math.nan}]
+    assert measure.pareto(rows, ["a"], "good") == (0,)
+
+
+@given(st.floats(0.01, 9e14))
+@example(999_600.0)
+def test_thousands_have_letters_not_exponents(number):
+    text = measure.table.si(number)
+    digits, _, letter = text.partition(" ")
+    size = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[letter]
+    assert "e" not in text
+    assert float(digits) * size == pytest.approx(number, rel=0.006)
+
+
+def test_a_time_has_no_exponent():
+    shown = str(Timing(0.9998, 0.4, 1234.0, 3, "a clock"))
+    assert shown == "1000 ms (400 to 1234000, 3 rounds) on a clock"
 
 
 def test_the_star_stands_at_the_rows_that_are_worth_it():

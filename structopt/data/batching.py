@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,14 +27,14 @@ class Batches:
         augment: Sequence[Augmentation] = (),
         drop_last: bool = False,
     ) -> None:
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
             raise ValueError(f"size={size!r}: a batch holds at least one example")
         if drop_last and size > len(examples):
             raise ValueError(
                 f"size={size} with drop_last leaves no batch of {len(examples)} examples: "
                 "take smaller batches or keep the last"
             )
-        self.examples, self.size, self.shuffle, self.seed = examples, size, shuffle, seed
+        self.examples, self.size, self.shuffle, self.seed = examples, int(size), shuffle, seed
         self.augment, self.drop_last = tuple(augment), drop_last
         self.next_epoch = 0
 

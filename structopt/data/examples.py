@@ -31,6 +31,11 @@ class Examples:
 
     def __post_init__(self) -> None:
         inputs, targets = self.inputs, self.targets
+        given: Any
+        for name, given in (("inputs", inputs), ("targets", targets)):
+            if not isinstance(given, Tensor):
+                kind = type(given).__name__
+                raise ValueError(f"{name} are {kind}, not a tensor: give torch.as_tensor({name})")
         if not inputs.ndim or not targets.ndim or len(inputs) != len(targets) or not len(inputs):
             raise ValueError(
                 f"inputs of shape {tuple(inputs.shape)} and targets of shape "
@@ -86,7 +91,8 @@ class Examples:
         >>> Examples(torch.zeros(10, 3), torch.arange(10)).split(0.2)
         (Examples(8 of (3,)), Examples(2 of (3,)))
         """
-        count = round(validation * len(self)) if isinstance(validation, float) else validation
+        whole = isinstance(validation, Integral)
+        count = int(validation) if whole else round(float(validation) * len(self))
         if not 0 < count < len(self):
             raise ValueError(
                 f"split({validation!r}) of {len(self)} examples: each part needs at least one; "

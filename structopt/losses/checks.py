@@ -103,8 +103,8 @@ def seen(loss: Tensor, prediction: Tensor, target: Tensor) -> Tensor:
             raise FloatingPointError(
                 f"the {name} holds {count} NaN of {x.numel()} numbers: {remedy}"
             )
-    if prediction.isinf().any():
-        raise FloatingPointError(
-            "the loss is NaN, since the prediction holds inf: it overflowed, or a mask hides all"
-        )
+    for name, x in (("prediction", prediction), ("target", target)):
+        if x.isinf().any():
+            remedy = "it overflowed, or a mask hides some or all of it"
+            raise FloatingPointError(f"the loss is NaN, since the {name} holds inf: {remedy}")
     raise ValueError("no target counts (ignore_index, weight 0): drop this batch or sum instead")

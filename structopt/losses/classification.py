@@ -138,8 +138,10 @@ def kl_divergence(
         >>> kl_divergence(torch.zeros(1, 2), torch.tensor([[9.0, 0.0]]))  # nearly log 2
         tensor(0.6919)
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature divides the logits: a number above 0, not {temperature}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(
+            f"temperature divides the logits: a finite number above 0, not {temperature}"
+        )
     prediction, target = pair(prediction, target, reduction)
     dim = class_dim(prediction)
     log_p = F.log_softmax(prediction / temperature, dim)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -103,6 +104,8 @@ def pareto(
 ) -> tuple[int, ...]:
     """Numbers of the rows that no other row beats: as good in all columns and better in one.
 
+    A row with NaN in one of them is never among these.
+
     Args:
         rows: `Table.rows`, or any dicts.
         costs: columns of which less is better.
@@ -116,7 +119,7 @@ def pareto(
     points = [(*(float(row[c]) for c in costs), -float(row[quality])) for row in rows]
 
     def beaten(mine: tuple[float, ...]) -> bool:
-        return any(
+        return any(map(math.isnan, mine)) or any(
             other != mine and all(o <= m for o, m in zip(other, mine, strict=True))
             for other in points
         )

@@ -39,7 +39,7 @@ def si(number: float) -> str:
     ('14.7 M', '950', '0')
     """
     for factor, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")):
-        if number >= factor:
+        if number >= 0.9995 * factor:  # three digits of anything below are fewer than 1000
             return f"{number / factor:.3g} {letter}"
     return f"{number:g}"
 

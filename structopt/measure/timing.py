@@ -37,7 +37,8 @@ class Timing:
 
     def __str__(self) -> str:
         factor, unit = (1e3, "ms") if self.median < 1 else (1.0, "s")
-        low, mid, high = (f"{factor * t:.3g}" for t in (self.lower, self.median, self.upper))
+        shown = (factor * t for t in (self.lower, self.median, self.upper))
+        low, mid, high = (f"{t:.3g}" if t < 999.5 else f"{t:.0f}" for t in shown)  # never 1e+03
         return f"{mid} {unit} ({low} to {high}, {self.rounds} rounds) on {self.device}"
 
 
