@@ -297,6 +297,24 @@ def test_the_average_is_its_formula(device):
     assert not any(p.requires_grad for p in history.averaged.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_average_in_16_bits_follows_all_the_same(dtype):
+    """Its steps are smaller than their rounding: it would stand still for ever."""
+    model = nn.Linear(1, 1, bias=False).to(dtype)
+    model.weight.data.fill_(1.0)
+    average = Average(model, 0.999)
+    average.steps = 10**5
+    model.weight.data.fill_(1.5)
+    for _ in range(3000):
+        average.update()
+    assert average.model.weight.dtype == dtype
+    assert average.model.weight.item() == pytest.approx(1.5 - 0.5 * 0.999**3000, rel=0.005)
+    again = Average(model, 0.999)
+    again.restore(*average.state())
+    assert (again.steps, again.exact) == (average.steps, average.exact)
+    assert torch.equal(again.model.weight, average.model.weight)
+
+
 def test_validation_sees_the_average_and_restores_training_mode():
     model, seen, modes = network(), [], []
 
@@ -608,6 +626,16 @@ def test_evaluation_is_exact_whatever_the_batches(size, device):
         )
 
 
+def test_evaluation_brings_inputs_to_the_models_own_type(device):
+    model, given = network().to(device), examples(60).to(device)
+    want = evaluate(copy.deepcopy(model).double(), given)
+    assert evaluate(copy.deepcopy(model).double(), given) == want
+    assert abs(evaluate(model.bfloat16(), given) - want) < 0.1
+    model[0].float()  # of a mixture nothing is known: it gets what was given
+    with pytest.raises(RuntimeError):
+        evaluate(model, given)
+
+
 def test_evaluation_restores_the_modes_after_an_error_too():
     model = network()
     with pytest.raises(RuntimeError):
@@ -620,6 +648,7 @@ def test_evaluation_restores_the_modes_after_an_error_too():
     [
         ([], "no example"),
         ([torch.zeros(2, 1, 6, 6)], "pair"),
+        ([({"x": torch.zeros(2)}, torch.zeros(2))], r"not \(\{x: float32 \(2,\)\}, float32"),
         ([(torch.zeros(2, 1, 6, 6, dtype=torch.uint8), torch.zeros(2))], "standardise"),
     ],
 )

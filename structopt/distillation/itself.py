@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from structopt.distillation.builders import from_logits
 from structopt.distillation.teachers import Lesson, Teacher
 from structopt.training import Objective, supervised
+from structopt.training.averaging import approach_, half
 
 
 class MovingTeacher:
@@ -23,8 +24,9 @@ class MovingTeacher:
         train(student, batches, from_logits(teacher), optimizer, after_step=teacher, ...)
 
     Tarvainen and Valpola, 2017, "Mean teachers are better role models". d = min(decay,
-    (1 + t)/(10 + t)) at step t; buffers of floating point are averaged alike. ``model`` is the
-    average itself, often the better network. A checkpoint of the run keeps it.
+    (1 + t)/(10 + t)) at step t; buffers of floating point are averaged alike, and 16 bits in a
+    float32 copy. ``model`` is the average itself, often the better network. A checkpoint of the
+    run keeps it.
 
     Raises ``ValueError`` for a decay outside 0 <= d < 1.
 
@@ -40,6 +42,7 @@ class MovingTeacher:
             raise ValueError(f"decay is that of the running mean, 0 <= d < 1, not {decay}")
         self.model, self.decay, self.steps = copy.deepcopy(student), decay, 0
         self.model.requires_grad_(False)
+        self.halves: dict[int, Tensor] = {}  # float32 copies, by their place among the numbers
         self.asked = Teacher(self.model)
         self.models = self.asked.models
 
@@ -59,9 +62,11 @@ class MovingTeacher:
         whole = [b.is_floating_point() for b in theirs]
         mine = [a for a, w in zip(ours, whole, strict=True) if w]
         if mine:
-            torch._foreach_lerp_(
-                mine, [b for b, w in zip(theirs, whole, strict=True) if w], 1 - decay
-            )
+            halves = self.halves or {k: a.float() for k, a in enumerate(mine) if half(a)}
+            self.halves = {k: a.to(mine[k].device) for k, a in halves.items()}
+            exact = [self.halves.get(k, a) for k, a in enumerate(mine)]
+            target = [b for b, w in zip(theirs, whole, strict=True) if w]
+            approach_(mine, exact, target, 1 - decay)
         for a, b, w in zip(ours, theirs, whole, strict=True):
             if not w:
                 a.copy_(b)
@@ -69,12 +74,13 @@ class MovingTeacher:
 
     def state_dict(self) -> dict[str, Any]:
         """The average and its number of steps."""
-        return {"model": self.model.state_dict(), "steps": self.steps}
+        return {"model": self.model.state_dict(), "steps": self.steps, "halves": {**self.halves}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a :meth:`state_dict`."""
         self.model.load_state_dict(state["model"])
-        self.steps = state["steps"]
+        self.steps, halves = state["steps"], state.get("halves", {})
+        self.halves = {k: a.clone() for k, a in halves.items()}
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:

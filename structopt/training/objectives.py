@@ -130,8 +130,9 @@ def evaluate(
     """The mean of ``metric(model(inputs), targets)`` over all examples of ``data``.
 
     ``data``: ``Examples``, or batches of pairs (inputs, targets). The model runs in evaluation
-    mode, which is undone afterwards, in its own number format (no autocast), on its own device
-    unless another is given. Raises ``ValueError`` for no data, or what is not pairs.
+    mode, which is undone afterwards, on its own device unless another is given, and in its own
+    number format (no autocast): where all its parameters have one type, inputs of another come to
+    it. Raises ``ValueError`` for no data, or what is not pairs.
 
     >>> evaluate(nn.Identity(), [(torch.eye(4), torch.tensor([0, 1, 2, 0]))])
     0.75
@@ -139,10 +140,17 @@ def evaluate(
     own = next((p.device for p in model.parameters()), torch.device("cpu"))
     device = torch.device(device) if device else own
     model.to(device)
+    kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    dtype = kinds.pop() if len(kinds) == 1 else None
     total, count = torch.zeros((), device=device), 0
     with evaluating(model):
-        for inputs, targets in map(_pair, _batches(data)):
-            value = metric(model(inputs.to(device)), targets.to(device))
+        pairs: Iterator[tuple[Any, Any]] = map(_pair, _batches(data))
+        for inputs, targets in pairs:
+            if not isinstance(inputs, Tensor) or not isinstance(targets, Tensor):
+                found = describe((inputs, targets))
+                raise ValueError(f"evaluate takes pairs of tensors, not {found}: wrap the model")
+            inputs = inputs.to(device, dtype if inputs.is_floating_point() else None)
+            value = metric(model(inputs), targets.to(device))
             value = value if value.is_floating_point() else value.float()
             total = total + (value.sum() if value.ndim else value * len(inputs))
             count += len(inputs)

@@ -52,7 +52,7 @@ class Checkpoint:
                 "groups": [plain_settings(group) for group in run.optimizer.param_groups],
             },
             "scaler": run.scaler.state_dict(),
-            "average": run.average and [run.average.model.state_dict(), run.average.steps],
+            "average": run.average and run.average.state(),
             "helpers": [thing.state_dict() for thing in helpers(run)],
             "history": {
                 "losses": torch.tensor(run.history.losses, dtype=torch.float64),
@@ -82,8 +82,7 @@ class Checkpoint:
                 parameter.copy_(tree["others"][name])
         run.scaler.load_state_dict(tree["scaler"])
         if run.average:
-            state, run.average.steps = tree["average"]
-            run.average.model.load_state_dict(state)
+            run.average.restore(*tree["average"])
         for thing, state in zip(helpers(run), tree["helpers"], strict=True):
             thing.load_state_dict(state)
         (run.epoch, run.batch), history = tree["place"], tree["history"]
