@@ -115,7 +115,8 @@ def load_tensors(
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+        folder = ": it is a folder, name a file in it" if path.is_dir() else ""
+        raise FileNotFoundError(f"there is no file {path}{folder}")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}

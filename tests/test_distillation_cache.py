@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from structopt import data, descent, networks, training
 from structopt import distillation as d
@@ -112,6 +112,10 @@ def test_a_cache_of_another_teacher_is_refused(teacher: nn.Module, tmp_path: Pat
     for other in others:
         with pytest.raises(ValueError, match="another teacher"):
             d.cache_outputs(other, given, path)
+    smooth = copy.deepcopy(teacher)  # the same weights, and another network
+    smooth.conv1[-1] = nn.Tanh()
+    with pytest.raises(ValueError, match="another teacher"):
+        d.cache_outputs(smooth, given, path)
     assert fingerprint(given.inputs) != fingerprint(given.inputs.flatten(1))  # the same bytes
 
 
@@ -131,8 +135,9 @@ def test_what_is_no_cache_is_refused(teacher: nn.Module, tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"batches of cached.number\(examples\)"):
         d.from_logits(cached)(student, (given.inputs, given.targets))
     numbered = cached.number(given)
-    with pytest.raises(ValueError, match=r"batches of cached.number\(examples\)"):
-        cached.teach(given.inputs, given.targets[:, None])
+    for targets in (given.targets[:, None], torch.rand(22, 2)):  # soft targets of two classes
+        with pytest.raises(ValueError, match=r"batches of cached.number\(examples\)"):
+            cached.teach(given.inputs, targets)
     with pytest.raises(ValueError, match=r"number 21 is beyond the 5 examples of this cache"):
         d.cache_outputs(teacher, given[:5]).teach(given.inputs, numbered.targets)
     with pytest.raises(ValueError, match=r"no features of 'fc' \(it has: none\)"):
@@ -182,13 +187,23 @@ def test_a_moving_teacher_that_moved_is_another(teacher: nn.Module, tmp_path: Pa
         d.cache_outputs(moving, given, path)
 
 
-def test_what_cannot_be_cached_is_named(teacher: nn.Module) -> None:
+def test_what_cannot_be_cached_is_named(teacher: nn.Module, tmp_path: Path) -> None:
     given = examples()
     with pytest.raises(ValueError, match=r"data.Examples, not tuple"):
         d.cache_outputs(teacher, (given.inputs, given.targets))
     for size in (0, -1):
         with pytest.raises(ValueError, match=rf"at least 1: {size}"):
             d.cache_outputs(teacher, given, size=size)
+    with pytest.raises(FileNotFoundError, match="it is a folder"):
+        d.cache_outputs(teacher, given, tmp_path)
+
+    class Own:
+        def teach(self, inputs: Tensor, targets: object, names: object = ()) -> d.Lesson:
+            return d.Lesson(torch.ones(len(inputs), 2), {}, targets)
+
+    assert d.cache_outputs(Own(), given).logits.shape == (22, 2)
+    with pytest.raises(ValueError, match="nothing tells the outputs of this Own"):
+        d.cache_outputs(Own(), given, tmp_path / "own.safetensors")
 
 
 def test_hints_from_cached_features(teacher: nn.Module, device: torch.device) -> None:

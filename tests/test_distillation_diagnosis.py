@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from functools import partial
 
@@ -181,6 +182,32 @@ def test_bad_input_is_named(split: tuple[Examples, Examples], teacher: nn.Module
         d.diagnose(teacher, data.batches(cached.number(few), 8), split[1])
     with pytest.raises(ValueError, match=r"one nn.Module, not list"):
         d.diagnose([teacher], data.batches(few, 8), split[1])
+    for classes in (2, 10):
+        soft = [(few.inputs, torch.rand(32, classes))]
+        with pytest.raises(ValueError, match=r"class indices: soft targets .* argmax"):
+            d.diagnose(teacher, soft, split[1])
+    with pytest.raises(ValueError, match="walked only once"):
+        d.diagnose(teacher, data.batches(few, 8), iter(data.batches(few, 8)))
+    with pytest.raises(FloatingPointError, match="logits hold NaN"):
+        d.diagnose(teacher, [(few.inputs * math.nan, few.targets)], split[1])
+
+
+def test_a_teacher_in_another_type_is_diagnosed_alike(
+    split: tuple[Examples, Examples], teacher: nn.Module
+) -> None:
+    """And nothing is drawn from the generator on which the training that follows depends."""
+    train, validation = split
+    blurred = nn.Sequential(nn.Dropout(0.8), copy.deepcopy(teacher)).bfloat16().train()
+    before, batches = torch.get_rng_state(), data.batches(train, 64)
+    found = d.diagnose(blurred, batches, validation, student=teacher)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert reasons(found)[0] == "The teacher is in training mode"
+    assert any(reason.startswith("The student has data enough") for reason in reasons(found))
+
+
+def test_one_class_has_no_temperature() -> None:
+    alone = [(torch.rand(16, 2), torch.zeros(16).long())]
+    assert not d.diagnose(nn.Linear(2, 1), alone, alone)
 
 
 # The tuner
@@ -228,6 +255,19 @@ def test_later_rounds_are_longer_and_decide() -> None:
     found = d.tune(fit, VALIDATION, budget=40, temperatures=(1.0, 2.0, 4.0, 8.0), weights=(1.0,))
     assert found.temperature == 2
     assert [trial.epochs for trial in found.trials] == [5] * 4 + [10] * 2
+
+
+def test_one_trial_is_the_best() -> None:
+    """Of three candidates the second round may be as short as the first."""
+    candidates = (1.0, 2.0, 4.0)
+    found = d.tune(
+        lambda t, w, e: Scored(t / 8), VALIDATION, budget=6, temperatures=candidates, weights=(1.0,)
+    )
+    assert {trial.epochs for trial in found.trials} == {1}
+    lines = str(found).splitlines()
+    assert [line for line in lines if "best" in line] == [lines[-2]]
+    with pytest.raises(ValueError, match="walked only once"):
+        d.tune(lambda *_: Scored(0.5), iter([VALIDATION]), budget=99)
 
 
 def test_a_student_that_diverged_never_wins() -> None:

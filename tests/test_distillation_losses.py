@@ -258,8 +258,9 @@ BAD: list[tuple[str, Callable[[], object]]] = [
     (r"maps .* not \(4, 5\) and \(4, 5\)", lambda: d.attention_transfer(X, X)),
     (r"not \(4, 5, 1, 1\) and \(2, 5, 1, 1\)",
      lambda: d.attention_transfer(X[..., None, None], X[:2, :, None, None])),
-    *((rf"above 0, not {p}", partial(d.attention_transfer, X[..., None], X[..., None], power=p))
-      for p in (0.0, -1.0, math.inf, math.nan)),
+    *((rf"least 1, not {p}", partial(d.attention_transfer, X[..., None], X[..., None], power=p))
+      for p in (0.5, -1.0, math.inf, math.nan)),  # below 1 a silent unit makes the gradient NaN
+    (r"at least 2 classes", lambda: d.decoupled(X[:, :1], X[:, :1], torch.zeros(4).long())),
     *((rf"label {y}: with 5 logits labels run from 0 to 4",
        partial(d.decoupled, X, X, torch.tensor([0, 1, y, 2]))) for y in (-100, 5)),
     (r"5 tokens and 3", lambda: d.attention_transfer(X[..., None], X[:, :3, None])),

@@ -112,6 +112,19 @@ def test_a_loss_of_ones_own_gets_the_labels_it_asks_for(device: torch.device) ->
     assert torch.equal(told[0], y)
 
 
+def test_a_loss_that_is_a_module_gets_labels_and_settings_too(device: torch.device) -> None:
+    teacher, student = nets(device)
+    x, y = batch(device)
+
+    class Own(nn.Module):
+        def forward(self, s: Tensor, t: Tensor, targets: Tensor, scale: float = 1.0) -> Tensor:
+            return scale * F.cross_entropy(s + t, targets)
+
+    one, two = (d.from_logits(teacher, Own(), label_weight=0.0, scale=k)(student, (x, y))
+                for k in (1.0, 2.0))  # fmt: skip
+    torch.testing.assert_close(two, 2 * one)
+
+
 def test_together_runs_the_student_once(device: torch.device) -> None:
     teacher, student = nets(device)
     student.eval()
@@ -422,6 +435,21 @@ def test_a_moving_teacher_is_the_running_mean(device: torch.device) -> None:
     ours = [t.detach() for t in (*teacher.model.parameters(), *teacher.model.buffers())]
     torch.testing.assert_close(ours, mean)
     assert not any(p.requires_grad for p in teacher.model.parameters())
+
+
+def test_a_moving_teacher_in_16_bits_moves() -> None:
+    """Also after a break: what is smaller than the rounding is kept."""
+    student = nn.Linear(1, 1, bias=False).bfloat16()
+    student.weight.data.fill_(1.0)
+    teacher = d.MovingTeacher(student, decay=0.999)
+    teacher.steps = 10**5
+    student.weight.data.fill_(1.5)
+    for step in range(3000):
+        if step % 2:
+            state, teacher = teacher.state_dict(), d.MovingTeacher(student, decay=0.999)
+            teacher.load_state_dict(state)
+        teacher(student, step)
+    assert teacher.model.weight.item() == pytest.approx(1.5 - 0.5 * 0.999**3000, rel=0.005)
 
 
 def test_a_moving_teacher_goes_on_after_a_break(tmp_path: Path, device: torch.device) -> None:

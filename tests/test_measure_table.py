@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example as also
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune
@@ -98,7 +99,7 @@ def test_a_row_that_is_not_a_number_is_never_marked(column):
 
 
 @given(st.floats(0.01, 9e14))
-@example(999_600.0)
+@also(999_600.0)
 def test_thousands_have_letters_not_exponents(number):
     text = measure.table.si(number)
     digits, _, letter = text.partition(" ")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -15,7 +14,7 @@ from structopt import losses
 from structopt.distillation.adapters import regressor
 from structopt.distillation.features import attention_transfer, hint
 from structopt.distillation.logits import soft_targets
-from structopt.distillation.objective import Distillation, Loss, Term
+from structopt.distillation.objective import Distillation, Loss, Term, arguments
 from structopt.distillation.teachers import Source, as_source, picked
 from structopt.distillation.watching import Watch
 from structopt.training import evaluating
@@ -193,7 +192,7 @@ def seen_features(
 def _bound(loss: Loss, settings: Mapping[str, Any]) -> Loss:
     if not settings:
         return loss
-    known = [name for name in inspect.signature(loss).parameters if name != "targets"][2:]
+    known = [name for name in arguments(loss) if name != "targets"][2:]
     for name in settings:
         if name not in known:
             raise ValueError(

@@ -48,7 +48,8 @@ class Cached:
 
     def teach(self, inputs: Any, targets: Any, names: Sequence[str] = ()) -> Lesson:
         """What was kept for the numbers in ``targets[:, 1]``; the labels are ``targets[:, 0]``."""
-        if not isinstance(targets, Tensor) or targets.ndim != 2 or targets.shape[1] != 2:
+        pairs = isinstance(targets, Tensor) and targets.ndim == 2 and targets.shape[1] == 2
+        if not pairs or targets.dtype not in (torch.int64, torch.int32):  # no soft targets
             raise ValueError(
                 "cached outputs are found by number: train on batches of cached.number(examples), "
                 "whose targets are pairs (label, number)"
@@ -97,7 +98,8 @@ def cache_outputs(
 
     Raises:
         ValueError: a file of other examples, another order, another teacher or without these
-            layers; a file that is corrupt; what are no examples, a size below 1.
+            layers; a file that is corrupt; a file for a source of one's own without ``models``;
+            what are no examples, a size below 1.
 
     Example:
         >>> from structopt.data import Examples, batches
@@ -115,6 +117,11 @@ def cache_outputs(
         raise ValueError(f"outputs are kept of data.Examples, not {type(examples).__name__}")
     if size < 1:
         raise ValueError(f"size counts the examples of a forward pass, at least 1: {size}")
+    if path is not None and not getattr(source, "models", ()):
+        raise ValueError(
+            f"nothing tells the outputs of this {type(source).__name__} from another's: "
+            "leave out the path, or give it its networks as `models`"
+        )
     notes = {
         "kind": KIND,
         "examples": fingerprint(examples.inputs),
@@ -181,6 +188,10 @@ def fingerprint(inputs: Tensor) -> str:
 def _identity(source: Source) -> str:
     digest = hashlib.sha256(str(getattr(source, "autocast", None)).encode())
     for model in getattr(source, "models", ()):
-        for name, tensor in unwrapped(model).state_dict().items():
-            digest.update(f"{name} {fingerprint(tensor)}".encode())
+        whole = unwrapped(model)
+        for name, module in whole.named_modules():  # a ReLU and a Tanh have the same weights: none
+            digest.update(f"{name} {type(module).__name__}".encode())
+        for name, value in whole.state_dict().items():
+            kept = fingerprint(value) if isinstance(value, Tensor) else repr(value)
+            digest.update(f"{name} {kept}".encode())
     return digest.hexdigest()

@@ -77,7 +77,9 @@ def diagnose(
         temperature: the one that the student is trained with.
 
     Raises:
-        ValueError: batches that are not pairs, or hold no example; a temperature not above 0.
+        ValueError: batches that are not pairs, or hold no example; targets that are no class
+            indices; an iterator as validation; a temperature not above 0.
+        FloatingPointError: the teacher says NaN or infinity.
 
     Example:
         >>> batch = torch.rand(8, 2), torch.zeros(8).long()
@@ -90,6 +92,8 @@ def diagnose(
         raise ValueError(f"temperature is a number above 0 and finite, not {temperature}")
     if not isinstance(teacher, nn.Module):
         raise ValueError(f"diagnose looks at one nn.Module, not {type(teacher).__name__}")
+    if isinstance(validation, Iterator):
+        raise ValueError("validation can be walked only once: give examples or a list of batches")
     device = next((p.device for p in teacher.parameters()), torch.device("cpu"))
     seen = [(x.to(device), _labels(y, cached).to(device), y.to(device)) for x, y in _first(batches)]
     if not seen:
@@ -100,6 +104,10 @@ def diagnose(
     taught = logits
     if cached is not None:
         taught = torch.cat([cached.teach(x, y).logits.float() for x, _, y in seen])
+    if not (logits.isfinite().all() and taught.isfinite().all()):
+        raise FloatingPointError(
+            "the teacher's logits hold NaN or infinity: look at it, or the data"
+        )
     found = [
         _training_mode(teacher, [(x, y) for x, y, _ in seen]),
         _label_smoothing(taught, labels),
@@ -111,6 +119,8 @@ def diagnose(
 
 
 def _labels(targets: Tensor, cached: Cached | None) -> Tensor:
+    if targets.is_floating_point():
+        raise ValueError("diagnose needs class indices: soft targets become such by argmax(1)")
     numbered = targets.ndim == 2 and targets.shape[1] == 2
     if cached is not None and not numbered:
         raise ValueError("with a cache, diagnose needs the batches of cached.number(examples)")
@@ -133,8 +143,10 @@ def _training_mode(teacher: nn.Module, seen: list[Any]) -> Finding | None:
     if not any(module.training for module in teacher.modules()):
         return None
     moving = copy.deepcopy(teacher)  # a pass in training mode moves the statistics of batch norms
-    with torch.no_grad():
-        noisy = torch.cat([moving(x).float() for x, _ in seen])
+    gpus = {x.device for x, _ in seen if x.is_cuda}
+    with torch.no_grad(), torch.random.fork_rng(devices=gpus):
+        # Asked as a Teacher asks, which brings inputs to its number type.
+        noisy = torch.cat([Teacher(moving)._ask(moving, x).float() for x, _ in seen])
     calm = torch.cat([Teacher(teacher).teach(x, y).logits.float() for x, y in seen])
     if torch.allclose(noisy, calm, rtol=1e-3, atol=1e-3):
         return None  # nothing in it depends on the mode
@@ -209,6 +221,8 @@ def _data_enough(
 
 
 def _temperature(logits: Tensor, temperature: float) -> Finding | None:
+    if logits.shape[1] < 2:
+        return None  # one class is certain at any temperature
     q = (logits / temperature).softmax(1)
     most = math.log(logits.shape[1])
     share = float(-(q * q.clamp(min=1e-30).log()).sum(1).mean()) / most

@@ -44,18 +44,19 @@ def attention_transfer(student: Tensor, teacher: Tensor, *, power: float = 2.0) 
     Args:
         student: feature maps (B, C, H, W), or tokens (B, T, D).
         teacher: maps of the same batch, of any channels and size; or tokens, as many.
-        power: what the activations are raised to.
+        power: what the activations are raised to, at least 1: below, a unit that is silent has
+            an infinite gradient.
 
     Raises:
-        ValueError: features of another kind or batch, a power not above 0.
+        ValueError: features of another kind or batch, a power below 1.
 
     Example:
         >>> maps = torch.rand(2, 3, 4, 4)
         >>> attention_transfer(5 * maps, maps).item() < 1e-6
         True
     """
-    if not 0 < power < math.inf:
-        raise ValueError(f"power is what activations are raised to, above 0, not {power}")
+    if not 1 <= power < math.inf:
+        raise ValueError(f"power is what activations are raised to, at least 1, not {power}")
     if student.ndim != teacher.ndim or student.ndim not in (3, 4) or len(student) != len(teacher):
         raise ValueError(
             f"attention needs maps (B, C, H, W) or tokens (B, T, D) of both, not "

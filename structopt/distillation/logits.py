@@ -115,8 +115,8 @@ def decoupled(
         beta: weight of the others.
 
     Raises:
-        ValueError: as :func:`soft_targets`, or targets that are no class indices of that shape, or
-            out of range (looked at on the CPU alone).
+        ValueError: as :func:`soft_targets`, one class, or targets that are no class indices of
+            that shape, or out of range (looked at on the CPU alone).
 
     Example:
         >>> z = torch.tensor([[3.0, 1.0, 0.0]])
@@ -129,6 +129,8 @@ def decoupled(
             f"decoupled needs class indices {tuple(student[:, 0].shape)}, not {targets.dtype} "
             f"of shape {tuple(targets.shape)}"
         )
+    if student.shape[1] < 2:
+        raise ValueError("decoupled needs at least 2 classes: beside one there are no others")
     readable = targets.device.type in READABLE and not torch.compiler.is_compiling()
     if readable and ((targets < 0) | (targets >= student.shape[1])).any():
         raise ValueError(range_message(student, targets))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,4 +91,12 @@ class Distillation(nn.Module):
 
 
 def _has_targets(loss: Loss) -> bool:
-    return "targets" in inspect.signature(loss).parameters
+    return "targets" in arguments(loss)
+
+
+def arguments(loss: Loss) -> list[str]:
+    """Names of what a loss takes; a module's stand in its ``forward``."""
+    inner = loss.func if isinstance(loss, partial) else loss
+    return list(
+        inspect.signature(inner.forward if isinstance(inner, nn.Module) else loss).parameters
+    )

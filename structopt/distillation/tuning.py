@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,9 +38,10 @@ class Tuning:
 
     def __str__(self) -> str:
         lines = ["temperature  weight  epochs   score"]
-        for t in self.trials:
-            last = t is self.trials[-1] or t.epochs == self.trials[-1].epochs
-            best = last and (t.temperature, t.weight) == (self.temperature, self.weight)
+        won = [(t.temperature, t.weight) == (self.temperature, self.weight) for t in self.trials]
+        last = max((number for number, same in enumerate(won) if same), default=-1)
+        for number, t in enumerate(self.trials):
+            best = number == last  # two rounds may be of one length
             row = f"{t.temperature:>11g}  {t.weight:>6g}  {t.epochs:>6}  {t.score:.4f}"
             lines.append(f"{row}  <- best" if best else row)
         return "\n".join(lines)
@@ -72,7 +73,7 @@ def tune(
 
     Raises:
         ValueError: no candidates, a temperature not above 0, a budget too small for one epoch of
-            each candidate and its rounds (the least one is named).
+            each candidate and its rounds (the least one is named), an iterator as validation.
         FloatingPointError: every score is NaN.
 
     Example:
@@ -83,6 +84,8 @@ def tune(
         >>> tune(fit, validation, budget=9, temperatures=(1.0, 4.0), weights=(1.0,)).temperature
         4.0
     """
+    if isinstance(validation, Iterator):
+        raise ValueError("validation can be walked only once: give examples or a list of batches")
     alive = list(itertools.product(temperatures, weights))
     if not alive or not all(0 < t < math.inf and 0 <= w < math.inf for t, w in alive):
         raise ValueError("tune needs temperatures above 0 and weights of at least 0, all finite")
