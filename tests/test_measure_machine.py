@@ -63,6 +63,10 @@ def test_a_longer_job_takes_longer(device):
 def test_nothing_to_time_is_an_error(models, rounds):
     with pytest.raises(ValueError, match=r"models|rounds"):
         measure.latency(models, torch.zeros(1), rounds=rounds)
+    with pytest.raises(ValueError, match="the example is empty"):
+        measure.latency(nn.Identity(), torch.zeros(0, 3), rounds=1)
+    with pytest.raises(ValueError, match=r"by name, \{name: model\}, not list"):
+        measure.compare([nn.Identity()], torch.zeros(1, 3))
 
 
 def test_the_collector_runs_again_after_timing():

@@ -50,7 +50,7 @@ def compare(
             the same on every machine).
 
     Raises:
-        ValueError: no models, an empty list of them, or a batch below 1.
+        ValueError: models without names, none, an empty list of them, or a batch below 1.
 
     Example:
         >>> import torch
@@ -61,6 +61,8 @@ def compare(
         wide         4,160  4,096      16.89        24.83
         narrow       1,040  1,024       4.40         6.21
     """
+    if not isinstance(models, Mapping):
+        raise ValueError(f"give models by name, {{name: model}}, not {type(models).__name__}")
     seeds = {n: list(m) if isinstance(m, Sequence) else [m] for n, m in models.items()}
     if not seeds or not all(seeds.values()) or batch < 1:
         raise ValueError("give at least one model for each name, and batch >= 1")

@@ -12,7 +12,7 @@ from typing import overload
 import torch
 
 from structopt import devices
-from structopt.measure.running import Example, Model, call, device_of, undisturbed
+from structopt.measure.running import Example, Model, batch_of, call, device_of, undisturbed
 
 _ROUND = 0.002  # seconds: long enough that reading the clock does not show
 
@@ -70,7 +70,7 @@ def latency(
         warm_up: calls before the first round, for caches, memory pools and compilation.
 
     Raises:
-        ValueError: no models, or fewer than one round.
+        ValueError: no models, fewer than one round, or an empty example.
 
     Example:
         >>> timing = latency(torch.nn.Linear(8, 8), torch.zeros(1, 8), rounds=3)
@@ -91,6 +91,7 @@ def _interleaved(
 ) -> dict[str, Timing]:
     seconds: dict[str, list[float]] = {name: [] for name in models}
     repeats, names = {}, list(models)
+    batch_of(example)  # raises for an empty one, which would be timed as if it were work
     with contextlib.ExitStack() as stack:
         for name, model in models.items():
             stack.enter_context(undisturbed(model, example))

@@ -127,6 +127,9 @@ class Run:
             need_scalar(loss)
         except Exception as error:
             spoiled = ", and holds NaN or infinite values" if not_finite(batch) else ""
+            if "finished reduction" in str(error):  # torch speaks of what this loop has wrapped
+                remedy = "distributed.wrap(model, unused_parameters=True)"
+                error.add_note(f"some parameters get no gradient: hand over {remedy}")
             error.add_note(f"{self.where()}; the batch is {describe(batch)}{spoiled}")
             raise
         return loss
@@ -233,6 +236,10 @@ def wrap(model: nn.Module, objective: Objective, parameters: list[Tensor]) -> nn
     whole: nn.Module = Objected(model, objective)
     if not isinstance(model, Parallel):
         whole = distributed.wrap(whole)
+    elif isinstance(objective, nn.Module) and any(p.requires_grad for p in objective.parameters()):
+        # The wrapper that was given would not average the gradients of these.
+        whole = Objected(model.module, objective)
+        whole = distributed.wrap(whole, unused_parameters=model.find_unused_parameters)
     covered = {id(p) for p in whole.parameters()}
     outside = [tuple(p.shape) for p in parameters if id(p) not in covered]
     if outside:

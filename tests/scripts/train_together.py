@@ -100,6 +100,25 @@ def own_layers(device):
     return {**model.state_dict(), **objective.state_dict()}, history
 
 
+def own_layers_of_a_wrapped_model(device):
+    """Its wrapper knows nothing of the objective's weights, and some of its own get no gradient."""
+
+    class Hinted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(3 + distributed.rank())
+            self.hint = nn.Linear(64, 2).double()
+
+        def forward(self, model, batch):
+            return F.cross_entropy(self.hint(model[:4](batch[0])), batch[1])
+
+    model, objective = network().double().to(device), Hinted()
+    wrapped = distributed.wrap(model, unused_parameters=True)
+    optimizer = torch.optim.SGD([*model.parameters(), *objective.parameters()], lr=0.1)
+    history = fit(wrapped, data.batches(examples(55), 16), objective, optimizer, device=device)
+    return {**model.state_dict(), **objective.state_dict()}, history
+
+
 def pruned(device):
     """Masks that grow while gradients are accumulated and momentum pulls: equal everywhere."""
     model = network().double()
@@ -126,7 +145,8 @@ def regrown(device):
     return model.state_dict(), history
 
 
-SCENARIOS = [plain, float32, everything, a_batch_of_one, loader, own_layers, pruned, regrown]
+SCENARIOS = [plain, float32, everything, a_batch_of_one, loader, own_layers]
+SCENARIOS += [own_layers_of_a_wrapped_model, pruned, regrown]
 
 
 def check_resumption(device, folder):
@@ -156,6 +176,13 @@ def check_refusals(device):
         wrong = distributed.rank() == 1
         return F.cross_entropy(model(batch[0]), batch[1]) * (float("nan") if wrong else 1)
 
+    def early(model, batch):
+        return model[:4](batch[0]).square().mean()
+
+    if distributed.world_size() > 1:
+        with pytest.raises(RuntimeError, match="finished reduction") as caught:
+            fit(network(), batches, early, device=device)
+        assert "unused_parameters=True" in caught.value.__notes__[0]
     with pytest.raises(FloatingPointError, match="epoch 1, step 1"):
         fit(network(), batches, objective, device=device)
 
