@@ -143,6 +143,25 @@ def test_a_wrong_name_lists_near_ones(names: list[str], message: str) -> None:
         d.watch(networks.StudentNet(), names)
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+def test_torchs_own_encoder_shows_its_layers_in_evaluation_mode(stacked: bool) -> None:
+    """There it runs as one kernel, and a teacher always does; afterwards it may again."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    whole = nn.TransformerEncoder(layer, 1) if stacked else nn.Sequential(layer)
+    name = "layers.0" if stacked else "0"
+    x, mask = torch.randn(3, 5, 8), torch.zeros(3, 5, dtype=torch.bool)
+    mask[0, 3:] = True
+    teacher = d.Teacher(whole)
+    settings = {"src_key_padding_mask": mask} if stacked else {}
+    with torch.no_grad(), d.watch(whole.eval(), [f"{name}.linear2", name]) as found:
+        want = whole(x, **settings)
+        assert found[f"{name}.linear2"].shape == (3, 5, 8)
+        torch.testing.assert_close(found[name], want)
+    lesson = teacher.teach(x, None, [f"{name}.linear1"])
+    assert lesson.features[f"{name}.linear1"].shape == (3, 5, 16)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 def test_a_layer_that_is_not_called_or_gives_no_tensor() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -36,6 +37,10 @@ class Watch:
         self.own = {name: layer.forward for name, layer in self.layers.items()}
         self.seen = {name: self._seeing(name) for name in self.layers}
         self.before: dict[str, Any] = {}
+        # In evaluation mode torch's encoder layers run as one kernel, and call no layer inside.
+        fused = (nn.TransformerEncoderLayer, nn.TransformerEncoder)
+        self.fuses = any(isinstance(module, fused) for module in layers.values())
+        self.fusing = True
 
     def _seeing(self, name: str) -> Callable[..., Any]:
         own, found = self.own[name], self.found
@@ -51,6 +56,9 @@ class Watch:
         if self.before:
             raise RuntimeError("this watch is on already: make a second one")
         self.found.clear()
+        if self.fuses:
+            self.fusing = torch.backends.mha.get_fastpath_enabled()
+            torch.backends.mha.set_fastpath_enabled(False)
         for name, layer in self.layers.items():
             if layer.forward != self.own[name]:  # changed since, or another watch has ended
                 self.own[name] = layer.forward
@@ -71,6 +79,8 @@ class Watch:
                 del layer.forward
             else:
                 layer.forward = before
+        if self.fuses:
+            torch.backends.mha.set_fastpath_enabled(self.fusing)
         self.found.clear()  # the features hold the whole graph of the forward pass
 
 
