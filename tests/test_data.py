@@ -158,6 +158,11 @@ def test_any_dataset_fits() -> None:
     listed = data.from_dataset(Listed((torch.zeros(3), 0), (torch.ones(3), 1)))
     assert listed.targets.tolist() == [0, 1]
     assert listed.classes == ("one", "two")
+    for kind in (np.int32, np.uint8, np.int64):
+        counted = Listed((torch.zeros(3), kind(0)), (torch.ones(3), kind(1)))
+        for classes in (None, 2):
+            counted.classes = classes
+            assert data.from_dataset(counted).targets.tolist() == [0, 1]
     streamed = data.from_dataset(Streamed())
     assert streamed.targets.tolist() == [0.0, 1.0, 2.0]
     assert streamed.inputs.shape == (3, 2)
@@ -182,6 +187,7 @@ def test_torchvisions_datasets_fit() -> None:
         (((torch.zeros(3), 0), (torch.zeros(4), 0)), r"item 1 has shape \(4,\), item 0 \(3,\)"),
         (((torch.zeros(3), 0), (torch.zeros(3), torch.zeros(2))), r"item 1 has shape \(2,\)"),
         (((torch.zeros(3), 5),), "label 5 where 2 classes"),
+        (((torch.zeros(3), "coat"),), "the target of item 0 is str: give a number"),
     ],
 )
 def test_a_dataset_that_does_not_fit_is_named(items: tuple[object, ...], said: str) -> None:
@@ -273,9 +279,19 @@ def test_a_batch_size_that_cannot_be_is_named(size: object) -> None:
         data.batches(numbered(5), size)  # type: ignore[arg-type]
 
 
+def test_what_is_no_examples_or_list_of_functions_is_named() -> None:
+    given = numbered(5)
+    with pytest.raises(ValueError, match="not from tuple"):
+        data.batches((given.inputs, given.targets), 2)  # type: ignore[arg-type]
+    for augment in (Flip(), "flip"):
+        with pytest.raises(ValueError, match=r"such as \[Flip\(\)\], not"):
+            data.batches(given, 2, augment=augment)  # type: ignore[arg-type]
+
+
 def test_a_number_of_numpy_is_a_number() -> None:
     given = numbered(10)
-    assert [len(y) for _, y in data.batches(given, np.int64(4))] == [4, 4, 2]
+    found = [y.tolist() for _, y in data.batches(given, np.int64(4), seed=np.int64(3))]
+    assert found == [y.tolist() for _, y in data.batches(given, 4, seed=3)]
     for share in (np.int64(2), np.float32(0.2), np.float64(0.2)):
         assert given.split(share)[1].targets.tolist() == given.split(2)[1].targets.tolist()
 

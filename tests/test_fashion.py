@@ -143,7 +143,9 @@ def test_a_named_folder_is_read(small: Path) -> None:
     torch.testing.assert_close(train.inputs, want)
 
 
-def test_unpacked_files_and_torchvisions_folder_are_read(small: Path) -> None:
+def test_unpacked_files_and_torchvisions_folder_are_read(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     raw = small / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
     for packed in small.glob("*.gz"):
@@ -151,6 +153,8 @@ def test_unpacked_files_and_torchvisions_folder_are_read(small: Path) -> None:
         packed.unlink()
     check_small(*data.fashion_mnist(full=True, folder=str(small)))
     check_small(*data.fashion_mnist(full=True, folder=raw))
+    monkeypatch.setenv("HOME", str(small.parent))
+    check_small(*data.fashion_mnist(full=True, folder=f"~/{small.name}"))
 
 
 def test_debians_folder_comes_before_the_cache(

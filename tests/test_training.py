@@ -399,6 +399,7 @@ def test_what_an_objective_returns_is_checked(objective, words):
         ({"accumulate": 0}, "accumulate counts"),
         ({"epochs": -1}, "epochs counts"),
         ({"epochs": 1.5}, "epochs counts"),
+        ({"autocast": "bf16"}, "autocast is a torch.dtype, .* not 'bf16'"),
         ({"clip": 0.0}, "clip is the largest norm"),
         ({"clip": -1.0}, "clip is the largest norm"),
         ({"clip": math.nan}, "clip is the largest norm"),

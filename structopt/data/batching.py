@@ -29,12 +29,17 @@ class Batches:
     ) -> None:
         if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
             raise ValueError(f"size={size!r}: a batch holds at least one example")
+        if not hasattr(examples, "inputs"):
+            kind = type(examples).__name__
+            raise ValueError(f"batches are cut from Examples(inputs, targets), not from {kind}")
+        if callable(augment) or not all(map(callable, augment)):
+            raise ValueError(f"augment is a list of functions, such as [Flip()], not {augment!r}")
         if drop_last and size > len(examples):
             raise ValueError(
                 f"size={size} with drop_last leaves no batch of {len(examples)} examples: "
                 "take smaller batches or keep the last"
             )
-        self.examples, self.size, self.shuffle, self.seed = examples, int(size), shuffle, seed
+        self.examples, self.size, self.shuffle, self.seed = examples, int(size), shuffle, int(seed)
         self.augment, self.drop_last = tuple(augment), drop_last
         self.next_epoch = 0
 

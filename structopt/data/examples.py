@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
@@ -134,7 +134,7 @@ def from_dataset(dataset: torch.utils.data.Dataset[Any]) -> Examples:
                 f"the input of item {number} is {type(item[0]).__name__}, not a tensor: give the "
                 "data set a transform, such as torchvision.transforms.ToTensor()"
             )
-        pair = item[0], torch.as_tensor(item[1])
+        pair = item[0], _target(item[1], number)
         for part, kept in zip(pair, (inputs, targets), strict=True):
             if kept and part.shape != kept[0].shape:
                 raise ValueError(
@@ -144,5 +144,17 @@ def from_dataset(dataset: torch.utils.data.Dataset[Any]) -> Examples:
             kept.append(part)
     if not inputs:
         raise ValueError("the data set is empty: give at least one item")
-    classes = tuple(str(name) for name in getattr(dataset, "classes", ()))
+    named = getattr(dataset, "classes", ())  # their number, or None, in some data sets
+    classes = tuple(str(name) for name in named) if isinstance(named, Iterable) else ()
     return Examples(torch.stack(inputs), torch.stack(targets), classes)
+
+
+def _target(given: Any, number: int) -> Tensor:
+    """As a tensor; whole numbers of any type as int64."""
+    try:
+        target = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        kind = type(given).__name__
+        raise ValueError(f"the target of item {number} is {kind}: give a number") from error
+    whole = not target.is_floating_point() and not target.is_complex()
+    return target.long() if whole and target.dtype != torch.bool else target

@@ -99,10 +99,11 @@ def full_set(folder: str | os.PathLike[str] | None = None) -> tuple[Pixels, ...]
     download fills first.
     """
     if folder is not None:
-        nested = Path(folder) / "FashionMNIST" / "raw"  # where torchvision puts them
-        place = nested if nested.is_dir() else Path(folder)
+        given = Path(folder).expanduser()
+        nested = given / "FashionMNIST" / "raw"  # where torchvision puts them
+        place = nested if nested.is_dir() else given
         return tuple(_read_idx(place, *file) for file in FILES)
-    cache = Path(os.environ.get("STRUCTOPT_DATA") or Path.home() / ".cache" / "structopt")
+    cache = Path(os.environ.get("STRUCTOPT_DATA") or "~/.cache/structopt").expanduser()
     for place in (DEBIAN, cache / "fashion-mnist"):
         if place.is_dir():
             return full_set(place)

@@ -83,6 +83,8 @@ def train(
     device = torch.device(device) if device else distributed.own_device()
     if autocast == "auto":
         autocast = devices.autocast_dtype(device)
+    if not isinstance(autocast, (torch.dtype, type(None))):
+        raise ValueError(f'autocast is a torch.dtype, "auto" or None, not {autocast!r}')
     if epochs < 0 or epochs % 1:
         raise ValueError(f"epochs counts the passes over the batches, at least 0: {epochs}")
     if clip is not None and not clip > 0:  # torch would turn every step uphill, or into none
@@ -120,7 +122,7 @@ def step(run: Run, group: Group) -> None:
     """One step of the optimiser, on one batch or on several that count as one."""
     factor = 1.0
     if run.schedule:
-        factor = run.schedule(run.steps, run.total)
+        factor = float(run.schedule(run.steps, run.total))
         run.set_rate(factor)
     run.optimizer.zero_grad(set_to_none=True)
     losses = []
