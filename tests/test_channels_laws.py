@@ -480,16 +480,11 @@ def test_weights_of_an_rnn_are_joined_once_their_sizes_are_right(monkeypatch, de
 
 
 def test_channels_that_take_part_in_a_statistic_are_never_silently_removed(device):
-    """An average over channels as a gate, a norm of the response: another network without some."""
+    """An average over channels as a gate, a norm of neighbours: another network without some."""
 
     def average(self, x):
         y = self.a(x)
         return self.b(y * y.mean(1, keepdim=True).sigmoid())
-
-    def response(self, x):
-        y = self.a(x)
-        size = y.norm(dim=(2, 3), keepdim=True)
-        return self.b(y * (size / (size.mean(1, keepdim=True) + 1e-6)))
 
     def local(self, x):
         return self.b(F.local_response_norm(self.a(x), 3))
@@ -497,7 +492,7 @@ def test_channels_that_take_part_in_a_statistic_are_never_silently_removed(devic
     def soft(self, x):
         return self.b(self.a(x).softmax(1))
 
-    for forward in (average, response, local, soft):
+    for forward in (average, local, soft):
         model = Fn(forward, a=conv(3, 8), b=conv(8, 5)).double().to(device)
         x = CASES["residual"].example(device)
         channels = channel_groups(model, x)
