@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from zoo.halves import measure
 from zoo.networks import torchvision_entry
-from zoo.reference import verdict
+from zoo.reference import Reference, fresh, run, verdict
 
 SAMPLE = {  # and how much of each may change at least
     "resnet18": 0.99,
@@ -44,9 +47,9 @@ def layers(width: int, norm: nn.Module) -> nn.Sequential:
     return nn.Sequential(nn.Linear(3, width), norm, nn.ReLU(), nn.Linear(width, 2)).double()
 
 
-def cut(full: nn.Sequential, norm: nn.Module, device: torch.device) -> tuple[nn.Module, dict]:
-    """The first four of eight channels by hand, and which entries that leaves out."""
-    made, gone = layers(4, norm).to(device), dict[str, torch.Tensor]()
+def cut(full: nn.Module, made: nn.Module) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """Fill `made` with the first entries of each weight, and say which ones that leaves out."""
+    gone = dict[str, torch.Tensor]()
     for (name, old), new in zip(full.state_dict().items(), made.state_dict().values(), strict=True):
         if old.ndim and old.shape != new.shape:
             new.copy_(old[tuple(slice(n) for n in new.shape)])
@@ -77,7 +80,7 @@ def test_the_reference_tells_exact_from_exact_but_for_norms(
     if outcome == "norms" and isinstance(full[1], nn.GroupNorm):
         made, gone = halved_groups(full, device)
     else:
-        made, gone = cut(full, norm(4), device)  # type: ignore[operator]
+        made, gone = cut(full, layers(4, norm(4)).to(device))  # type: ignore[operator]
     assert verdict(full, made, gone, example)[0] == outcome
 
 
@@ -108,8 +111,48 @@ def halved_groups(full: nn.Sequential, device: torch.device) -> tuple[nn.Module,
 
 def test_the_reference_sees_a_weight_that_is_off(device: torch.device) -> None:
     full = layers(8, nn.LayerNorm(8)).to(device)
-    made, gone = cut(full, nn.LayerNorm(4), device)
+    made, gone = cut(full, layers(4, nn.LayerNorm(4)).to(device))
     with torch.no_grad():
         made[3].weight[0, 0] *= 1 + 1e-6
     example = torch.zeros(5, 3, dtype=torch.float64, device=device)
+    assert verdict(full, made, gone, example)[0] == "wrong"
+
+
+class Experts(nn.Module):
+    """A norm, and for each token the expert that the router likes best."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.into, self.norm = nn.Linear(3, width), nn.LayerNorm(width)
+        self.router = nn.Linear(width, 3)
+        self.up = nn.Parameter(torch.randn(3, width, inner))
+        self.down = nn.Parameter(torch.randn(3, inner, 2))
+
+    def chosen(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = self.norm(self.into(x))
+        return x, self.router(x).argmax(-1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, chosen = self.chosen(x)
+        order = chosen.argsort()
+        ends = chosen.bincount(minlength=3).cumsum(0).to(torch.int32)
+        inner = F.grouped_mm(x[order], self.up, offs=ends).relu()
+        return F.grouped_mm(inner, self.down, offs=ends)[order.argsort()]
+
+
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
+def test_the_reference_sends_each_token_to_its_expert_in_double(device: torch.device) -> None:
+    torch.manual_seed(3)
+    full = Experts(8, 12).to(device, torch.float64)
+    example = torch.zeros(9, 3, dtype=torch.float64, device=device)
+    with torch.no_grad():
+        x, chosen = full.chosen(fresh(example))
+        pairs = zip(x, chosen, strict=True)
+        expected = [(token @ full.up[e]).relu() @ full.down[e] for token, e in pairs]
+    assert len(chosen.unique()) > 1
+    torch.testing.assert_close(run(full, fresh(example), Reference()), [torch.stack(expected)])
+    made, gone = cut(full, Experts(4, 6).to(device, torch.float64))
+    assert verdict(copy.deepcopy(full), made, gone, example)[0] == "norms"
+    with torch.no_grad():
+        made.down[int(made.chosen(fresh(example))[1][0])] *= 1 + 1e-6
     assert verdict(full, made, gone, example)[0] == "wrong"
