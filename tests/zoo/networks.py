@@ -1,8 +1,8 @@
 """The networks of the zoo: how each is built, with random weights, and a small input for it.
 
 torchvision: every network but the quantisable ones. timm: of each module one small
-member (`timm.json`, made by `python tests/zoo/networks.py`). transformers: ten classes in tiny
-configurations. Small ones come first.
+member (`timm.json`, made by `python -m zoo.networks`). transformers: the classes of `language`,
+in tiny configurations. Small ones come first.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from zoo.language import transformers_entry, transformers_names
 
 Entry = tuple[Callable[[], nn.Module], Any]  # what builds the network, what it is called with
 TIMM = Path(__file__).with_name("timm.json")
@@ -89,87 +90,6 @@ def timm_entry(name: str) -> Entry:
     size = timm.get_pretrained_cfg(name).input_size
     example: Any = image(size[1:]) if size[0] == 3 else torch.randn(1, *size)
     return lambda: timm.create_model(name, pretrained=False), example
-
-
-class Logits(nn.Module):
-    """Of all that a model of transformers gives back, what the task needs."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.model(**inputs).logits
-        return logits
-
-
-def transformers_names() -> list[str]:
-    return [
-        "bert",
-        "distilbert",
-        "gpt2",
-        "llama",
-        "mistral",
-        "qwen2",
-        "t5",
-        "vit",
-        "wav2vec2",
-        "whisper",
-    ]
-
-
-def transformers_entry(name: str) -> Entry:
-    import transformers as hf
-
-    usual = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    usual |= {"num_attention_heads": 4, "vocab_size": 99}
-    shared = usual | {"num_key_value_heads": 2}
-    words = {"input_ids": torch.arange(14).reshape(2, 7)}
-    pixels = {"pixel_values": image(32)}
-    d_model = {"d_model": 64, "vocab_size": 99}
-    t5 = d_model | {"d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}
-    whisper = d_model | {f"{part}_layers": 2 for part in ("encoder", "decoder")}
-    whisper |= {f"{part}_attention_heads": 4 for part in ("encoder", "decoder")}
-    whisper |= {f"{part}_ffn_dim": 96 for part in ("encoder", "decoder")}
-    whisper |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "num_mel_bins": 8}
-    whisper |= {"decoder_start_token_id": 1, "max_source_positions": 20}
-    wave = usual | {"conv_dim": (32, 32), "conv_kernel": (8, 4), "conv_stride": (4, 2)}
-    wave |= {"num_feat_extract_layers": 2, "num_conv_pos_embeddings": 16}
-    wave |= {"num_conv_pos_embedding_groups": 4}
-    gpt2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 99}
-    distil = {"dim": 64, "hidden_dim": 96, "n_layers": 2, "n_heads": 4, "vocab_size": 99}
-    both = words | {"decoder_input_ids": torch.arange(10).reshape(2, 5)}
-    sound = {"input_features": torch.randn(1, 8, 40)}
-    sound["decoder_input_ids"] = torch.arange(5).reshape(1, 5)
-    table: dict[str, tuple[Any, Any, dict[str, Any], Any]] = {
-        "bert": (hf.BertForSequenceClassification, hf.BertConfig, usual, words),
-        "distilbert": (
-            hf.DistilBertForSequenceClassification,
-            hf.DistilBertConfig,
-            distil,
-            words,
-        ),
-        "gpt2": (hf.GPT2LMHeadModel, hf.GPT2Config, gpt2, words),
-        "llama": (hf.LlamaForCausalLM, hf.LlamaConfig, shared, words),
-        "mistral": (hf.MistralForCausalLM, hf.MistralConfig, shared, words),
-        "qwen2": (hf.Qwen2ForCausalLM, hf.Qwen2Config, shared, words),
-        "t5": (hf.T5ForConditionalGeneration, hf.T5Config, t5, both),
-        "vit": (
-            hf.ViTForImageClassification,
-            hf.ViTConfig,
-            usual | {"image_size": 32, "patch_size": 8},
-            pixels,
-        ),
-        "wav2vec2": (
-            hf.Wav2Vec2ForSequenceClassification,
-            hf.Wav2Vec2Config,
-            wave,
-            {"input_values": torch.randn(1, 800)},
-        ),
-        "whisper": (hf.WhisperForConditionalGeneration, hf.WhisperConfig, whisper, sound),
-    }
-    kind, config, options, example = table[name]
-    return lambda: Logits(kind(config(**options, use_cache=False))), example
 
 
 FAMILIES: dict[str, tuple[Callable[[], list[str]], Callable[[str], Entry]]] = {
