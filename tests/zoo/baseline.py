@@ -155,17 +155,16 @@ def halved(model: nn.Module, example: Any, configured: bool) -> Lost:
     tells what was kept, whatever the library did.
     """
     pruner = pruner_of(model, example, configured)
-    values: dict[str, Tensor] = {}
-    for name, tensor in floating(model):
-        values[name] = tensor.data
+    values = {name: tensor.data for name, tensor in floating(model)}
+    for _, tensor in floating(model):
         exact = torch.float32 if tensor.numel() < 2**24 else torch.float64
         tensor.data = torch.arange(tensor.numel(), dtype=exact).reshape(tensor.shape)
     pruner.step()
     if configured:
         set_attributes(model, pruner.num_heads)
     lost: dict[str, Tensor] = {}
-    for name, tensor in floating(model):
-        kept, old = tensor.data.long(), values.pop(name)
+    for name, tensor, kept in [(*both, both[1].data.long()) for both in floating(model)]:
+        old = values.pop(name)
         tensor.data = old.flatten()[kept].double()
         gone = torch.ones(old.numel(), dtype=torch.bool)
         gone[kept.flatten()] = False
@@ -175,8 +174,17 @@ def halved(model: nn.Module, example: Any, configured: bool) -> Lost:
 
 
 def floating(model: nn.Module) -> list[tuple[str, Tensor]]:
-    both = [*model.named_parameters(), *model.named_buffers()]
+    """By every name that it has: pruning may leave two weights of one that layers shared."""
+    both = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
     return [(name, tensor) for name, tensor in both if tensor.is_floating_point()]
+
+
+def untied(model: nn.Module) -> nn.Module:
+    """With a weight of its own in each layer, so that each can lose what pruning took from it."""
+    for name, weight in list(model.named_parameters(remove_duplicate=False)):
+        owner, _, last = name.rpartition(".")
+        setattr(model.get_submodule(owner), last, nn.Parameter(weight.data.clone()))
+    return model
 
 
 def attempt(entry: Entry, configured: bool) -> dict[str, Any]:
@@ -192,7 +200,7 @@ def attempt(entry: Entry, configured: bool) -> dict[str, Any]:
         if not gone:
             return {"outcome": "nothing", **row}
         torch.manual_seed(0)
-        full = randomise(build()).eval().double()
+        full = untied(randomise(build()).eval().double())
         outcome, error = verdict(full, model.double(), gone, example)
     except Exception as problem:
         text = str(problem).strip().splitlines() or [""]
