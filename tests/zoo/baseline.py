@@ -21,6 +21,7 @@ from zoo.reference import Lost, call, tensors, verdict
 QKV = ("qkv", "qkv_proj", "c_attn")
 APART = (
     ("query", "key", "value"),
+    ("query_proj", "key_proj", "value_proj"),
     ("q_proj", "k_proj", "v_proj"),
     ("q_lin", "k_lin", "v_lin"),
     ("q", "k", "v"),
