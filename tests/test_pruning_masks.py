@@ -359,6 +359,34 @@ def test_holding_follows_a_model_that_moves_or_changes_its_layout(device):
         assert weight[mask].all()
 
 
+def test_a_layer_or_weight_that_is_replaced_is_held_as_well(device):
+    model = nn.Sequential(nn.Sequential(network(device)), nn.Linear(4, 2).to(device))
+    masks = pruning.find_masks(pruning.score(model), 0.5)
+    after = pruning.hold(masks)
+    after(model)
+
+    def is_held():
+        after(model)
+        weights = {n: model.get_parameter(n) for n in masks}
+        return all(not w[~masks[n]].any() and w[masks[n]].all() for n, w in weights.items())
+
+    model[0][0] = network(device)  # what holds a layer
+    assert is_held()
+    model[0][0][4] = nn.Linear(6 * 16, 4).to(device)
+    assert is_held()
+    model[1].weight = nn.Parameter(torch.randn(2, 4, device=device))
+    assert is_held()
+    model[1] = nn.Linear(1, 2).to(device)
+    with pytest.raises(ValueError, match=r"of shape \(2, 4\): it has to be .* shape \(2, 1\)"):
+        after(model)
+    del model[1]
+    for _ in range(2):  # not the first time only
+        with pytest.raises(ValueError, match=r"the masks name '1\.weight'"):
+            after(model)
+        with pytest.raises(ValueError, match=r"the masks name '0\.0\.0\.weight'"):
+            after(network(device))
+
+
 class Log(TorchDispatchMode):
     """Every operation that runs inside."""
 

@@ -82,34 +82,34 @@ class Hold:
         need_mapping(masks)
         self.masks: Masks = dict(masks)
         self._seen: Callable[[], nn.Module | None] = lambda: None
-        self._places: list[tuple[dict[str, Any], str]] = []
+        self._weights: list[Tensor] = []
         self._factors: list[Tensor] = []
+        self._links: list[tuple[dict[str, Any], str, object]] = []
 
     def __call__(self, model: nn.Module, step: int = 0) -> None:
-        moved = bool(self._factors) and self._factors[0].device != self._device()
-        if self._seen() is not model or moved:
+        if self._seen() is not model or self._moved_or_replaced():
             self._look_at(model)
-        if self._places:
+        if self._weights:
             with torch.no_grad():
-                weights = [parameters[key] for parameters, key in self._places]
-                torch._foreach_mul_(weights, self._factors)
+                torch._foreach_mul_(self._weights, self._factors)
 
-    def _device(self) -> torch.device:
-        parameters, key = self._places[0]
-        device: torch.device = parameters[key].device
-        return device
+    def _moved_or_replaced(self) -> bool:
+        """Whether the weights are elsewhere, or the model has another layer or weight instead."""
+        moved = bool(self._weights) and self._weights[0].device != self._factors[0].device
+        return moved or any(owner.get(key) is not held for owner, key, held in self._links)
 
     def _look_at(self, model: nn.Module) -> None:
         """Find the weights once: looking up their names costs more than the product."""
-        self._seen, model = weakref.ref(model), inner(model, self.masks)
+        seen, model = weakref.ref(model), inner(model, self.masks)
         apply_masks_(model, self.masks)
-        split = [name.rpartition(".") for name in self.masks]
-        self._places = [(model.get_submodule(path)._parameters, key) for path, _, key in split]
+        pairs = need_masks(model, self.masks)
+        self._weights = [weight for weight, _ in pairs]
         # Of the weight's type and strides, so that one fused kernel can walk all of them.
         self._factors = [
-            torch.empty_like(weight, requires_grad=False).copy_(mask)
-            for weight, mask in need_masks(model, self.masks)
+            torch.empty_like(weight, requires_grad=False).copy_(mask) for weight, mask in pairs
         ]
+        self._links = _links(model, self.masks)
+        self._seen = seen  # last: a model that masks do not fit is complained of at every call
 
     def state_dict(self) -> dict[str, Any]:
         return {"masks": dict(self.masks)}
@@ -124,13 +124,27 @@ class Hold:
         return f"{type(self).__name__}({len(self.masks)} masks)"
 
 
+def _links(model: nn.Module, names: Iterable[str]) -> list[tuple[dict[str, Any], str, object]]:
+    """Every step from the model down to these parameters: a dict, a key and what lies there."""
+    found: dict[tuple[int, str], tuple[dict[str, Any], str, object]] = {}
+    for name in names:
+        owner, (*path, key) = model, name.split(".")
+        for part in path:
+            child = owner.get_submodule(part)
+            found[id(owner), part] = owner._modules, part, child
+            owner = child
+        found[id(owner), key] = owner._parameters, key, owner._parameters[key]
+    return list(found.values())
+
+
 def hold(masks: Mapping[str, Tensor]) -> Hold:
     """An `after_step` for :func:`structopt.training.train` that keeps removed weights at zero.
 
     The model stays an ordinary one, which copies, saves, traces and runs under
     DistributedDataParallel. Whatever momentum or weight decay did to a removed weight is undone
-    after each step, so that every forward pass sees exact zeros. Call it once yourself,
-    ``hold(masks)(model)``, to apply the masks before the first step. A running mean of weights
+    after each step, so that every forward pass sees exact zeros; of a layer that was replaced by
+    another of its shape, too. Call it once yourself, ``hold(masks)(model)``, to apply the masks
+    before the first step. A running mean of weights
     remembers what they were before they were masked: apply the masks to it in the end.
 
     >>> model, masks = nn.Linear(2, 1), {"weight": torch.tensor([[True, False]])}
