@@ -392,6 +392,8 @@ def test_bad_scores_and_criteria_are_named():
         pruning.score(model, leave=["0"])
     with pytest.raises(ValueError, match="exponent"):
         pruning.score(model, partial(pruning.magnitude, p=0))
+    with pytest.raises(ValueError, match=r"p is the exponent .* not '2'"):
+        pruning.magnitude(model[0].weight, p="2")
     model[3].weight.data[0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"9 of 216 scores of 3\.weight are NaN"):
         pruning.score(model)

@@ -163,8 +163,9 @@ def test_loaded_masks_say_how_many_weights_move(device):
 def test_regrowing_refuses_what_it_cannot_do(device):
     model = network(device)
     masks = random_masks(model, 0.8)
-    bad_ones = {"end": 0}, {"end": 9, "every": 0}, {"end": 9, "fraction": 0.0}
-    for bad in (*bad_ones, {"end": 9, "fraction": 1.5}):
+    counts = [0, 2.5, "a"]
+    bad_ones = [{"end": n} for n in counts] + [{"end": 9, "every": n} for n in counts]
+    for bad in bad_ones + [{"end": 9, "fraction": share} for share in (0.0, 1.5, "a")]:
         with pytest.raises(ValueError, match="count steps from 1"):
             RegrowWhileTraining(masks, **bad)
     never = RegrowWhileTraining(masks, end=1, every=1)

@@ -122,7 +122,8 @@ def test_shrinking_refuses_what_it_cannot_do(device):
     model = network(device)
     groups, x = channel_groups(model, torch.zeros(1, 1, 6, 6, device=device)), {"strength": 1e-3}
     for bad in (
-        {"strength": 0.0, "end": 9}, {"strength": 1e-3, "end": 0}, {"strength": math.inf, "end": 9}
+        {"strength": 0.0, "end": 9}, {"strength": 1e-3, "end": 0}, {"strength": math.inf, "end": 9},
+        {"strength": "a", "end": 9}, {"strength": 1e-3, "end": "a"}, {"strength": 1e-3, "end": 2.5},
     ):  # fmt: skip
         with pytest.raises(ValueError, match="counts steps from 1"):
             ShrinkChannels(groups, **bad)
@@ -314,9 +315,11 @@ def test_gates_refuse_what_they_cannot_do(device):
             model, pattern=NOfM(2, 4)
         ),
         "share=1.0 is where the gates begin": lambda: pruning.add_gates_(model, share=1.0),
+        "share='a' is where the gates begin": lambda: pruning.add_gates_(model, share="a"),
         "no parameter is called 'a'": lambda: pruning.add_gates_(model, leave=["a"]),
         "strength is the price": lambda: pruning.with_price(0.0),
         "with every gate open: inf": lambda: pruning.with_price(math.inf),
+        "with every gate open: '1'": lambda: pruning.with_price("1"),
         "this Sequential has no gates": lambda: pruning.remove_gates_(model),
         "this Sequential has no gates: add": lambda: pruning.with_price(1.0)(model, None),
     }.items():

@@ -217,6 +217,7 @@ def test_masks_are_the_same_on_every_device(device, scope, pattern):
         (lambda s: pruning.PruneWhileTraining(Constant(0.5), pattern="2:4"), "a pattern is"),
         (lambda s: pruning.find_masks(s), "say which sparsity"),
         (lambda s: pruning.find_masks(s, 0.9, pattern=NOfM(2, 4)), "has sparsity 0.5, not 0.9"),
+        (lambda s: pruning.find_masks(s, "0.5", pattern=NOfM(2, 4)), "0.5, not '0.5'"),
         (lambda s: pruning.find_masks(s, pattern=NOfM(2, 4)), r"divide 0\.weight: .*there are 6"),
         (lambda s: pruning.find_masks(s, 0.5, pattern=Block(3, 2)), r"divide 0\.weight: 4 outputs"),
         (lambda s: pruning.find_masks(s, 0.99), r"would empty 0\.weight"),

@@ -69,6 +69,8 @@ def test_the_teacher_s_objective_is_hinton_s(device):
     assert not student._forward_hooks
     with pytest.raises(ValueError, match="weight"):
         pruning.with_teacher(teacher, weight=1.5)
+    with pytest.raises(ValueError, match=r"in \[0, 1\], not 'a'"):
+        pruning.with_teacher(teacher, weight="a")
 
 
 def test_recover_is_train_with_calibrated_norms_and_held_masks(device):

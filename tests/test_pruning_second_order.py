@@ -176,6 +176,7 @@ def test_the_update_refuses_what_it_cannot_do(device):
         "holds NaN": (eye * torch.nan, 0.5, {}),
         "singular with damp=0": (0 * eye, 0.5, {"damp": 0.0}),
         "singular with damp=-1": (eye, 0.5, {"damp": -1.0}),
+        "singular with damp='a'": (eye, 0.5, {"damp": "a"}),
         r"fraction removed, a number in \[0, 1\)": (eye, 1.0, {}),
         "say which sparsity": (eye, None, {}),
         r"knows Unstructured\(\) and NOfM": (eye, 0.5, {"pattern": Block(2, 2)}),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, ClassVar
 
 from torch import nn
 
 from structopt import measure
+from structopt.pruning.ranking import real
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Budget:
         if (self.at_most is None) == (self.share is None):
             raise ValueError(f"{type(self).__name__} takes one of at_most and share")
         name, most = ("share", 1.0) if self.at_most is None else ("at_most", math.inf)
-        given: object = self.share if self.at_most is None else self.at_most
-        if not (isinstance(given, Real) and 0 < float(given) <= most):
+        given = self.share if self.at_most is None else self.at_most
+        if not 0 < real(given) <= most:
             limits = "in (0, 1]" if most == 1 else "above 0"
             raise ValueError(f"{type(self).__name__}: {name} is a number {limits}, not {given!r}")
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from structopt.losses.checks import wide
+from structopt.pruning.ranking import real
 
 
 def magnitude(weight: Tensor, p: int = 1) -> Tensor:
@@ -25,8 +26,8 @@ def magnitude(weight: Tensor, p: int = 1) -> Tensor:
     >>> magnitude(torch.tensor([[-3.0, 2.0]]), p=2)
     tensor([[9., 4.]])
     """
-    if not p > 0:
-        raise ValueError(f"p is the exponent of |w|, above 0, not {p}")
+    if not real(p) > 0:
+        raise ValueError(f"p is the exponent of |w|, above 0, not {p!r}")
     return weight.abs() if p == 1 else wide(weight).abs() ** p
 
 

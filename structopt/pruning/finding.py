@@ -22,6 +22,7 @@ from structopt.pruning.ranking import (
     need_sparsity,
     normalised,
     number,
+    real,
 )
 from structopt.pruning.scoring import need_numbers, need_scores
 
@@ -87,9 +88,9 @@ def settled(sparsity: float | None, pattern: Pattern, scope: Scope) -> tuple[flo
             raise ValueError(f"say which sparsity: {pattern} does not set one")
         need_sparsity(sparsity)
         return sparsity, scope
-    if sparsity is not None and not math.isclose(sparsity, pattern.sparsity):
+    if sparsity is not None and not math.isclose(real(sparsity), pattern.sparsity):
         raise ValueError(
-            f"{pattern} has sparsity {pattern.sparsity:g}, not {sparsity}: leave it out"
+            f"{pattern} has sparsity {pattern.sparsity:g}, not {sparsity!r}: leave it out"
         )
     return pattern.sparsity, PerRow()
 

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from structopt.pruning.finding import Masks
 from structopt.pruning.patterns import Filters, Pattern, Unstructured
+from structopt.pruning.ranking import real
 from structopt.pruning.scoring import score
 from structopt.training import Objective, evaluating, supervised
 
@@ -77,8 +78,8 @@ def add_gates_(
     """
     if not isinstance(pattern, Unstructured | Filters):
         raise ValueError(f"gates are for Unstructured() or Filters(), not {pattern!r}")
-    if not 0 < share < 1:
-        raise ValueError(f"share={share} is where the gates begin, in (0, 1)")
+    if not 0 < real(share) < 1:
+        raise ValueError(f"share={share!r} is where the gates begin, a number in (0, 1)")
     if _gates(model):
         raise ValueError("the model has gates: remove_gates_ before others are added")
     start, found = math.log(share / (1 - share)), score(model, leave=leave)
@@ -104,8 +105,8 @@ def with_price(strength: float, objective: Objective | None = None) -> Objective
     >>> with_price(0.1)(add_gates_(nn.Linear(4, 3)), batch).ndim
     0
     """
-    if not 0 < strength < math.inf:
-        raise ValueError(f"strength is the price of a network with every gate open: {strength}")
+    if not 0 < real(strength) < math.inf:
+        raise ValueError(f"strength is the price of a network with every gate open: {strength!r}")
     known = supervised() if objective is None else objective
 
     def priced(model: nn.Module, batch: Any) -> Tensor:

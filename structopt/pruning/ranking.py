@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -40,9 +41,8 @@ class Global:
                 f"normalise={self.normalise!r}: true or false; the share that a layer keeps is "
                 "Global(floor=0.01)"
             )
-        floor: object = self.floor
-        if not (isinstance(floor, Real) and 0 <= float(floor) < 1):
-            raise ValueError(f"floor={floor!r}: the share that a layer keeps, in [0, 1)")
+        if not 0 <= real(self.floor) < 1:
+            raise ValueError(f"floor={self.floor!r}: the share that a layer keeps, in [0, 1)")
 
 
 Scope = PerLayer | PerRow | Global
@@ -103,13 +103,18 @@ def normalised(name: str, scores: Tensor) -> Tensor:
     return scores / mean.clamp(min=torch.finfo(mean.dtype).tiny)
 
 
+def real(value: object) -> float:
+    """A number as it is; for what is none NaN, which lies in no range."""
+    return float(value) if isinstance(value, Real) else math.nan
+
+
 def number(sparsity: float, size: int) -> int:
     """How many of `size` a sparsity removes: rounded to the nearest, halves to even."""
     return round(sparsity * size)
 
 
 def need_sparsity(sparsity: object, what: str = "sparsity") -> None:
-    if not (isinstance(sparsity, Real) and 0 <= float(sparsity) < 1):
+    if not 0 <= real(sparsity) < 1:
         raise ValueError(f"{what} is the fraction removed, a number in [0, 1), not {sparsity!r}")
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from structopt import descent, losses
 from structopt.pruning.masks import hold
+from structopt.pruning.ranking import real
 from structopt.training import History, Objective, supervised, train
 from structopt.training.statistics import inputs_of, recalibrate_
 
@@ -34,8 +35,8 @@ def with_teacher(
     >>> objective(nn.Linear(4, 3), (torch.ones(2, 4), torch.tensor([0, 2]))).ndim
     0
     """
-    if not 0 <= weight <= 1:
-        raise ValueError(f"weight is the teacher's share of the loss, in [0, 1], not {weight}")
+    if not 0 <= real(weight) <= 1:
+        raise ValueError(f"weight is the teacher's share of the loss, in [0, 1], not {weight!r}")
 
     def objective(model: nn.Module, batch: Any) -> Tensor:
         def both(logits: Tensor, targets: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from structopt.pruning.masks import Hold, inner, need_masks
-from structopt.pruning.ranking import keys, lowest
+from structopt.pruning.ranking import keys, lowest, real
 
 
 class RegrowWhileTraining(Hold):
@@ -40,10 +40,12 @@ class RegrowWhileTraining(Hold):
     def __init__(
         self, masks: Mapping[str, Tensor], *, end: int, every: int = 100, fraction: float = 0.3
     ) -> None:
-        if every < 1 or end < 1 or not 0 < fraction <= 1:
+        whole = all(isinstance(n, int) and n >= 1 for n in (every, end))
+        if not whole or not 0 < real(fraction) <= 1:
             raise ValueError(
-                f"every={every} and end={end} count steps from 1, fraction={fraction} is the share "
-                "of active weights that move at first, in (0, 1]"
+                f"every={every!r} and end={end!r} count steps from 1, whole numbers; "
+                f"fraction={fraction!r} is the share of active weights that move at first, in "
+                "(0, 1]"
             )
         super().__init__(masks)
         self.every, self.end, self.fraction = every, end, fraction

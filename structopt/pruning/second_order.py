@@ -14,7 +14,7 @@ from structopt.measure.running import call
 from structopt.pruning.evidence import READERS
 from structopt.pruning.finding import Masks, settled
 from structopt.pruning.patterns import NOfM, Pattern, Unstructured
-from structopt.pruning.ranking import PerLayer, keys, lowest, lowest_in_rows, number
+from structopt.pruning.ranking import PerLayer, keys, lowest, lowest_in_rows, number, real
 from structopt.pruning.scoring import matches, need_leave
 from structopt.training.observing import columns, observed
 from structopt.training.statistics import inputs_of, placed
@@ -100,10 +100,12 @@ def _upper(hessian: Tensor, damp: float) -> Tensor:
     if not hessian.isfinite().all():
         raise ValueError("the hessian holds NaN or infinite values: so do the inputs of the layer")
     mean, eye = hessian.diagonal().mean(), torch.eye(len(hessian)).to(hessian)
-    damped = hessian + damp * mean.where(mean > 0, 1) * eye
+    damped = hessian + real(damp) * mean.where(mean > 0, 1) * eye
     lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))  # from the last column to the first
-    if damp < 0 or failed:
-        raise ValueError(f"the hessian is singular with damp={damp}: raise it, or give more inputs")
+    if not real(damp) >= 0 or failed:
+        raise ValueError(
+            f"the hessian is singular with damp={damp!r}: raise it, or give more inputs"
+        )
     made: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1)
     return made
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from structopt.channels import ChannelGroup
 from structopt.pruning.masks import inner
+from structopt.pruning.ranking import real
 from structopt.pruning.scoring import along
 
 
@@ -54,8 +55,10 @@ class ShrinkChannels:
         self.groups = tuple(groups)
         if not self.groups or any(group.frozen for group in self.groups):
             raise ValueError("give groups whose channels may go: channel_groups(model, example)")
-        if end < 1 or not 0 < strength < math.inf:
-            raise ValueError(f"end={end} counts steps from 1, strength={strength} is above 0")
+        if not (isinstance(end, int) and end >= 1 and 0 < real(strength) < math.inf):
+            raise ValueError(
+                f"end={end!r} counts steps from 1, a whole number; strength={strength!r} is above 0"
+            )
         self.strength, self.end = strength, end
 
     def pressure(self, step: int) -> float:
