@@ -349,23 +349,39 @@ def test_embeddings_norms_and_biases_are_no_weights_to_score(device):
             "words": nn.Embedding(5, 4),
             "norm": nn.LayerNorm(4),
             "map": nn.LayerNorm((2, 4)),
+            "groups": nn.GroupNorm(2, 4),
+            "root": nn.RMSNorm(4),
+            "bag": nn.EmbeddingBag(5, 4),
+            "weights": nn.ParameterDict({"table": torch.ones(2, 2)}),
             "out": nn.Linear(4, 2),
         }
     )
     assert set(pruning.score(model.to(device))) == {"out.weight"}
-    assert set(pruning.score(model, pruning.batch_norm_scale)) == {"norm.weight", "map.weight"}
+    assert set(pruning.score(model, pruning.batch_norm_scale)) == {
+        f"{norm}.weight" for norm in ("norm", "map", "groups", "root")
+    }
 
 
 def test_a_criterion_of_your_own_is_a_function(device):
     model = network(device)
     found = pruning.score(model, lambda weight: weight.square())
     close(found["6.weight"], model[6].weight.detach() ** 2)
+    assert not pruning.score(model, lambda weight: weight)["6.weight"].requires_grad
 
 
 @pytest.mark.parametrize("kind", ["saliency", "fisher", "hessian", "wanda", "apoz"])
 def test_a_criterion_that_needs_batches_says_so(kind):
     with pytest.raises(ValueError, match=rf"{kind} needs .*: give batches"):
         pruning.score(network("cpu"), getattr(pruning, kind))
+
+
+def test_a_criterion_without_a_name_is_called_by_its_type():
+    class Slopes:
+        def __call__(self, gradient):
+            return gradient
+
+    with pytest.raises(ValueError, match="Slopes needs gradient: give batches"):
+        pruning.score(network("cpu"), Slopes())
 
 
 @pytest.mark.parametrize("kind", ["saliency", "fisher", "wanda"])
@@ -413,5 +429,7 @@ def test_scores_of_another_model_are_refused():
     channels = channel_groups(model, torch.ones(1, 2, 4, 4, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"scores of 3\.weight have shape"):
         pruning.channel_scores(channels, {"3.weight": torch.zeros(2, 2, 3, 3)})
+    with pytest.raises(ValueError, match=r"scores of 3\.weight have shape \(4,\), .* dimension 1"):
+        pruning.channel_scores(channels, {"3.weight": torch.zeros(4)})
     with pytest.raises(ValueError, match=r"group '0' of 4 it gave \(\)"):
         pruning.channel_scores(channels, pruning.score(model), torch.mean)

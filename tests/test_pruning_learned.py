@@ -314,6 +314,7 @@ def test_gates_refuse_what_they_cannot_do(device):
         r"gates are for Unstructured\(\) or Filters\(\)": lambda: pruning.add_gates_(
             model, pattern=NOfM(2, 4)
         ),
+        "share=0.0 is where the gates begin": lambda: pruning.add_gates_(model, share=0.0),
         "share=1.0 is where the gates begin": lambda: pruning.add_gates_(model, share=1.0),
         "share='a' is where the gates begin": lambda: pruning.add_gates_(model, share="a"),
         "no parameter is called 'a'": lambda: pruning.add_gates_(model, leave=["a"]),

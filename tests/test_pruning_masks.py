@@ -68,6 +68,9 @@ def test_n_of_m_holds_in_each_group_of_input_channels(n, kernel, ties):
     best = scores["0.weight"].abs().movedim(1, -1).reshape(-1, 4).topk(n, dim=1).values.sum(1)
     kept = (scores["0.weight"].abs() * mask).movedim(1, -1).reshape(-1, 4).sum(1)
     torch.testing.assert_close(kept, best)
+    if n == 2:  # its sparsity may be said
+        said = pruning.find_masks(scores, 0.5, pattern=NOfM(2, 4))["0.weight"]
+        assert torch.equal(said, mask)
 
 
 @given(r=st.sampled_from([1, 2, 3]), c=st.sampled_from([1, 2, 4]), sparsity=SPARSITIES)
@@ -167,6 +170,14 @@ def test_masks_nest_even_if_the_scores_change(scope, sparsities, ties):
         if masks is not None:
             assert all(not (found[name] & ~masks[name]).any() for name in found)
         masks = found
+
+
+@pytest.mark.parametrize("scope", [pruning.PerLayer(), Global(), PerRow()])
+def test_what_is_gone_goes_before_zeros_that_are_left(device, scope):
+    score = torch.tensor([[0.0, 0.0, 5.0, 0.0]], device=device)
+    before = {"w": torch.tensor([[True, True, True, False]], device=device)}
+    again = pruning.find_masks({"w": score}, 0.25, scope=scope, within=before)
+    assert torch.equal(again["w"], before["w"])
 
 
 @pytest.mark.parametrize("pattern", [Filters(), Block(2, 2)])

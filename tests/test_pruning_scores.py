@@ -96,6 +96,49 @@ def test_batches_that_can_be_read_once_serve_two_kinds_of_evidence(device):
     )
 
 
+def test_what_is_no_example_of_a_batch_goes_with_each_of_them(device):
+    """A number, and a tensor of another length: here a scale and the weights of the classes."""
+    layer = nn.Sequential(nn.Linear(4, 2)).to(device)
+    scale, classes = torch.tensor(3.0, device=device), torch.tensor([1.0, 2.0], device=device)
+    x, y = torch.randn(5, 4, device=device), torch.tensor([0, 1, 1, 0, 1], device=device)
+
+    def objective(model, batch):
+        factor, inputs, targets, weights = batch
+        return factor * F.cross_entropy(model(inputs), targets, weights)
+
+    batch = (scale, x, y, classes)
+    found = pruning.score(layer, pruning.fisher, [batch], objective=objective)["0.weight"]
+    ones = [(scale, x[i : i + 1], y[i : i + 1], classes) for i in range(5)]
+    apart = pruning.score(layer, pruning.fisher, ones, objective=objective)["0.weight"]
+    close(found, apart)
+    with pytest.raises(ValueError, match="a batch holds no example"):
+        pruning.score(layer, pruning.saliency, [(x[:0], y[:0])])
+
+
+def test_derivatives_are_taken_where_gradients_are_off_and_where_the_loss_is_linear(device):
+    layer, x = nn.Sequential(nn.Linear(4, 2)).to(device), torch.ones(3, 4, device=device)
+    with torch.no_grad():
+        slopes = pruning.score(layer, pruning.taylor, [x], objective=lambda m, b: m(b).sum())
+        curved = pruning.score(layer, pruning.hessian, [x], objective=lambda m, b: m(b).sum())
+    close(slopes["0.weight"], 3 * layer[0].weight.detach())
+    assert not curved["0.weight"].any()
+
+
+def test_an_input_without_a_batch_is_read_by_its_channels(device):
+    layer = nn.Sequential(nn.Conv2d(3, 2, 2)).to(device)
+    x = torch.randn(3, 5, 5, device=device)
+    found = pruning.score(layer, pruning.wanda, [x], objective=lambda m, b: m(b).sum())["0.weight"]
+    norms = x.flatten(1).norm(dim=1)
+    close(found, layer[0].weight.detach().abs() * norms[:, None, None])
+
+
+def test_squares_of_small_gradients_do_not_vanish_in_half_precision(device):
+    layer = nn.Sequential(nn.Linear(2, 1, bias=False)).to(device).half()
+    x = torch.full((1, 2), 1e-4, device=device).half()
+    found = pruning.score(layer, pruning.fisher, [x], objective=lambda m, b: m(b).sum())
+    close(found["0.weight"], 0.5 * (layer[0].weight.detach().float() * x.float()).square())
+
+
 def test_what_no_layer_reads_and_what_is_no_loss_is_named(device):
     model, x = nn.RNN(3, 2).to(device), torch.randn(4, 2, 3, device=device)
     with pytest.raises(ValueError, match=r"input_norm of weight_ih_l0.*linear layers and conv"):
