@@ -89,7 +89,7 @@ def add_gates_(
         path, _, key = name.rpartition(".")
         rows = (len(scores), *[1] * (scores.ndim - 1))
         shape = scores.shape if isinstance(pattern, Unstructured) else rows
-        gated = _Gated(scores.new_full(shape, start)).train(model.training)
+        gated = _Gated(scores.new_full(shape, start))  # takes the mode of its layer
         parametrize.register_parametrization(model.get_submodule(path), key, gated)
     return model
 

@@ -9,7 +9,6 @@ all input channels in their order. The weight of a transposed convolution lies t
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -127,6 +126,4 @@ def _matrix(weight: Tensor) -> Tensor:
 
 def _weight(matrix: Tensor, shape: torch.Size) -> Tensor:
     """`_matrix` undone."""
-    kernel = shape[2:]
-    whole = matrix.view(shape[0], *kernel, shape[1]) if math.prod(kernel) else matrix.view(shape)
-    return whole.movedim(-1, 1).contiguous()
+    return matrix.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1).contiguous()
