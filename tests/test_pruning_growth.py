@@ -168,6 +168,10 @@ def test_regrowing_refuses_what_it_cannot_do(device):
     for bad in bad_ones + [{"end": 9, "fraction": share} for share in (0.0, 1.5, "a")]:
         with pytest.raises(ValueError, match="count steps from 1"):
             RegrowWhileTraining(masks, **bad)
+    assert RegrowWhileTraining(masks, end=9, every=1, fraction=1.0).moves(1) > 0.9
+    usual = RegrowWhileTraining(masks, end=999)
+    assert [step for step in range(301) if usual.moves(step)] == [100, 200, 300]
+    assert usual.moves(100) == pytest.approx(0.15 * (1 + math.cos(math.pi * 100 / 999)))
     never = RegrowWhileTraining(masks, end=1, every=1)
     assert [never.moves(step) for step in range(3)] == [0.0] * 3
     after = RegrowWhileTraining(masks, end=10, every=1)

@@ -304,6 +304,7 @@ def test_gates_learn_masks_and_leave_exactly(device, pattern, share, price):
     assert 0.1 < pruning.sparsity_of(masks) < 0.99
     for name, mask in masks.items():
         assert torch.equal(mask, model.get_parameter(name) != 0)
+        assert mask.is_contiguous()
         rows = mask.flatten(1)
         assert pattern != Filters() or torch.equal(rows.any(1), rows.all(1))
 
@@ -336,6 +337,8 @@ def test_gates_refuse_what_they_cannot_do(device):
         pruning.add_gates_(nn.Sequential(tied, nn.Linear(3, 2)), leave=["0*"])
     )
     quiet = pruning.add_gates_(nn.Linear(3, 2).eval())
+    begun = quiet.parametrizations.weight[0].log_alpha.sigmoid()
+    torch.testing.assert_close(begun, torch.full_like(begun, 0.9))
     assert torch.equal(quiet.weight, quiet.weight)  # gates take the mode of the model
     pruning.add_gates_(model)
     nn.init.constant_(model[4].parametrizations.weight[0].log_alpha, -9)

@@ -97,6 +97,19 @@ def test_filters_add_up_signed_scores_before_their_absolute_value(device):
     assert mask.tolist() == [[False, False], [True, True]]
 
 
+def test_blocks_add_up_signed_scores_before_their_absolute_value(device):
+    score = torch.tensor([[5.0, -5.0], [1.0, 1.0]], device=device)
+    mask = pruning.find_masks({"w": score}, 0.5, pattern=Block(1, 2))["w"]
+    assert mask.tolist() == [[False, False], [True, True]]
+
+
+@pytest.mark.parametrize("pattern", [Filters(), Block(2, 4), NOfM(2, 4), pruning.Unstructured()])
+def test_a_mask_has_a_place_in_memory_for_each_weight(device, pattern):
+    sparsity = None if isinstance(pattern, NOfM) else 0.5
+    mask = pruning.find_masks(scores_of((8, 4, 3), device=device), sparsity, pattern=pattern)
+    assert mask["0.weight"].is_contiguous()
+
+
 def test_filters_of_scales_are_the_scales(device):
     """Of a norm each scale is an output, and has no other weights."""
     score = torch.tensor([3.0, -1.0, 2.0, 0.5], device=device)
@@ -158,6 +171,41 @@ def test_normalising_divides_by_the_mean_of_the_layer(device):
     expected = torch.ones(400, dtype=torch.bool, device=device)
     expected[every.argsort()[:120]] = False
     assert torch.equal(torch.cat([m.flatten() for m in masks.values()]), expected)
+
+
+def test_normalising_takes_the_sizes_of_scores_with_signs_and_of_zeros(device):
+    signed = torch.tensor([[4.0, -4.0, 4.0, -5.0]], device=device)  # of size 1 each, mean near 0
+    scores = {"signed": signed, "plain": torch.tensor([[0.5, 0.5, 1.5, 1.5]], device=device)}
+    masks = pruning.find_masks(scores, 0.25, scope=Global(normalise=True))
+    assert masks["signed"].all()
+    assert masks["plain"].tolist() == [[False, False, True, True]]
+    scores["signed"] = torch.zeros_like(signed)  # has a mean that nothing can be divided by
+    masks = pruning.find_masks(scores, 0.25, scope=Global(normalise=True))
+    assert masks["signed"].tolist() == [[False, False, True, True]]
+    assert masks["plain"].all()
+
+
+def test_the_share_that_a_layer_keeps_is_rounded_up_and_its_number_to_even(device):
+    scores = {
+        "few": torch.arange(1.0, 11, device=device),
+        "many": torch.arange(99.0, 199).to(device),
+    }
+    masks = pruning.find_masks(scores, 0.5, scope=Global(floor=0.01))
+    assert masks["few"].tolist() == [False] * 9 + [True]
+    for size, gone in ((3, 2), (5, 2), (7, 4)):
+        mask = pruning.find_masks({"w": torch.rand(size, device=device)}, 0.5)["w"]
+        assert int((~mask).sum()) == gone
+
+
+def test_scores_that_lie_in_another_order_and_masks_of_numbers_are_taken(device):
+    score = torch.rand(6, 4, device=device)
+    turned = {"w": score.T.contiguous().T}
+    first = pruning.find_masks({"w": score}, 0.5)
+    assert torch.equal(pruning.find_masks(turned, 0.5)["w"], first["w"])
+    numbers = {"w": first["w"].float()}
+    then = pruning.find_masks(turned, 0.75, within=numbers)["w"]
+    assert then.dtype == torch.bool
+    assert torch.equal(then, pruning.find_masks(turned, 0.75, within=first)["w"])
 
 
 @given(sparsities=st.lists(SPARSITIES, min_size=2, max_size=4).map(sorted), ties=st.booleans())
@@ -236,7 +284,8 @@ def test_masks_are_the_same_on_every_device(device, scope, pattern):
         (lambda s: pruning.find_masks({"w": s["0.weight"] * torch.nan}, 0.5), "24 of 24 scores"),
         (lambda s: pruning.find_masks({"w": s["0.weight"] > 0}, 0.5), "are torch.bool"),
         (lambda s: pruning.find_masks({"w": s["0.weight"].numpy()}, 0.5), "w are of ndarray"),
-        (lambda s: pruning.find_masks(s, 0.5, within={}), r"0\.weight is missing"),
+        (lambda s: pruning.find_masks(s, 0.5, within={}), r"0\.weight is missing in them"),
+        (lambda s: pruning.find_masks(s, 0.5, within={"0.weight": s["0.weight"].T > 0}), r"\(6, 4"),
         (lambda s: pruning.find_masks(s, 0.95, scope=Global(floor=0.5)), "floor=0.5 leaves"),
         (lambda s: Global(floor=1.0), "floor"),
         (lambda s: Global(floor="a"), "floor='a'"),
@@ -244,6 +293,11 @@ def test_masks_are_the_same_on_every_device(device, scope, pattern):
         (lambda s: NOfM(4, 4), "1 <= n < m"),
         (lambda s: Block(0, 2), "at least one row"),
         (lambda s: NOfM(2.5, 4), "whole numbers"),
+        (lambda s: NOfM(2, 4.5), "whole numbers"),
+        (lambda s: NOfM(0, 4), "1 <= n < m"),
+        (lambda s: Block(2, 0), "at least one row"),
+        (lambda s: pruning.find_masks(s, 0.5, pattern=Block(2, 4)), r"divide 0\.weight: 4 outputs"),
+        (lambda s: pruning.find_masks({"b": torch.rand(8)}, pattern=NOfM(2, 4)), "there are 1"),
         (lambda s: OneShot(0.5, at=2.5), "whole numbers"),
         (lambda s: Gradual(0.5, 0.5, 9), "whole numbers"),
         (lambda s: Iterative(0.5, rounds=2, every=2.5), "whole numbers"),
@@ -397,6 +451,30 @@ def test_a_layer_or_weight_that_is_replaced_is_held_as_well(device):
             after(model)
         with pytest.raises(ValueError, match=r"the masks name '0\.0\.0\.weight'"):
             after(network(device))
+
+
+def test_masks_that_are_loaded_are_held_from_then_on(device):
+    model = nn.Linear(2, 1, device=device)
+    first, then = (torch.tensor([[on, not on]], device=device) for on in (True, False))
+    given = {"weight": first}
+    after = pruning.hold(given)
+    given["weight"] = ~first  # is the caller's dict
+    after(model)
+    assert model.weight.detach().bool().tolist() == first.tolist()
+    after.load_state_dict({"masks": {"weight": then}})
+    nn.init.ones_(model.weight)
+    after(model)
+    assert model.weight.detach().bool().tolist() == then.tolist()
+
+
+def test_a_copy_prunes_as_the_first_one_does(device):
+    options = {"score": lambda m: pruning.score(m), "pattern": Block(1, 2), "scope": Global()}
+    first = pruning.PruneWhileTraining(Constant(0.5), **options)
+    first(nn.Linear(4, 2, device=device), 1)
+    twin = copy.deepcopy(first)
+    for name in (*options, "schedule"):
+        assert getattr(twin, name) is getattr(first, name)
+    assert torch.equal(twin.masks["weight"], first.masks["weight"])
 
 
 class Log(TorchDispatchMode):

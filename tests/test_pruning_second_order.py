@@ -106,6 +106,7 @@ def test_counts_are_exact_over_several_runs_of_columns(sparsity):
     x, weight = inputs(150), doubles(3, 150)
     made, mask = pruning.sparse_gpt(weight, x.T @ x, sparsity, damp=0.0)
     assert int((~mask).sum()) == round(sparsity * 450)
+    assert int((~mask[:, :128]).sum()) == round(sparsity * 3 * 128)
     assert off(made, weight, x).sum() < 0.9 * off(weight * mask, weight, x).sum()
     torch.testing.assert_close(made[0], surgeon(weight[0], x.T @ x, mask[0]))
 
@@ -165,8 +166,38 @@ def test_a_weight_in_two_layers_is_updated_for_the_inputs_of_both(device):
     made, masks = pruning.prune_and_update(model, [x], 0.5)
     both = torch.cat([x, model.first(x).relu() * 3])
     weight, mask = pruning.sparse_gpt(model.first.weight, both.T @ both, 0.5)
+    assert list(masks) == ["first.weight"]
     assert torch.equal(masks["first.weight"], mask)
     torch.testing.assert_close(made.second.weight.detach(), weight)
+
+
+def test_of_inputs_that_are_all_zero_the_smallest_weights_go(device):
+    weight = torch.randn(4, 8, device=device)
+    made, mask = pruning.sparse_gpt(weight, torch.zeros(8, 8, device=device), 0.5)
+    expected = pruning.find_masks({"w": weight}, 0.5)["w"]
+    assert torch.equal(mask, expected)
+    assert torch.equal(made, weight * mask)
+
+
+def test_layers_are_damped_as_asked_and_batches_may_be_read_once(device):
+    layer, x = nn.Linear(8, 6).to(device), torch.randn(9, 8, device=device)
+    made, masks = pruning.prune_and_update(layer, iter([x]), 0.5, damp=3.0)
+    weight, mask = pruning.sparse_gpt(layer.weight.detach(), x.T @ x, 0.5, damp=3.0)
+    assert torch.equal(masks["weight"], mask)
+    torch.testing.assert_close(made.weight.detach(), weight)
+
+
+def test_half_precision_is_updated_in_single(device):
+    """Over so many inputs a sum in bfloat16 would stand still."""
+    layer, x = nn.Linear(8, 6).to(device).bfloat16(), torch.randn(999, 8, device=device).bfloat16()
+    made, masks = pruning.prune_and_update(layer, [x] * 3, 0.5)
+    wide = 3 * x.float().T @ x.float()
+    weight, mask = pruning.sparse_gpt(layer.weight.detach().float(), wide, 0.5)
+    assert made.weight.dtype == torch.bfloat16
+    assert torch.equal(masks["weight"], mask)
+    torch.testing.assert_close(made.weight.detach(), weight.bfloat16())
+    found = pruning.sparse_gpt(layer.weight.detach(), wide, 0.5)[0]
+    assert torch.equal(found, made.weight)
 
 
 def test_the_update_refuses_what_it_cannot_do(device):
@@ -174,6 +205,7 @@ def test_the_update_refuses_what_it_cannot_do(device):
     for words, (hessian, sparsity, options) in {
         r"hessian of shape \(3, 3\) does not fit": (eye[:3, :3], 0.5, {}),
         "holds NaN": (eye * torch.nan, 0.5, {}),
+        "holds NaN or infinite": (eye.clone().fill_diagonal_(torch.inf), 0.5, {}),
         "singular with damp=0": (0 * eye, 0.5, {"damp": 0.0}),
         "singular with damp=-1": (eye, 0.5, {"damp": -1.0}),
         "singular with damp='a'": (eye, 0.5, {"damp": "a"}),
@@ -185,6 +217,8 @@ def test_the_update_refuses_what_it_cannot_do(device):
     }.items():
         with pytest.raises(ValueError, match=words):
             pruning.sparse_gpt(weight, hessian, sparsity, **options)
+    with pytest.raises(ValueError, match=r"the weight has shape \(8,\): a weight has rows"):
+        pruning.sparse_gpt(weight[0], eye, 0.5)
     model, x = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2)).to(device), torch.randn(9, 6)
     before = copy.deepcopy(model.state_dict())
     for words, (batches, options) in {
@@ -259,6 +293,58 @@ def test_each_set_of_channels_takes_part_in_one_exchange(device):
     sets = [place // 4 for pair in swaps for place in pair]
     assert len(swaps) > 1
     assert len(sets) == len(set(sets))
+
+
+@pytest.mark.parametrize("pattern", [NOfM(2, 4), NOfM(1, 4), NOfM(1, 2)])
+def test_exchanges_are_between_sets_and_the_same_in_pieces(device, pattern, monkeypatch):
+    for _ in range(9):
+        columns = torch.randn(3, 16, device=device).abs()
+        monkeypatch.undo()
+        swaps = _swaps(columns, pattern)
+        assert all(i // pattern.m != j // pattern.m for i, j in swaps)
+        for piece in (1, 200):  # numbers compared at once: less than a column, and a few columns
+            monkeypatch.setattr(pruning.reordering, "_PIECE", piece)
+            assert _swaps(columns, pattern) == swaps
+
+
+class Uneven(nn.Module):
+    """Four channels, read one by one and, as three entries each, by a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.one = nn.Conv2d(1, 4, 1), nn.Conv2d(4, 2, 1)
+        self.all = nn.Linear(4 * 3, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.one(x).sum() + self.all(x.flatten(1)).sum()
+
+
+def test_an_order_by_which_another_reader_loses_more_is_not_taken(device):
+    model, x = Uneven().to(device), torch.randn(1, 1, 1, 3, device=device)
+    one = torch.tensor([[5.0, 5, 0, 0], [3, 0, 0, 3]], device=device)[:, :, None, None]
+    every = torch.tensor([[1.0, 0] * 6], device=device)  # is kept whole as it is
+    for scale, same in ((100, True), (0.01, False)):
+        scores = {"one.weight": one, "all.weight": scale * every}
+        moved = pruning.permute_channels(model, x, NOfM(1, 2), scores=scores)
+        assert torch.equal(moved.stem.weight, model.stem.weight) == same
+
+
+def test_the_order_is_that_of_input_channels_only(device):
+    """A transposed convolution makes channels along that dimension, and reads none there."""
+    x, pattern = torch.randn(1, 2, 3, 3, device=device), NOfM(2, 4)
+    model = nn.Sequential(nn.ConvTranspose2d(2, 8, 1), nn.Conv2d(8, 4, 1)).to(device)
+    scores = {n: s.clone() for n, s in pruning.score(model).items()}
+    scores["0.weight"] *= 100
+    scores["1.weight"][:, :4] *= 9  # four in a row, of which two would go
+    moved = pruning.permute_channels(model, x, pattern, scores=scores)
+    alone = {"1.weight": scores["1.weight"]}
+    expected = pruning.permute_channels(model, x, pattern, scores=alone)
+    assert torch.equal(moved[1].weight, expected[1].weight)
+    assert not torch.equal(moved[1].weight, model[1].weight)
+    turned = nn.Sequential(nn.Conv2d(2, 8, 1), nn.ConvTranspose2d(8, 8, 1)).to(device)
+    same = pruning.permute_channels(turned, x, pattern)
+    assert torch.equal(same[0].weight, turned[0].weight)
 
 
 class Twice(nn.Module):
@@ -337,8 +423,11 @@ def test_without_the_kernels_the_error_names_the_device():
     with pytest.raises(ValueError, match=r"the mask of 0.weight is not 2:4"):
         pruning.to_semi_structured(model, dense)
     three = torch.tensor([True, True, True, False]).repeat(64, 32)
-    with pytest.raises(ValueError, match=r"the mask of 0.weight is not 2:4"):
-        pruning.to_semi_structured(model, {"0.weight": three})
+    once = masks["0.weight"].clone()
+    once[5, :4] = torch.tensor([True, True, True, False])
+    for mask in (three, once):
+        with pytest.raises(ValueError, match=r"the mask of 0.weight is not 2:4"):
+            pruning.to_semi_structured(model, {"0.weight": mask})
     with pytest.raises(ValueError, match=r"the mask of weight is not 2:4"):
         pruning.to_semi_structured(nn.Linear(6, 4), {"weight": torch.zeros(4, 6).bool()})
     with pytest.raises(ValueError, match=r"0.bias is of Linear"):
