@@ -176,8 +176,8 @@ def test_normalising_divides_by_the_mean_of_the_layer(device):
 def test_normalising_takes_the_sizes_of_scores_with_signs_and_of_zeros(device):
     signed = torch.tensor([[4.0, -4.0, 4.0, -5.0]], device=device)  # of size 1 each, mean near 0
     scores = {"signed": signed, "plain": torch.tensor([[0.5, 0.5, 1.5, 1.5]], device=device)}
-    masks = pruning.find_masks(scores, 0.25, scope=Global(normalise=True))
-    assert masks["signed"].all()
+    masks = pruning.find_masks(scores, 0.5, scope=Global(normalise=True))
+    assert masks["signed"].tolist() == [[False, False, True, True]]
     assert masks["plain"].tolist() == [[False, False, True, True]]
     scores["signed"] = torch.zeros_like(signed)  # has a mean that nothing can be divided by
     masks = pruning.find_masks(scores, 0.25, scope=Global(normalise=True))

@@ -136,7 +136,8 @@ def test_squares_of_small_gradients_do_not_vanish_in_half_precision(device):
     layer = nn.Sequential(nn.Linear(2, 1, bias=False)).to(device).half()
     x = torch.full((1, 2), 1e-4, device=device).half()
     found = pruning.score(layer, pruning.fisher, [x], objective=lambda m, b: m(b).sum())
-    close(found["0.weight"], 0.5 * (layer[0].weight.detach().float() * x.float()).square())
+    expected = 0.5 * (layer[0].weight.detach().float() * x.float()).square()
+    close(found["0.weight"], expected, rtol=1e-3, atol=0)
 
 
 def test_what_no_layer_reads_and_what_is_no_loss_is_named(device):
