@@ -351,6 +351,7 @@ def test_embeddings_norms_and_biases_are_no_weights_to_score(device):
             "map": nn.LayerNorm((2, 4)),
             "groups": nn.GroupNorm(2, 4),
             "root": nn.RMSNorm(4),
+            "slope": nn.PReLU(4),
             "bag": nn.EmbeddingBag(5, 4),
             "weights": nn.ParameterDict({"table": torch.ones(2, 2)}),
             "out": nn.Linear(4, 2),

@@ -195,6 +195,7 @@ def test_the_share_that_a_layer_keeps_is_rounded_up_and_its_number_to_even(devic
     for size, gone in ((3, 2), (5, 2), (7, 4)):
         mask = pruning.find_masks({"w": torch.rand(size, device=device)}, 0.5)["w"]
         assert int((~mask).sum()) == gone
+    assert pruning.sparsity_of({}) == 0
 
 
 def test_scores_that_lie_in_another_order_and_masks_of_numbers_are_taken(device):
