@@ -258,3 +258,24 @@ def test_rounds_of_tucker_lose_less_than_the_unfoldings_alone():
         made = compression.factorize(model, {"0": (3, 3)}, form=form)
         lost.append((made(x) - model(x)).norm().item())
     assert lost[1] < 0.999 * lost[0]
+
+
+def test_a_weight_that_others_share_is_never_parted_from_them():
+    """The other would keep it whole: the network would grow."""
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.read = nn.Embedding(30, 12), nn.Linear(12, 12)
+            self.head = nn.Linear(12, 30, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, words):
+            return self.head(self.read(self.embed(words)))
+
+    model = Tied()
+    made = compression.factorize(model, Weights(0.2))
+    assert made.head.weight is made.embed.weight
+    assert isinstance(made.read, nn.Sequential)
+    with pytest.raises(ValueError, match=r"'head'.*shares its weight with no other.*read"):
+        compression.factorize(model, {"head": 2})

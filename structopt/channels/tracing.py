@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from structopt.channels import rules
+from structopt.channels import debts, rules
 from structopt.channels.attributes import Attributes, mark
 from structopt.channels.calls import Call
 from structopt.channels.labels import Vector
@@ -22,9 +22,7 @@ _PICKED = "_structopt_picked"  # the labels of dimensions that a tensor was pick
 _SCALED = "_structopt_scaled"  # the labels of the weights that scaled a tensor last
 _WEIGHT = "_structopt_weight"  # marks a tensor that is made of parameters only
 _SQUARE = "_structopt_square"  # marks the square of a tensor: its mean belongs to a norm
-_OWED = "_structopt_owed"  # what is frozen once the tensor is used
 _LAYERS = tuple(f"torch.nn.modules.{name}" for name in ("linear", "conv", "activation"))
-_SAME = ("_to_copy", "clone", "detach", "alias")
 _DECIDES = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2")
 _VALUE = "_structopt_value"  # marks a tensor whose values the example or the weights decide
 
@@ -46,14 +44,12 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.book.met.add(id(tensor))
             self._note(call, id(tensor), vars(tensor))
         self.book.op = name_of(func)
-        owing = [t for t in tensors_of((args, call.kwargs)) if hasattr(t, _OWED)]
-        self._settle(call, owing)
+        passed = debts.carried(call, tensors_of((args, call.kwargs)))
         self.book.decided |= bool(call.values) and self.book.op in _DECIDES
         call.out = out = self.compute(func, call.args, call.kwargs)
         for tensor in tensors_of(out) if call.values else ():
             setattr(tensor, _VALUE, True)
-        if owing and _looks_on(call):
-            self._owe(out, getattr(owing[0], _OWED))
+        debts.owe(tensors_of(out), passed)
         rule = rules.find(func)
         if not call.mirrors and rule is not rules.fresh:
             return out
@@ -73,25 +69,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if call.weights and len(call.weights) == len(call.shapes):
             for tensor in tensors_of(out):
                 setattr(tensor, _WEIGHT, True)
-        self._owe(out, self.book.owed)
+        debts.owe(tensors_of(out), self.book.owed)
         return out
-
-    def _owe(self, out: Any, debts: list[tuple[Vector, str]]) -> None:
-        for tensor in tensors_of(out) if debts else ():
-            setattr(tensor, _OWED, [*getattr(tensor, _OWED, ()), *debts])
-
-    def _settle(self, call: Call, owing: list[Tensor]) -> None:
-        """What is owed for these is frozen now, unless they look on, or centre or scale a norm."""
-        if _looks_on(call):
-            return
-        for tensor in owing:
-            debts = getattr(tensor, _OWED)
-            held = call.mirror(call[0]) if self.book.op.rstrip("_") in ("sub", "div") else []
-            if tensor is not call[0] and all(_is_among(axis, held) for axis, _ in debts):
-                for axis, _ in debts:  # the mean of channels, from which they are measured
-                    self.book.averages(axis)
-            else:
-                settle_debts(self.book, tensor)
 
     def _note(self, call: Call, key: int, known: dict[str, Any]) -> None:
         """Tell a call what is known of one of its arguments."""
@@ -245,26 +224,10 @@ def _run(book: Book, shadow: nn.Module, example: Any) -> list[torch.Size]:
     with plain_kernels(), Attributes(book), Tracer(book):
         out = list(tensors_of(call(shadow, example)))
     for tensor in out:
-        settle_debts(book, tensor)
+        debts.settle(book, tensor)
         for axis in mirror_of(tensor) or ():
             freeze(book, axis, "output of the model")
     return [tensor.shape for tensor in out]
-
-
-def _looks_on(call: Call) -> bool:
-    """Whether the same numbers come out in another shape or type, or with a small one added."""
-    alone = call.book.op == "add" and not isinstance(call[1], Tensor)
-    return call.func.is_view or call.book.op in _SAME or alone
-
-
-def _is_among(axis: Vector, mirror: Mirror) -> bool:
-    return any(other is not None and np.array_equal(axis, other) for other in mirror)
-
-
-def settle_debts(book: Book, tensor: Tensor) -> None:
-    """Freeze what waited for the tensor to be used."""
-    for axis, why in getattr(tensor, _OWED, ()):
-        book.labels.freeze(axis, why)
 
 
 def freeze(book: Book, axis: Axis, why: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, SupportsIndex
 
@@ -55,8 +56,10 @@ def factorize(
     default :class:`structopt.compression.SVD`. At full rank it is exact. With ``batches``, what is
     kept is what matters for the inputs of the layer in them (for SVD).
 
-    Linear layers and two-dimensional convolutions without groups take part. Raises ValueError for
-    other layers that are named, for ranks out of range, and for weights that are not finite.
+    Linear layers and two-dimensional convolutions without groups take part, if they have their
+    weight for themselves: factors would part it from a tied embedding, which keeps it. Raises
+    ValueError for other layers that are named, for ranks out of range, and for weights that are not
+    finite.
 
     >>> from structopt.compression import Energy
     >>> weight = torch.randn(30, 2) @ torch.randn(2, 40)
@@ -92,11 +95,13 @@ def factorize(
 
 
 def _layers(model: nn.Module) -> dict[str, nn.Module]:
+    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values())
     return {
         name: layer
         for name, layer in readers(model).items()
         if type(layer) in LAYERS  # torch's attention reads the weight of its own kind of layer
         and layer.get_parameter("weight").numel()
+        and owners[id(layer.weight)] < 2  # the other owner would keep the whole weight
         and getattr(layer, "groups", 1) == 1
         and getattr(layer, "padding_mode", "zeros") == "zeros"
     }
@@ -108,7 +113,8 @@ def _given(
     if name not in layers:
         raise ValueError(
             f"{name!r} is no linear layer or two-dimensional convolution without groups that pads "
-            f"with zeros; those are {', '.join(layers) or 'none of this model'}"
+            "with zeros and shares its weight with no other; those are "
+            f"{', '.join(layers) or 'none of this model'}"
         )
     full = form.full(layers[name].get_parameter("weight").shape)
     ranks = tuple(rank) if isinstance(rank, Sequence) else (rank,) * len(full)
