@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "networks": set(),
     "data": set(),
     "channels": {"devices", "plots"},
-    "descent": {"plots"},
+    "descent": {"distributed", "plots"},
     "measure": {"devices", "files"},
     "checkpoint": {"files"},
     "distributed": {"devices"},

@@ -32,7 +32,7 @@ class Masked(Tracer):  # type: ignore[no-untyped-call]
         op = self.book.op
         mirror = mirror_of(args[0]) if args and isinstance(args[0], Tensor) else None
         if mirror is not None and op in ("mean", *SPREADS):
-            return self._mean(func, args, kwargs, mirror)
+            return self._statistic(func, args, kwargs, mirror)
         if mirror is None or op not in _NORMS:
             return func(*args, **kwargs)
         if op == "native_group_norm":
@@ -41,7 +41,7 @@ class Masked(Tracer):  # type: ignore[no-untyped-call]
         keep = self._kept(mirror[-1])
         return func(*args, **kwargs) if keep is None else _last_norm(func, args, keep)
 
-    def _mean(self, func: Any, args: Any, kwargs: Any, mirror: Mirror) -> Any:
+    def _statistic(self, func: Any, args: Any, kwargs: Any, mirror: Mirror) -> Any:
         x, *rest = args
         for d in range(x.ndim) if not rest or rest[0] is None else rest[0]:
             keep = self._kept(mirror[d])

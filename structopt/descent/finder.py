@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 
 from structopt.descent.optimizer import Descent
 from structopt.descent.rules import Rule, momentum
+from structopt.distributed import nested
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -158,15 +157,9 @@ def _endless(batches: Iterable[Any]) -> Iterator[Any]:
 
 
 def _to(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, (tuple, list)):
-        parts = [_to(part, device) for part in batch]
-        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
-    if isinstance(batch, (dict, UserDict)):
-        moved = copy.copy(batch)
-        for key, part in batch.items():
-            moved[key] = _to(part, device)
-        return moved
-    return batch.to(device) if isinstance(batch, Tensor) else batch
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    return nested(batch, lambda part: _to(part, device))
 
 
 @contextmanager
