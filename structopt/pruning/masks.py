@@ -144,8 +144,8 @@ def hold(masks: Mapping[str, Tensor]) -> Hold:
     DistributedDataParallel. Whatever momentum or weight decay did to a removed weight is undone
     after each step, so that every forward pass sees exact zeros; of a layer that was replaced by
     another of its shape, too. Call it once yourself, ``hold(masks)(model)``, to apply the masks
-    before the first step. A running mean of weights
-    remembers what they were before they were masked: apply the masks to it in the end.
+    before the first step. A running mean of weights remembers what they were before they were
+    masked: apply the masks to it in the end.
 
     >>> model, masks = nn.Linear(2, 1), {"weight": torch.tensor([[True, False]])}
     >>> after_step = hold(masks)

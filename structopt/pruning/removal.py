@@ -35,9 +35,9 @@ def prune_channels(
     MACs), or a budget such as ``MACs(share=0.5)`` or ``Milliseconds(3.0)``: the largest network
     within it is sought by bisection of the sparsity, each candidate built and its true cost taken.
     `scores` come from :func:`score` (by default magnitudes, also of matrices that no layer of torch
-    owns), and are summed over all weights that
-    make or read a channel (:func:`channel_scores`). The model given is not touched; the copy
-    computes exactly what the model computes with those channels masked.
+    owns), and are summed over all weights that make or read a channel (:func:`channel_scores`).
+    The model given is not touched; the copy computes exactly what the model computes with those
+    channels masked.
 
     Raises ValueError for a sparsity outside [0, 1), a budget that cannot be met (the nearest that
     can is named), a group without a score, a name in `limits` that no group has, and whatever

@@ -156,16 +156,16 @@ def final(
     record.scores(part, row, measure, epochs=epochs, settings=given)
 
 
-def sizes(lab: Laboratory) -> dict[str, int]:
+def sizes(teacher: nn.Module, pupil: nn.Module) -> dict[str, int]:
     """Parameters of one teacher and of a student."""
-    nets = {"teacher": lab.teachers[0], "student": networks.StudentNet()}
+    nets = {"teacher": teacher, "student": pupil}
     return {name: sum(p.numel() for p in net.parameters()) for name, net in nets.items()}
 
 
 def main() -> None:
     lab, record = laboratory(__doc__)
     record.result |= {
-        "parameters": sizes(lab),
+        "parameters": sizes(lab.teachers[0], networks.StudentNet()),
         "training images": len(lab.train),
         "teacher": {
             "recipe": "two TeacherNets, 20 epochs, AdamW 0.01, flips, shifts by 1; logits averaged",

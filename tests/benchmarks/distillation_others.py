@@ -17,7 +17,7 @@ alone.
 from functools import cache, partial
 
 import torch
-from distillation import EPOCHS, TRIAL, Settings, choose
+from distillation import EPOCHS, TRIAL, Settings, choose, sizes
 from distillation_lab import Laboratory, Record, laboratory, percent, scored
 from torch import nn
 
@@ -145,10 +145,7 @@ def main() -> None:
     students = {"without data": networks.StudentNet(), "transformers": transformer()}
     record.result["networks"] = {
         part: {
-            "parameters": {
-                name: sum(p.numel() for p in net.parameters())
-                for name, net in (("teacher", teacher), ("student", students[part]))
-            },
+            "parameters": sizes(teacher, students[part]),
             "teacher, validation accuracy in %": percent(teacher, lab.held),
             "teacher, test accuracy in %": percent(teacher, lab.test),
         }

@@ -12,6 +12,8 @@ from functools import partial
 from distillation import EPOCHS, choose, each, sizes, student
 from distillation_lab import Record, laboratory, scored
 
+from structopt import networks
+
 RATES = (0.04, 0.08, 0.16, 0.32)
 SEEDS_TRIED = (0, 1)
 CANDIDATES = {
@@ -28,7 +30,7 @@ def main() -> None:
     lab, _ = laboratory(__doc__)  # the record is the other file's
     record = Record(lab.device, lab.quick, "short-distillation")
     record.result |= {
-        "parameters": sizes(lab),
+        "parameters": sizes(lab.teachers[0], networks.StudentNet()),
         "training images": len(lab.train),
     }
     for method, found in CANDIDATES.items():
