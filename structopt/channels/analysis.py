@@ -120,4 +120,8 @@ def _traced(model: nn.Module, example: Any) -> tuple[Book, Axes, list[torch.Size
     book, labelled = Book(), substitute(model, torch.clone)
     flatten(labelled)
     axes = label_parameters(book, labelled)
+    for path, module in model.named_modules():  # one width, inside and outside: torch insists on it
+        if isinstance(module, nn.MultiheadAttention):
+            weight = f"{path}.out_proj.weight".lstrip(".")
+            book.labels.tie(axes[weight, 0], axes[weight, 1])
     return book, axes, trace(book, labelled, example)

@@ -11,39 +11,67 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from structopt.channels.labels import Vector
-from structopt.channels.mirrors import Axis, Book, Mirror
+from structopt.channels.mirrors import Axis, Book, Mirror, Places
 
 
-@_disable_current_modes()  # what else watches the model has no use for these
-def follow(book: Book, move: Callable[[Tensor], Any], shape: Sequence[int], mirror: Mirror) -> Any:
+def follow(
+    book: Book,
+    move: Callable[[Tensor], Any],
+    shape: Sequence[int],
+    mirror: Mirror,
+    known: object = None,
+) -> Any:
     """The mirrors of `move(x)` for an x of this shape: run the same op on index tensors.
 
     For each labelled dimension an index, expanded over all the others, goes through the op. What
     comes out says where each element came from; a view of an expanded tensor copies nothing.
     A list comes back where the op returns several tensors, `None` where nothing is labelled.
+    Moves that are `known` by the same name are the same: many layers are alike.
     """
     mirrors: list[list[list[Vector]]] = []  # of each output, of each dimension: what meets there
-    sizes: list[torch.Size] = []
+    places: Places = []
     single = True
     for dim, axis in enumerate(mirror):
         if axis is None:
             continue
-        index = torch.arange(len(axis)).reshape([-1 if d == dim else 1 for d in range(len(shape))])
-        moved = move(index.expand(tuple(shape)))
-        single = isinstance(moved, Tensor)
-        outputs = [moved] if single else list(moved)
-        mirrors = mirrors or [[[] for _ in range(out.ndim)] for out in outputs]
-        sizes = [out.shape for out in outputs]
-        book.picked = book.picked or [[] for _ in outputs]
-        alike = len({out.shape for out in outputs}) == 1
-        for out, dims, picked in zip(outputs, mirrors, book.picked, strict=True):
-            for d, labels in _spread(book, out, axis, picked, alike, single):
+        key = (known, tuple(shape), dim)
+        if known is None or key not in book.moved:
+            book.moved[key] = _places(move, shape, dim)
+        single, places = book.moved[key]
+        mirrors = mirrors or [[[] for _ in out] for out, _ in places]
+        book.picked = book.picked or [[] for _ in places]
+        alike = len({out for out, _ in places}) == 1
+        for (_, index), dims, picked in zip(places, mirrors, book.picked, strict=True):
+            for d, labels in _spread(book, index, axis, picked, alike, single):
                 dims[d].append(labels)
     made = [[_combine(book, axes) for axes in dims] for dims in mirrors]
-    for shape_, result in zip(sizes, made, strict=True):
-        for size, axis in zip(shape_, result, strict=True):
+    for (sizes, _), result in zip(places, made, strict=True):
+        for size, axis in zip(sizes, result, strict=True):
             book.extent(size, axis)
     return None if not made else made[0] if single else made
+
+
+@_disable_current_modes()  # what else watches the model has no use for these
+def _places(
+    move: Callable[[Tensor], Any], shape: Sequence[int], dim: int
+) -> tuple[bool, Places]:
+    """Whether one tensor comes out; of each, its shape and where its elements lay along `dim`.
+
+    Along a dimension where that stays the same, it is said once.
+    """
+    index = torch.arange(shape[dim]).reshape([-1 if d == dim else 1 for d in range(len(shape))])
+    moved = move(index.expand(tuple(shape)))
+    single, found = isinstance(moved, Tensor), []
+    for out in [moved] if single else moved:
+        place = out.numpy()
+        for d in range(place.ndim):  # constant ones of a view have stride 0; others are compared
+            first, second = (place[(slice(None),) * d + (slice(n, n + 1),)] for n in (0, 1))
+            if place.shape[d] > 1 and (
+                place.strides[d] == 0 or ((first == second).all() and (place == first).all())
+            ):
+                place = first
+        found.append((out.shape, place))
+    return single, found
 
 
 def _combine(book: Book, axes: list[Vector]) -> Axis:
@@ -58,14 +86,9 @@ def _combine(book: Book, axes: list[Vector]) -> Axis:
 
 
 def _spread(
-    book: Book, out: Tensor, axis: Vector, picked: list[int], alike: bool, alone: bool
+    book: Book, index: Vector, axis: Vector, picked: list[int], alike: bool, alone: bool
 ) -> list[tuple[int, Vector]]:
-    """Along which dimensions of `out` the labels of `axis` vary, and how."""
-    index = out.numpy()
-    for d in range(index.ndim):  # constant dimensions of a view have stride 0; others are compared
-        first = index[(slice(None),) * d + (slice(1),)]
-        if index.shape[d] > 1 and (index.strides[d] == 0 or (index == first).all()):
-            index = first
+    """Along which dimensions of what came out the labels of `axis` vary, and how."""
     if index.size < 2:
         picked += [int(axis[i]) for i in index.ravel()]
         why = book.why("picks single indices by number")

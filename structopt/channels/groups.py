@@ -111,7 +111,7 @@ class Channels:
         found: dict[int, Vector] = {}
         for roots in self.book.labels.leaves(labels).values():
             group = np.where(roots >= 0, self.group_of[roots], -1)
-            for number in np.unique(group[group >= 0]):
+            for number in np.flatnonzero(np.bincount(group + 1)[1:]):
                 mine = group == number
                 channel = np.where(mine, self.ordinal_of[roots], -1)
                 before = found.get(int(number))

@@ -58,7 +58,7 @@ class Labels:
         roots = self.parent[labels]
         while True:
             above = self.parent[roots]
-            if np.array_equal(above, roots):
+            if (above == roots).all():
                 return roots
             self.parent[labels] = above  # shortens the path for the next search
             roots = above
@@ -142,7 +142,8 @@ class Labels:
     def settle(self) -> None:
         """Hand the reason of a frozen pair down to its factors; called once, at the end."""
         while self.paired:
-            roots = np.unique(self.find(np.arange(self.size)))
+            every = np.arange(self.size)
+            roots = every[self.parent[: self.size] == every]
             roots = roots[(self.factors[0, roots] >= 0) & (self.reason[roots] > 0)]
             below = self.find(self.factors[:, roots].ravel())
             why = np.tile(self.reason[roots], 2)

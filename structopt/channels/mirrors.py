@@ -10,14 +10,17 @@ from __future__ import annotations
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from structopt.channels.labels import Labels, Vector
 
 Axis = Vector | None
 Mirror = list[Axis]
+Places = list[tuple[torch.Size, Vector]]  # of each output of a move: its shape, what lies where
 Key = tuple[str, str, int]  # path of a module, name of an attribute, place in it if it is a list
 
 MIRROR = "_structopt_mirror"  # the attribute of a tensor that holds its mirror
@@ -71,6 +74,7 @@ class Book:
     starts: list[int] = field(default_factory=list)  # the first label of each grid, ascending
     weights: int = 0  # labels below this number are those of axes of parameters
     origins: dict[int, Vector] = field(default_factory=dict)  # what `rows` has found
+    moved: dict[Any, tuple[bool, Places]] = field(default_factory=dict)  # by op, shape, dimension
     picked: list[list[int]] = field(default_factory=list)  # by the op at hand, of each output
     owed: list[tuple[Vector, str]] = field(default_factory=list)  # frozen if what it made is used
     decided: bool = False  # values of the example or of the weights decided where the model went
@@ -108,11 +112,13 @@ class Book:
         if axis is None:
             return result
         grid, same = axis.reshape(tuple(sizes)), self.labels.find(axis).reshape(tuple(sizes))
-        varies = [bool((same != same.take([0], axis=d)).any()) for d in range(grid.ndim)]
-        kept = [d for d in range(grid.ndim) if varies[d]]
-        for d in range(grid.ndim):
-            if not varies[d]:
-                grid = grid.take([0], axis=d)
+        kept = []
+        for d, size in enumerate(sizes):
+            first = same.take([0], axis=d)
+            if size > 1 and (same != first).any():
+                kept.append(d)
+            else:
+                grid, same = grid.take([0], axis=d), first
         if not kept:  # one channel, or many tied into one
             self.freeze(axis, "is tied into a single channel")
         elif len(kept) == 1:

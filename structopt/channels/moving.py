@@ -21,12 +21,14 @@ from structopt.channels.mirrors import Mirror
 @rule("unsafe_split", "unsafe_chunk", "split_with_sizes_copy", "take_along_dim", "_reshape_alias")
 def moves(call: Call) -> Any:
     """Run the op on indices, and look up which label arrived where."""
-    source = call[0]
+    source, rest = call[0], (call.args[1:], call.kwargs)
     if call.book.op in ("view", "_unsafe_view", "_reshape_alias"):
         move = lambda index: index.reshape(call[1])  # noqa: E731 - an expanded index may not view
     else:
         move = lambda index: call.func(index, *call.args[1:], **call.kwargs)  # noqa: E731
-    return follow(call.book, move, call.shapes[id(source)], call.mirror(source))
+    plain = not any(isinstance(part, Tensor) for part in flat([*rest[0], *rest[1].values()]))
+    known = (call.func, repr(rest)) if plain else None
+    return follow(call.book, move, call.shapes[id(source)], call.mirror(source), known)
 
 
 @rule("constant_pad_nd")
