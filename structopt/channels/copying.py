@@ -20,12 +20,12 @@ _WAYS = ("__reduce_ex__", "__reduce__", "__new__")
 def substitute(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
     """A copy of the model in which each parameter and buffer is what `change` makes of it."""
     memo: dict[int, Any] = {}
-    for module in model.modules():
-        for store in (module._parameters, module._buffers, vars(module)):
+    stores = [s for m in model.modules() for s in (m._parameters, m._buffers, vars(m))]
+    with torch.no_grad():
+        for store in stores:
             for value in store.values():
                 if isinstance(value, Tensor) and id(value) not in memo:
-                    with torch.no_grad():
-                        made = change(value).detach()
+                    made = change(value).detach()
                     if isinstance(value, nn.Parameter):
                         made = nn.Parameter(made, requires_grad=value.requires_grad)
                     memo[id(value)] = made

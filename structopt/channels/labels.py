@@ -27,7 +27,7 @@ class Labels:
         self.parent: Vector = np.arange(1024)
         self.factors: Vector = np.full((2, 1024), -1)  # of a root; -1: not a pair
         self.reason: Vector = np.zeros(1024, np.int64)  # of a root; 0: free
-        self.fresh = np.ones(1024, bool)  # tied to nothing yet, and no pair
+        self.fresh = np.ones(1024, bool)  # tied to nothing yet, free, and no pair
         self.paired = False  # whether any label is a pair
         self.reasons: list[str] = [""]
         self._known: dict[str, int] = {"": 0}
@@ -36,10 +36,11 @@ class Labels:
         """Labels that are tied to nothing yet."""
         start, self.size = self.size, self.size + count
         if self.size > len(self.parent):
-            self._grow(2 * self.size)
+            self.reserve(2 * self.size)
         return np.arange(start, self.size)
 
-    def _grow(self, room: int) -> None:
+    def reserve(self, room: int) -> None:
+        """Room for so many labels at once."""
         more = room - len(self.parent)
         self.parent = np.concatenate([self.parent, np.arange(len(self.parent), room)])
         self.factors = np.concatenate([self.factors, np.full((2, more), -1)], axis=1)
@@ -85,7 +86,7 @@ class Labels:
         if not len(new) or new[-1] - new[0] != len(new) - 1:
             return False
         row = slice(new[0], new[-1] + 1)
-        if not self.fresh[row].all() or self.reason[row].any() or (np.diff(new) != 1).any():
+        if not self.fresh[row].all() or (new[1:] - new[:-1] != 1).any():
             return False
         roots = self.find(old)
         if roots.max() >= new[0]:  # the least label is the root
@@ -138,6 +139,7 @@ class Labels:
             self.reasons.append(why)
         roots = self.find(labels)
         self.reason[roots[self.reason[roots] == 0]] = number
+        self.fresh[roots] = False
 
     def settle(self) -> None:
         """Hand the reason of a frozen pair down to its factors; called once, at the end."""

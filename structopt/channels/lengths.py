@@ -45,12 +45,13 @@ def adjust(old: nn.Module, new: nn.Module, pick: Pick) -> None:
 
     `pick` takes from a tensor of the old model, by its name, what the new one has of it.
     """
+    if not kept(old):
+        return
     before, after = dict(old.named_parameters()), dict(new.named_parameters())
     for length, direction, dim in pairs(old):
         norms = torch.norm_except_dim(before[direction].detach(), 2, dim)
         ratio = torch.norm_except_dim(after[direction].detach(), 2, dim) / pick(length, norms)
-        kept = pick(length, before[length].detach())
-        after[length].data.copy_(kept * ratio)
+        after[length].data.copy_(pick(length, before[length].detach()) * ratio)
     for was, now in zip(old.modules(), new.modules(), strict=True):
         for (weight, u, v), (made, u_, v_) in zip(_stretched(was), _stretched(now), strict=True):
             _keep_stretch(float(u @ weight @ v) if not u.is_meta else 0.0, made, u_, v_)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -38,21 +39,25 @@ class Probe:
     def runs(self, groups: Iterable[ChannelGroup], guesses: bool) -> bool:
         """The same, with or without setting attributes that only happen to equal an old size."""
         choice = {self.channels.number[id(g)]: _some(g, n) for n, g in enumerate(groups)}
-        watch = Book()
+        watch, edit = Book(), Edit(choice, guessed=None if guesses else frozenset())
         try:
-            made = build(
-                self.channels, self.bare, Edit(choice, guessed=None if guesses else frozenset())
-            )
-            follow_modules(watch, made)
-            with plain_kernels(), Shadow():
-                found = [t.shape for t in tensors_of(call(made.eval(), self.example))]
+            found = self._shapes(build(self.channels, self.bare, edit))
         except Exception as problem:
-            self.problem, self.where = str(problem), watch.module
+            self.problem = str(problem)
+            with contextlib.suppress(Exception):  # once more, to see where
+                made = build(self.channels, self.bare, edit)
+                follow_modules(watch, made)
+                self._shapes(made)
+            self.where = watch.module
             return False
         self.problem, self.where = "the shape of the output changes", ""
         if not self.exact_shapes:  # how many objects are found may change with the values
             return [len(s) for s in found] == [len(s) for s in self.expected]
         return found == self.expected
+
+    def _shapes(self, made: nn.Module) -> Shapes:
+        with plain_kernels(), Shadow():
+            return [t.shape for t in tensors_of(call(made.eval(), self.example))]
 
 
 def _some(group: ChannelGroup, number: int) -> Vector:

@@ -24,6 +24,7 @@ _WEIGHT = "_structopt_weight"  # marks a tensor that is made of parameters only
 _SQUARE = "_structopt_square"  # marks the square of a tensor: its mean belongs to a norm
 _LAYERS = tuple(f"torch.nn.modules.{name}" for name in ("linear", "conv", "activation"))
 _DECIDES = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2")
+_LEAVES = (int, bool, float, str, type(None), torch.dtype, torch.device, torch.layout)
 _VALUE = "_structopt_value"  # marks a tensor whose values the example or the weights decide
 
 
@@ -39,17 +40,19 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         call = Call(self.book, func, tuple(args), kwargs or {}, {})
-        for tensor in tensors_of((args, call.kwargs)):
+        given = list(tensors_of((*args, *call.kwargs.values())))
+        for tensor in given:
             call.shapes[id(tensor)] = tensor.shape
             self.book.met.add(id(tensor))
             self._note(call, id(tensor), vars(tensor))
         self.book.op = name_of(func)
-        passed = debts.carried(call, tensors_of((args, call.kwargs)))
+        passed = debts.carried(call, given)
         self.book.decided |= bool(call.values) and self.book.op in _DECIDES
         call.out = out = self.compute(func, call.args, call.kwargs)
-        for tensor in tensors_of(out) if call.values else ():
+        made = [out] if isinstance(out, Tensor) else list(tensors_of(out))
+        for tensor in made if call.values else ():
             setattr(tensor, _VALUE, True)
-        debts.owe(tensors_of(out), passed)
+        debts.owe(made, passed)
         rule = rules.find(func)
         if not call.mirrors and rule is not rules.fresh:
             return out
@@ -62,14 +65,14 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if rule in rules.CARRYING:
             self._pick(call)
             rules.scale(call)
-        for tensor in tensors_of(out) if call.scales else ():
+        for tensor in made if call.scales else ():
             setattr(tensor, _SCALED, tuple(axis for axis in call.scales or () if axis is not None))
         if rules.is_square(call):
             setattr(out, _SQUARE, True)
         if call.weights and len(call.weights) == len(call.shapes):
-            for tensor in tensors_of(out):
+            for tensor in made:
                 setattr(tensor, _WEIGHT, True)
-        debts.owe(tensors_of(out), self.book.owed)
+        debts.owe(made, self.book.owed)
         return out
 
     def _note(self, call: Call, key: int, known: dict[str, Any]) -> None:
@@ -130,6 +133,8 @@ def tensors_of(tree: Any) -> Iterator[Tensor]:
     """Every tensor in nested arguments or outputs of a model."""
     if isinstance(tree, Tensor):
         yield tree
+    elif type(tree) in _LEAVES:  # most arguments: asked first, since the rest takes its time
+        return
     elif isinstance(tree, Mapping):
         for value in tree.values():
             yield from tensors_of(value)
@@ -154,9 +159,9 @@ def label_parameters(book: Book, model: nn.Module) -> dict[tuple[str, int], Vect
     axes: dict[tuple[str, int], Vector] = {}
     single: list[Vector] = []
     named = [*model.named_parameters(), *model.named_buffers()]
+    named = [(name, tensor) for name, tensor in named if tensor.is_floating_point()]
+    book.labels.reserve(1024 + sum(sum(tensor.shape) for _, tensor in named))
     for name, tensor in named:
-        if not tensor.is_floating_point():
-            continue
         mirror: Mirror = []
         for dim, size in enumerate(tensor.shape):
             axes[name, dim] = labels = book.labels.new(size)
