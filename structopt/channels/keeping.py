@@ -41,16 +41,14 @@ def _folded(channels: Channels, edit: Edit) -> Reals:
             continue
         root = np.sqrt(len(taken) / len(score.labels)) if score.kind in edit.fold else 1.0
         copies = np.bincount(taken, minlength=len(score.labels))
+        sources = [set(book.rows(n).tolist()) for n in (() if score.scales else score.picked)]
         for label, key, count in zip(score.labels, score.keys, copies, strict=True):
             rows, whole = _scaling(book, int(label), score.scales)
             others, _ = _scaling(book, int(key), score.key_scales)
             same = not score.picked and np.array_equal(rows, others)
-            for number in () if score.scales else score.picked:
-                rows = np.intersect1d(rows, book.rows(number))
-            for row in {
-                *rows.tolist(),
-                *([] if whole else channels.biases(rows)),
-            } - done:  # one query may meet several keys
+            mine = {*rows.tolist()}.intersection(*sources)
+            added = () if whole else channels.biases(np.array(sorted(mine), np.int64))
+            for row in {*mine, *added} - done:  # one query may meet several keys
                 done.add(row)
                 factor = root / (max(count, 1) if edit.preserve else 1)
                 found[row] = np.sqrt(factor) if same else factor
