@@ -221,6 +221,20 @@ def test_a_model_with_habits_is_edited_and_left_alone(forward):
     torch.testing.assert_close(narrow(x), masked(x))
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_what_is_masked_is_zero_whatever_it_was_and_the_rest_is_the_same(dtype, layout, device):
+    weight = torch.randn(6, 5, 4, 3).to(dtype).to(device).to(memory_format=layout)
+    weight[1], weight[:, 2], weight[..., 0] = torch.nan, torch.inf, -0.0
+    before, gone = weight.clone(), torch.zeros(weight.shape, dtype=torch.bool)
+    gone[1] = gone[:, 2] = gone[..., 0] = True
+    found = widening.masked(weight, [(0, np.array([1])), (1, np.array([2])), (3, np.array([0]))])
+    expected = before.to(found.dtype).masked_fill(gone.to(device), 0)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert not found[gone].signbit().any()
+    torch.testing.assert_close(weight, before, rtol=0, atol=0, equal_nan=True)
+
+
 def test_weights_in_the_same_memory_are_masked_each_by_itself():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
