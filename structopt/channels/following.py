@@ -52,9 +52,7 @@ def follow(
 
 
 @_disable_current_modes()  # what else watches the model has no use for these
-def _places(
-    move: Callable[[Tensor], Any], shape: Sequence[int], dim: int
-) -> tuple[bool, Places]:
+def _places(move: Callable[[Tensor], Any], shape: Sequence[int], dim: int) -> tuple[bool, Places]:
     """Whether one tensor comes out; of each, its shape and where its elements lay along `dim`.
 
     Along a dimension where that stays the same, it is said once.

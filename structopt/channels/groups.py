@@ -164,7 +164,7 @@ def _collect(channels: Channels) -> list[ChannelGroup]:
     parts: list[tuple[Vector, Vector, Vector]] = []
     for path, roots in labels.leaves(np.concatenate(every)).items():
         real = np.flatnonzero(roots >= 0)
-        order = real[np.lexsort((owner[real], roots[real]))]
+        order = real[np.argsort(roots[real], kind="stable")]  # owners ascend already
         seen, own = roots[order], owner[order]
         first = np.flatnonzero(np.r_[True, (np.diff(seen) != 0) | (np.diff(own) != 0)])
         count = np.diff(np.r_[first, len(order)])
