@@ -296,7 +296,7 @@ def test_of_many_groups_the_one_in_the_way_is_named():
     channels = channel_groups(model, torch.randn(2, 4))
     every = {g: range(4) for g in channels}
     act = lambda: take(model, every, scale={g: [2.0, 1, 1, 1] for g in channels})  # noqa: E731
-    refused(model, act, "^group '5' .*differ")
+    refused(model, act, "^group '5' .*not positively homogeneous: softplus in 6")
 
 
 def test_an_example_of_one_token_verifies_queries(device):

@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize
 
 from structopt.channels import channel_groups, take
 from structopt.channels.copying import substitute
+from structopt.channels.labels import Labels
 from structopt.channels.rows import Refused
 
 CASES = FIRST | FURTHER
@@ -375,7 +376,7 @@ def test_a_model_that_finds_nothing_is_verified_inside(device):
     """A detector without detections gives empty outputs, whatever was edited."""
 
     def forward(self, x):
-        y = self.head(self.mid(self.a(x).tanh()))
+        y = self.head(self.mid(self.a(x) + 1))
         return y[y > 1e9]
 
     model = Fn(forward, a=nn.Linear(3, 8), mid=nn.Linear(8, 6), head=nn.Linear(6, 2)).to(device)
@@ -450,6 +451,75 @@ def test_what_cannot_change_is_frozen_not_refused(device):
             for group in channels.frozen
             if any(member.parameter == "a.weight" for member in group.members)
         )
+
+
+def test_what_is_frozen_stays_so_when_it_is_tied_to_older_channels():
+    labels = Labels()
+    old, new = labels.new(3), labels.new(3)
+    labels.freeze(new, "it has to stay")
+    labels.tie(new, old)
+    assert (labels.reason[labels.find(old)] > 0).all()
+
+
+BENDING = {
+    "relu6": F.relu6,
+    "hardtanh": lambda x: F.hardtanh(x, -50, 50),
+    "clamp": lambda x: x.clamp(-90, 90),
+    "least": lambda x: torch.minimum(x, torch.full_like(x, 99)),
+    "most": lambda x: torch.maximum(x, torch.tensor(-99.0, device=x.device)),
+    "elu": lambda x: F.elu(x.abs() + x),
+    "hardshrink": lambda x: F.hardshrink(x, 1e-9),
+    "threshold": lambda x: F.threshold(x, -99, 0),
+}
+HOMOGENEOUS = {
+    "relu": F.relu,
+    "in place": lambda x: F.relu_(x.clone()),
+    "clamp": lambda x: x.clamp(min=0),
+    "most": lambda x: torch.maximum(x, torch.zeros_like(x)),
+    "where": lambda x: torch.where(x > 0, x, 0.1 * x),
+    "leaky": F.leaky_relu,
+    "abs": lambda x: -x.abs(),
+    "threshold": lambda x: F.threshold(x, 0, 0),
+}
+
+
+@pytest.mark.parametrize("name", BENDING)
+def test_no_scale_goes_through_a_bend_that_the_example_does_not_reach(name, device):
+    model = Fn(
+        lambda self, x: self.b(BENDING[name](self.a(x))), a=nn.Linear(6, 5), b=nn.Linear(5, 3)
+    ).to(device)
+    group = channel_groups(model, torch.rand(4, 6, device=device))["a"]
+    with pytest.raises(ValueError, match="not positively homogeneous"):
+        take(model, {group: range(5)}, scale={group: [1, 1, 0.5, 1, 1]})
+    take(model, {group: range(5)}, scale={group: [1.0] * 5})
+    narrow = take(model, {group: [1, 2]})
+    assert narrow.a.out_features == 2
+
+
+@pytest.mark.parametrize("name", HOMOGENEOUS)
+def test_a_scale_goes_through_what_is_homogeneous(name, device):
+    model = Fn(
+        lambda self, x: self.b(HOMOGENEOUS[name](self.a(x))), a=nn.Linear(6, 5), b=nn.Linear(5, 3)
+    ).to(device)
+    group = channel_groups(model, torch.rand(4, 6, device=device))["a"]
+    scaled = take(model, {group: range(5)}, scale={group: [1, 2, 0.5, 1, 4]})
+    x = 1e3 * torch.randn(50, 6, device=device)
+    torch.testing.assert_close(scaled(x), model(x), rtol=1e-4, atol=1e-2)
+
+
+def test_a_gate_that_bends_is_scaled_by_nobody(device):
+    """The gate takes no scale over; what it multiplies does."""
+
+    def forward(self, x):
+        x = self.a(x)
+        return self.b(x * self.gate(x.relu()).clamp(0, 1))
+
+    parts = {"a": nn.Linear(6, 5), "gate": nn.Linear(5, 5), "b": nn.Linear(5, 3)}
+    model = Fn(forward, **parts).to(device)
+    group = channel_groups(model, torch.rand(4, 6, device=device))["a"]
+    scaled = take(model, {group: range(5)}, scale={group: [1, 2, 0.5, 1, 4]})
+    x = 1e3 * torch.randn(50, 6, device=device)
+    torch.testing.assert_close(scaled(x), model(x), rtol=1e-4, atol=1e-2)
 
 
 def test_an_example_of_zeros_does_not_make_the_check_empty(device):

@@ -244,12 +244,21 @@ def test_a_depthwise_network_that_one_step_a_tensor_ruins(device):
     assert error(made) < 0.01 * error(model)
 
 
-def test_equalisation_leaves_alone_what_it_cannot_scale():
-    model = nn.Sequential(
-        nn.Linear(5, 6), nn.GELU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2)
-    ).double()
-    made = compression.equalize(model, torch.zeros(1, 5).double())
-    x = torch.randn(9, 5).double()
+@pytest.mark.parametrize("bend", [nn.GELU(), nn.ReLU6()])  # no value of the example reaches 6
+def test_equalisation_leaves_alone_what_it_cannot_scale(bend):
+    model = nn.Sequential(nn.Linear(5, 6), bend, nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
+    made = compression.equalize(model.double(), torch.zeros(1, 5).double())
+    x = 100 * torch.randn(9, 5).double()
+    torch.testing.assert_close(made(x), model(x))
+    assert torch.equal(made[0].weight, model[0].weight)
+    assert not torch.equal(made[4].weight, model[4].weight)
+
+
+def test_equalisation_scales_no_depthwise_convolution_through_a_clip():
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU6(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Conv2d(8, 4, 1)).double()
+    made = compression.equalize(model, torch.zeros(1, 3, 9, 9).double())
+    x = 100 * torch.randn(9, 3, 9, 9).double()
     torch.testing.assert_close(made(x), model(x))
     assert torch.equal(made[0].weight, model[0].weight)
     assert not torch.equal(made[4].weight, model[4].weight)

@@ -96,6 +96,10 @@ class Channels:
                 reads[axis] = False
         return reads
 
+    def bends(self, made: Vector) -> str:
+        """What stands in the way of scaling the channels that have these labels, or nothing."""
+        return next((why for axis, why in self.book.bent if np.isin(axis, made).any()), "")
+
     def along(self, labels: Vector) -> dict[int, Vector]:
         """For each group that these labels belong to, the channel of each label, or -1."""
         known = self._along.get(id(labels))

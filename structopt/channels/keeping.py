@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from structopt.channels.groups import Channels
 from structopt.channels.labels import Vector
 from structopt.channels.mirrors import Book
-from structopt.channels.rows import Choice, Edit, Reals, rows_of
+from structopt.channels.rows import Choice, Edit, Reals, Refused, rows_of
 
 
 def times(tensor: Tensor, dim: int, factors: Reals) -> Tensor:
@@ -86,6 +86,11 @@ def _scaled(channels: Channels, model: nn.Module, edit: Edit) -> Reals:
         group, powers = channels.every[number], _powers(channels, number)
         by_channel = np.ones(group.size)
         by_channel[edit.choice[number]] = values
+        axes = [axis for axis, _ in channels.book.bent if number in channels.along(axis)]
+        for axis in axes if (by_channel != 1).any() else ():
+            why = channels.bends(axis[(channels.along(axis)[number] >= 0) & (powers[axis] > 0)])
+            if why:
+                raise Refused(f"what is scaled meets {why}")
         for member in group.members:
             if member.parameter in parameters:
                 mine = member.channel >= 0

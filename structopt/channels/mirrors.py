@@ -69,6 +69,7 @@ class Book:
     scored: list[Score] = field(default_factory=list)
     beside: list[tuple[Vector, Vector]] = field(default_factory=list)  # rows and their bias
     spent: list[tuple[Vector, Axis]] = field(default_factory=list)  # scaled anew; by these groups
+    bent: list[tuple[Vector, str]] = field(default_factory=list)  # by what is not homogeneous
     apart: list[tuple[Vector, Vector]] = field(default_factory=list)  # readers; not across these
     grids: list[tuple[Vector, int, Vector]] = field(default_factory=list)  # split labels: from what
     starts: list[int] = field(default_factory=list)  # the first label of each grid, ascending

@@ -6,6 +6,7 @@ index tells where to move it are in `picking`.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -126,6 +127,31 @@ def stack(call: Call) -> Mirror:
 
 _PRODUCTS = ("mul", "div", "prelu", "_prelu_kernel")
 
+# Twice as much comes out of these where twice as much goes in, or nothing of it comes out. Others
+# may seem to do so: a clip that no value of the example reaches, ELU where all are positive.
+# fmt: off
+_HOMOGENEOUS = {
+    "relu", "leaky_relu", "rrelu_with_noise", "abs", "neg", "add", "sub", "rsub", "where",
+    "masked_fill", "lerp", "mul", "div", "prelu", "_prelu_kernel", "addcmul", "addcdiv", "copy",
+    "clone", "contiguous", "_to_copy", "detach", "alias", "lift_fresh", "native_dropout",
+    "dropout", "feature_dropout", "fill", "zero", "zeros_like", "empty_like", "rand_like",
+    "randn_like", "bernoulli", "normal", "uniform", "real", "imag", "conj", "complex", "sgn",
+    "sign", "isnan", "isinf", "logical_and", "logical_or", "logical_not", "bitwise_and",
+    "bitwise_or", "bitwise_not",
+}
+# fmt: on
+_AGAINST = ("gt", "ge", "lt", "le", "eq", "ne", "clamp", "clamp_min", "clamp_max", "threshold")
+
+
+def _is_homogeneous(call: Call) -> bool:
+    op = call.book.op.rstrip("_")
+    if op in _AGAINST:  # zero is the same number when all are doubled
+        bounds = (*call.args[1:], *call.kwargs.values())
+        return all(isinstance(b, Tensor) or b in (None, 0, math.inf, -math.inf) for b in bounds)
+    if op in ("maximum", "minimum"):  # of channels, but not of channels and a bound
+        return all(any(a is not None for a in call.mirror(t)) for t in call.args)
+    return op in _HOMOGENEOUS
+
 
 @rule("copy", "clone", "contiguous", "_to_copy", "lerp", "native_dropout", "fill", "zero")
 @rule("bernoulli", "zeros_like", "ones_like", "empty_like", "full_like", "rrelu_with_noise")
@@ -158,6 +184,9 @@ def pointwise(call: Call) -> Any:
             result.append(call.add(call.mirror(a)[d], call.mirror(b)[d]))
             continue
         result.append(join(call, axes) if axes else None)
+    if not _is_homogeneous(call):
+        why = call.book.why("an operator that is not positively homogeneous")
+        call.book.bent += [(axis, why) for axis in result if axis is not None]
     if isinstance(call.out, Tensor):
         return result
     return [result if o.shape == shape else None for o in outputs]

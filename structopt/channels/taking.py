@@ -31,7 +31,8 @@ def take(
     A subset prunes, a permutation reorders, repeated channels widen: with ``preserve`` the weights
     that read a doubled channel are divided, so that the function stays (Net2Net, Chen et al.,
     2016). ``scale`` multiplies each channel taken by a positive number and divides its readers:
-    the same function where the activation is positively homogeneous.
+    the same function where the activation is positively homogeneous, as ReLU is. One that is not,
+    as ReLU6, is refused even if no value of the example reaches its bend.
 
     The copy is run in double precision on the example of the analysis, in evaluation mode, and on
     random numbers of its shape where all of the example's are equal. A

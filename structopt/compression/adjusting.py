@@ -93,7 +93,8 @@ def _before(model: nn.Module, group: ChannelGroup, place: int, example: Any) -> 
     reader = group.members[place]
     makers = [member for member in group.members[:place] if not member.reads]
     factors = _factors(model, group, [*makers, reader], reader)
-    if factors is None:
+    made = [group.channels.axes[member.parameter, member.dim] for member in makers]
+    if factors is None or (made and group.channels.bends(np.concatenate(made))):
         return model
 
     def scaled(model: nn.Module) -> nn.Module:
