@@ -6,9 +6,10 @@ number of passes; each has the learning rate that is best in the mean on 2,000 i
 Three trained perceptrons, two of them twice as deep and one of these twice as wide, are grouped,
 with each way to pass information, and trained on; beside them the dense network, for as long. The
 learning rate of that is chosen for each row apart, by the mean of three seeds on 2,000 images held
-out. Then networks with one exit: the cheapest threshold that loses nothing on the images held out,
-timed against the whole network in turns. They differ in what the heads read, and in how much lies
-behind the exit. Test images are seen by the final runs alone.
+out. One of the three once more, every row of it, the dense one too, taught by the dense network as
+it was. Then networks with one exit: the cheapest threshold that loses nothing on the images held
+out, timed against the whole network in turns. They differ in what the heads read, and in how much
+lies behind the exit. Test images are seen by the final runs alone.
 """
 
 import copy
@@ -22,6 +23,7 @@ from common import arguments, clock, interleaved, keep, kept, machine, mean_and_
 from torch import nn
 
 from structopt import data, descent, slicing, training
+from structopt.distillation import from_logits, soft_targets
 
 GROUPS, RATES, EPOCHS = (8, 16), (0.001, 0.003, 0.01), 3
 STACKS = {  # layers, hidden units
@@ -128,12 +130,14 @@ def perceptron(layers: int, hidden: int) -> nn.Module:
     return nn.Sequential(*parts, nn.Linear(hidden, 10))
 
 
-def trained_on(bench: Bench, begun: Sequence[nn.Module]) -> dict[str, Any]:
+def trained_on(
+    bench: Bench, begun: Sequence[nn.Module], objectives: Sequence[Any]
+) -> dict[str, Any]:
     """Test accuracy of one row before and after, with the rate that is best for three seeds."""
 
     def trained(seed: int, lr: float) -> nn.Module:
         model = copy.deepcopy(begun[seed])
-        return bench.fit(model, training.supervised(), EPOCHS, seed + 100, lr)
+        return bench.fit(model, objectives[seed], EPOCHS, seed + 100, lr)
 
     first = {lr: [trained(seed, lr) for seed in range(len(begun[:3]))] for lr in RATES}
     rate = max(RATES, key=lambda lr: sum(bench.score(model, bench.held) for model in first[lr]))
@@ -145,19 +149,24 @@ def trained_on(bench: Bench, begun: Sequence[nn.Module]) -> dict[str, Any]:
     }
 
 
-def grouped(bench: Bench, seeds: int, layers: int, hidden: int) -> dict[str, Any]:
+def grouped(
+    bench: Bench, seeds: int, layers: int, hidden: int, taught: bool = False
+) -> dict[str, Any]:
     """For each number of groups: the rows, and what each exchange gave back."""
     dense: list[nn.Module] = []
     for seed in range(seeds):
         torch.manual_seed(seed)
         model = perceptron(layers, hidden)
         dense.append(bench.fit(model, training.supervised(), 2 * EPOCHS, seed, 0.003))
-    whole, found = trained_on(bench, dense), {}
+    objectives = [training.supervised()] * seeds
+    if taught:
+        objectives = [from_logits(model, soft_targets, temperature=4.0) for model in dense]
+    whole, found = trained_on(bench, dense, objectives), {}
     for groups in GROUPS:
         rows = {"dense": whole}
         for name, exchange in EXCHANGES.items():
             cut = [slicing.group_layers(m, bench.example, groups, exchange=exchange) for m in dense]
-            rows[name] = trained_on(bench, cut)
+            rows[name] = trained_on(bench, cut, objectives)
             print(layers, hidden, groups, name, rows[name], flush=True)
         means = {name: row["trained on"]["mean"] for name, row in rows.items()}
         lost = means["dense"] - means["branches"]
@@ -230,7 +239,8 @@ def exits(
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--part", choices=["exits", "groups", "widths"], help="only this one")
+    parts = ["exits", "groups", "taught", "widths"]
+    parser.add_argument("--part", choices=parts, help="only this one")
     options = parser.parse_args()
     torch.set_num_threads(1)
     device, quick = torch.device(options.device), options.quick
@@ -250,6 +260,9 @@ def main() -> None:
     if options.part in (None, "groups"):
         for name, sizes in STACKS.items():
             result[name] = grouped(bench, many, *sizes)
+    if options.part in (None, "taught"):
+        deep = STACKS["groups, twice as deep"]
+        result["groups, twice as deep, taught"] = grouped(bench, many, *deep, taught=True)
     keep("slicing", result, quick)
 
 
