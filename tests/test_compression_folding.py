@@ -183,3 +183,71 @@ def test_branches_that_do_not_fit_are_named():
         compression.merge_branches([nn.Identity()])
     with pytest.raises(ValueError, match="depends on its batch"):
         compression.merge_branches([conv, nn.BatchNorm2d(4, track_running_stats=False)])
+
+
+class Alias(nn.Module):
+    """Layers with names of their own, which run under those of a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.relu = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()
+        self.last = nn.Conv2d(4, 2, 1)
+        self.body = nn.Sequential(self.conv, self.norm, self.relu, self.last)
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def test_a_layer_of_two_names_is_exchanged_under_both(device):
+    model = used(Alias()).to(device).double().eval()
+    x = torch.randn(2, 3, 8, 8, device=device).double()
+    made = compression.fold_batch_norms(model, x)
+    assert norms(made) == 0
+    assert made.conv is made.body[0]
+    torch.testing.assert_close(made(x), model(x))
+    straight = compression.blend_activations(model, ["relu"], slope=1.0)
+    torch.testing.assert_close(straight(x), model.body[3](model.body[1](model.body[0](x))))
+    links = compression.removable(model, x)
+    merged = compression.merge_links(model, x, links)
+    assert [link.layers for link in links] == [("conv", "last")]
+    torch.testing.assert_close(merged(x), straight(x))
+
+
+class Reused(nn.Module):
+    """One ReLU behind three layers, and one norm behind two, as blocks are often written."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3, 3, 1) for _ in range(3))
+        self.norm, self.relu = nn.BatchNorm2d(3), nn.ReLU()
+
+    def forward(self, x):
+        one, two, three = self.convs
+        x = self.relu(self.norm(two(self.relu(self.norm(one(x))))))
+        return x + self.relu(three(x))
+
+
+def test_a_layer_that_runs_several_times_is_left_or_named(device):
+    model, x = used(Reused()).to(device).eval(), torch.randn(2, 3, 5, 5, device=device)
+    assert norms(compression.fold_batch_norms(model, x)) == 1, "for each call another layer"
+    assert compression.removable(model, x) == []
+    straight = compression.blend_activations(model, ["relu"], slope=1.0)
+    assert all(m.slope == 1 for m in straight.modules() if isinstance(m, compression.Blend))
+    one, two, three = model.convs
+    linear = model.norm(two(model.norm(one(x))))
+    torch.testing.assert_close(straight(x), linear + three(linear), msg="all calls of it together")
+    for remove in (1, ["relu"]):
+        with pytest.raises(ValueError, match="separate_activations"):
+            compression.shallower(model, x, [(x, x)], lambda m, b: m(b[0]).sum(), remove=remove)
+
+
+def test_a_block_that_reuses_its_relu():
+    resnet = pytest.importorskip("torchvision").models.resnet
+    model = used(resnet.BasicBlock(4, 4)).double().eval()
+    x = torch.randn(2, 4, 5, 5).double()
+    made = compression.fold_batch_norms(model, x)
+    assert norms(made) == 0
+    torch.testing.assert_close(made(x), model(x))
+    apart = compression.separate_activations(made, x)
+    (link,) = compression.removable(apart, x)
+    assert link.layers == ("conv1", "conv2"), "the other one runs behind the sum"

@@ -355,6 +355,14 @@ def test_a_block_is_called_with_one_tensor_and_nothing_else_as_an_identity_would
     assert pruning.residual_blocks(model, torch.randn(3, 4)) == ["plain", "twice"]
 
 
+def test_a_block_of_several_places_is_removed_from_all(device):
+    once = {n: Residual("plain") for n in ("plain", "other")}
+    model = nn.Sequential(once["plain"], once["other"], once["plain"]).to(device)
+    x = torch.randn(3, 4, device=device)
+    assert pruning.residual_blocks(model, x) == ["0", "1"]
+    torch.testing.assert_close(pruning.remove_blocks(model, x, ["0"])(x), once["other"](x))
+
+
 @pytest.mark.parametrize("network", ["resnet", "transformer"])
 def test_removing_blocks_equals_zeroing_them(network, device):
     model = trained(NETWORKS[network]()).double().to(device)

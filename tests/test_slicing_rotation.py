@@ -255,6 +255,31 @@ def test_a_trained_network_loses_less_than_by_channels(device):
 # ------------------------------------------------------------------ free attention
 
 
+class Listed(Words):
+    """Its layers run under other names than their first."""
+
+    def __init__(self):
+        super().__init__()
+        self.run = nn.Sequential(self.embed, *self.encoder.layers, self.encoder.norm)
+
+    def forward(self, words):
+        return self.head(self.run(words).mean(1))
+
+
+def test_layers_of_two_names_are_exchanged_under_both(device):
+    model, words = Listed().to(device).double().eval(), torch.randint(11, (3, 5), device=device)
+    both = nn.ModuleList([nn.MultiheadAttention(8, 2)])
+    both.append(both[0])
+    free = free_attention(both)
+    assert isinstance(free[1], FreeAttention)
+    assert free[0] is free[1]
+    model.last, model.final = model.encoder.norm, nn.Sequential(model.encoder.norm)
+    made = to_rms_norm(model, words)
+    torch.testing.assert_close(made(words), model(words))
+    assert not any(isinstance(module, nn.LayerNorm) for module in made.modules())
+    assert isinstance(made.final[0], nn.RMSNorm)
+
+
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("weights", [True, False])
 def test_free_attention_is_torchs(batch_first, weights, device):

@@ -301,6 +301,9 @@ def test_what_is_wrong_is_named():
         Slimmable(model, x, [0.5])(x, width=0.7)
     with pytest.raises(ValueError, match="no module 'layer9' to skip"):
         Slimmable(model, x, [Slice(skip=["layer9"])])
+    model.alias = nn.ModuleDict({"conv2": model.conv2})
+    with pytest.raises(ValueError, match=r"does not run 'alias\.conv2' by this name"):
+        Slimmable(model, x, [Slice(skip=["alias.conv2"])])
     with pytest.raises(ValueError, match="skip residual blocks"):
         Slimmable(model, x, [Slice(skip=["conv2"])])
     with pytest.raises(ValueError, match="skip is a list"):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.operator_schemas import normalize_function
 
+from structopt.channels.exchanging import exchange_
 from structopt.compression.folding import computes_the_same
 
 KINDS = (
@@ -143,6 +144,9 @@ class Blend(nn.Module):
 def blend_activations(model: nn.Module, names: Iterable[str], slope: float = 0.0) -> nn.Module:
     """A copy in which these activations are :class:`Blend`, on the device of the model.
 
+    One that serves several places gets one slope for all of them; :func:`separate_activations`
+    first gives each its own.
+
     Raises ValueError for a name that is no activation module of the model.
 
     >>> blend_activations(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), ["1"])[1].slope
@@ -152,7 +156,8 @@ def blend_activations(model: nn.Module, names: Iterable[str], slope: float = 0.0
     made = copy.deepcopy(model)
     weights = next((p for p in made.parameters() if p.is_floating_point()), torch.zeros(()))
     for name, activation in activations(made, list(names)).items():
-        made.set_submodule(name, Blend(activation, slope).to(weights).train(activation.training))
+        blend = Blend(activation, slope).to(weights)
+        exchange_(made, name, blend.train(activation.training))
     return made
 
 

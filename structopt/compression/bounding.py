@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from structopt.channels.exchanging import exchange_
 from structopt.compression.activations import activations
-from structopt.compression.evidence import exchange_, watch
+from structopt.compression.evidence import watch
 from structopt.compression.granularity import PerTensor
 from structopt.compression.grids import Grid
 from structopt.compression.inputs import SAMPLE

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from structopt.channels.exchanging import exchange_
 from structopt.compression.convert_parts import (
     Converted,
     as_compiled,
@@ -17,7 +18,6 @@ from structopt.compression.convert_parts import (
     refuse,
     shown,
 )
-from structopt.compression.evidence import exchange_
 from structopt.measure.costs import cost
 
 WIDTHS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}

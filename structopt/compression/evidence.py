@@ -64,14 +64,6 @@ def by_channel(layer: nn.Module, x: Tensor) -> Tensor:
     return x.movedim(-1, 0).unsqueeze(-1).flatten(1)
 
 
-def exchange_(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put another layer in the place of this one, and wherever else the model holds the same."""
-    old = model.get_submodule(name)
-    for module in list(model.modules()):
-        for key in [key for key, child in module._modules.items() if child is old]:
-            module._modules[key] = new
-
-
 def all_ran(wanted: Iterable[str], ran: Container[str]) -> None:
     """Raises ValueError for the first layer that was asked for by name, but never ran."""
     for name in wanted:

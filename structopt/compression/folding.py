@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
+from structopt.channels.exchanging import exchange_
 from structopt.compression.evidence import READERS
 from structopt.compression.merging import merge_pair
 from structopt.measure.running import call, tensors_of
@@ -28,7 +29,7 @@ def fold_batch_norms(model: nn.Module, example: Any) -> nn.Module:
     b' = (b - μ) γ / s + β, with s = sqrt(σ² + ε). That is the network of evaluation mode; it is no
     longer to be trained with batch statistics. Each fold is run on random numbers like the example,
     in double precision, and left out where the output changes (a layer that is read elsewhere too,
-    a norm over other axes).
+    a norm over other axes), or where either of the two runs more than once.
 
     ``example`` is what the model is called with: a tensor, a tuple or a dict. Jacob et al., 2018.
 
@@ -110,7 +111,7 @@ def joined(
     made = copy.deepcopy(model)
     layer = join(made.get_submodule(one), made.get_submodule(two))
     for name, new in (one, layer), (two, nn.Identity()):
-        made.set_submodule(name, new)
+        exchange_(made, name, new)
     return made
 
 

@@ -30,7 +30,8 @@ def removable(model: nn.Module, example: Any, *, longest: int = 2) -> list[Link]
     run; links may overlap. Whether one pays is another question: two 3×3 convolutions become one of
     5×5, with 25 products for each pair of channels in place of 18, where all widths are equal. The
     block 1×1, depthwise, 1×1 becomes one small convolution if both of its activations go, and
-    a larger one if one does.
+    a larger one if one does. What runs more than once is left out: for one ``nn.ReLU`` in several
+    places, :func:`structopt.compression.separate_activations` first.
 
     Raises ValueError for a model without activation modules
     (:func:`structopt.compression.separate_activations` makes them).

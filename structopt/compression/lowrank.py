@@ -10,8 +10,9 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor, nn
 
+from structopt.channels.exchanging import exchange_
 from structopt.compression.codes import naming
-from structopt.compression.evidence import exchange_, readers
+from structopt.compression.evidence import readers
 from structopt.compression.in_turn import hessian_of
 from structopt.compression.quantize import as_finite
 from structopt.compression.ranks import SVD, Form, Ranks

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from structopt.channels.exchanging import exchange_
 from structopt.compression.activations import blend_activations
 from structopt.compression.bounding import changed_by
 from structopt.compression.evidence import readers
@@ -147,7 +148,7 @@ def shallower(
     straight = Straighten(made, _names(gone), later * len(batches) / 2)
     _train(made, batches, objective, how, later, straight)
     for name, blend in blends(made).items():
-        made.set_submodule(name, blend.activation)
+        exchange_(made, name, blend.activation)
     plain = without(made, _names(gone)).eval()
     wide = copy.deepcopy(plain).double()
     merged = merge_links(wide, example, gone)
@@ -178,7 +179,8 @@ def _candidates(model: nn.Module, example: Any, remove: int | Sequence[str]) -> 
     if remove < 1 or disjoint(found, remove) is None:
         known = "".join(f"\n  {link}" for link in found) or " none"
         raise ValueError(
-            f"remove={remove}: give 1 or more; links that pay, and share no layer:{known}"
+            f"remove={remove}: give 1 or more; an activation that runs in several places has to be "
+            f"separated first (separate_activations); links that pay, and share no layer:{known}"
         )
     return found
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from structopt.channels.exchanging import exchange_
 from structopt.compression.folding import computes_the_same, fold_batch_norms, joined
 from structopt.compression.merging import merge_pair
 
@@ -84,7 +85,7 @@ def without(model: nn.Module, names: Iterable[str]) -> nn.Module:
     """A copy with nothing in the place of these activations."""
     made = copy.deepcopy(model)
     for name in names:
-        made.set_submodule(name, nn.Identity())
+        exchange_(made, name, nn.Identity())
     return made
 
 

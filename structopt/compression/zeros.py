@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from structopt.compression.evidence import See, by_channel, exchange_, readers, watch
+from structopt.channels.exchanging import exchange_
+from structopt.compression.evidence import See, by_channel, readers, watch
 from structopt.measure import latency
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from structopt.channels.exchanging import exchange_
 from structopt.measure.running import call
 from structopt.training.observing import observed
 from structopt.training.statistics import inputs_of, placed
@@ -105,7 +106,7 @@ def _need_modules(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def remove_blocks(model: nn.Module, example: Any, names: Sequence[str]) -> nn.Module:
-    """A shallower copy of the model: each block named becomes ``nn.Identity``.
+    """A shallower copy of the model: each block named becomes ``nn.Identity``, wherever it is held.
 
     Exact in this sense: the copy computes what the model computes when all parameters of those
     blocks are zero, provided that what enters a block that ends in a ReLU is not negative.
@@ -127,5 +128,5 @@ def remove_blocks(model: nn.Module, example: Any, names: Sequence[str]) -> nn.Mo
         )
     made = copy.deepcopy(model)
     for name in names:
-        made.set_submodule(name, nn.Identity())
+        exchange_(made, name, nn.Identity())
     return made

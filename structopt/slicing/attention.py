@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from structopt.channels.exchanging import exchange_
+
 
 class FreeAttention(nn.Module):
     """What ``nn.MultiheadAttention`` computes, with heads · head_dim free of the stream's width.
@@ -118,7 +120,7 @@ def free_attention(model: nn.Module) -> nn.Module:
         if type(module) is nn.MultiheadAttention:
             if not name:
                 return _freed(module, "the model")
-            made.set_submodule(name, _freed(module, name))
+            exchange_(made, name, _freed(module, name))
     return made
 
 

@@ -17,6 +17,7 @@ from structopt.channels.layout import lay_plainly_
 from structopt.measure.running import call
 from structopt.slicing.slices import Slice, widths_of
 from structopt.training import evaluating
+from structopt.training.observing import observed
 
 Named = dict[str, Tensor]
 
@@ -174,12 +175,15 @@ def _learn_factors(
 
 def _skip(model: nn.Module, made: nn.Module, part: Slice, example: Any) -> None:
     """Replace the modules to skip, and see that the shapes still fit."""
-    for name in part.skip:
+    ran, handles = set[str](), []
+    for name in part.skip:  # a place: a block that a model runs in several can be left out of one
+        nothing = nn.Identity()
+        handles.append(nothing.register_forward_hook(lambda *_, name=name: ran.add(name)))
         try:
-            made.set_submodule(name, nn.Identity(), strict=True)
+            made.set_submodule(name, nothing, strict=True)
         except (AttributeError, ValueError) as problem:
             raise ValueError(f"{part}: the model has no module {name!r} to skip") from problem
-    with torch.no_grad(), evaluating(model), evaluating(made):
+    with evaluating(model), observed(made, handles):
         expected = call(model, example)
         try:
             found = call(made, example)
@@ -192,4 +196,8 @@ def _skip(model: nn.Module, made: nn.Module, part: Slice, example: Any) -> None:
     if shapes[0] != shapes[1]:
         raise ValueError(
             f"{part}: without these modules the output has shape {shapes[1]}, not {shapes[0]}"
+        )
+    if unseen := [name for name in part.skip if name not in ran]:
+        raise ValueError(
+            f"{part}: the model does not run {unseen[0]!r} by this name, so nothing is skipped"
         )

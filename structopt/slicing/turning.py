@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from structopt.channels.exchanging import exchange_
 from structopt.channels.widening import wide
 from structopt.measure.running import call
 from structopt.slicing.cutting import named
@@ -53,7 +54,7 @@ def fold_norms_(model: nn.Module, stream: Stream) -> nn.Module:
         like = _like(model)
         made = nn.RMSNorm(stream.size, norm.eps).to(like).train(norm.training)
         made.requires_grad_(norm.weight is None or norm.weight.requires_grad)
-        model.set_submodule(name, made)
+        exchange_(model, name, made)
     return model
 
 
