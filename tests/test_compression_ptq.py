@@ -22,6 +22,7 @@ from structopt.compression import (
     Steps,
 )
 from structopt.networks import LeNet5, LeNet300
+from structopt.slicing import free_attention
 
 
 def small(device="cpu", dtype=torch.float32):
@@ -462,3 +463,26 @@ def test_rounded_inputs_are_saved_whole_or_refused(tmp_path):
     compression.save(static, tmp_path / "b")
     again = compression.load(tmp_path / "b", nn.Sequential(nn.Linear(8, 8)).double())
     assert torch.equal(again(y), static(y))
+
+
+def test_what_attention_reads_is_named_until_its_projections_are_layers(device):
+    model = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True).to(device).eval()
+    x, grid = torch.randn(3, 5, 8, device=device), Grid(4)
+    for act in (
+        lambda: compression.calibrate(model, [x], grid),
+        lambda: compression.round_inputs(model, grid),
+        lambda: compression.gptq_weights(model, [x], grid),
+        lambda: compression.prepare_qat(model, grid, inputs=grid, batches=[x]),
+    ):
+        with pytest.warns(UserWarning, match=r"^self_attn.out_proj .*free_attention"):
+            act()
+    with pytest.raises(ValueError, match=r"'self_attn.out_proj' never ran"):
+        compression.calibrate(model, [x], grid, names=["self_attn.out_proj"])
+    free = free_attention(model)
+    steps = compression.calibrate(free, [x], grid)
+    assert list(steps) == ["self_attn.into", "self_attn.out", "linear1", "linear2"]
+    torch.testing.assert_close(steps["self_attn.into"], compression.fit(x, grid))
+    made = compression.round_inputs(free, grid, steps)
+    given = compression.fake_quantize(x, grid, steps["self_attn.into"])
+    one, other = made.self_attn.into(x), free.self_attn.into(given)
+    assert torch.equal(one, other)

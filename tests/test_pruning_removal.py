@@ -353,6 +353,11 @@ def test_a_block_is_called_with_one_tensor_and_nothing_else_as_an_identity_would
     names = ("plain", "twice", "scaled", "more", "listed", "tupled")
     model = Stack({n: Residual(n) for n in names} | {"relu": nn.Sequential(nn.ReLU())})
     assert pruning.residual_blocks(model, torch.randn(3, 4)) == ["plain", "twice"]
+    with pytest.raises(ValueError, match="tupled does not make one tensor"):
+        pruning.block_influence(model, [torch.randn(3, 4)], ["tupled"])
+    model["idle"] = nn.ReLU()
+    with pytest.raises(ValueError, match="'idle' never ran"):
+        pruning.block_influence(model, [torch.randn(3, 4)], ["idle"])
 
 
 def test_a_block_of_several_places_is_removed_from_all(device):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from structopt.measure.running import call
-from structopt.training.observing import observed
+from structopt.training.observing import first_of, observed
 from structopt.training.statistics import inputs_of, placed
 
 READERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -42,12 +43,16 @@ def watch(
     A batch is the inputs, or a pair (inputs, targets). Raises ValueError where there are none.
     """
 
-    def hook(name: str, layer: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> None:
-        held.append(bool(given[0].numel() or made.numel()))
-        see(name, given[0].detach(), made.detach())
+    def hook(name: str, layer: nn.Module, given: Any, named: Any, made: Tensor) -> None:
+        x = first_of(given, named)
+        held.append(bool(x.numel() or made.numel()))
+        see(name, x.detach(), made.detach())
 
     held = list[bool]()
-    handles = [layer.register_forward_hook(partial(hook, name)) for name, layer in layers.items()]
+    handles = [
+        layer.register_forward_hook(partial(hook, name), with_kwargs=True)
+        for name, layer in layers.items()
+    ]
     count = 0
     with observed(model, handles):
         for batch in batches:
@@ -69,6 +74,16 @@ def all_ran(wanted: Iterable[str], ran: Container[str]) -> None:
     for name in wanted:
         if name not in ran:
             raise ValueError(f"{name!r} never ran on these batches: leave it out of names")
+
+
+def say_idle(names: Sequence[str], what: str) -> None:
+    """Warn of layers that a function leaves as they are, because they do not run."""
+    if names:
+        warnings.warn(
+            f"{', '.join(names)} {what}; structopt.slicing.free_attention makes layers that run of "
+            "the projections of nn.MultiheadAttention",
+            stacklevel=3,
+        )
 
 
 def fitting(hessian: Tensor, weight: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from structopt.compression.evidence import READERS
 from structopt.compression.merging import merge_pair
 from structopt.measure.running import call, tensors_of
 from structopt.training import evaluating
-from structopt.training.observing import observed
+from structopt.training.observing import first_of, observed
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 Kinds = tuple[type[nn.Module], ...]
@@ -121,11 +121,12 @@ def _pairs(model: nn.Module, example: Any, seconds: Kinds) -> list[tuple[str, st
     made: dict[int, tuple[str, Tensor]] = {}  # the tensor is held, so that its number stays its own
     pairs: list[tuple[str, str]] = []
 
-    def before(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(module: nn.Module, given: tuple[Any, ...]) -> None:
+    def before(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, given: Any, named: Any) -> None:
             calls[name] = calls.get(name, 0) + 1
-            if isinstance(module, seconds) and given and id(given[0]) in made:
-                pairs.append((made[id(given[0])][0], name))
+            x = id(first_of(given, named))
+            if isinstance(module, seconds) and x in made:
+                pairs.append((made[x][0], name))
 
         return hook
 
@@ -140,7 +141,7 @@ def _pairs(model: nn.Module, example: Any, seconds: Kinds) -> list[tuple[str, st
     handles = []
     for name, module in model.named_modules():
         if isinstance(module, kinds) and name:
-            handles.append(module.register_forward_pre_hook(before(name)))
+            handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
             handles.append(module.register_forward_hook(after(name)))
     with observed(model, handles):
         call(model, example)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from structopt.compression.codes import Coded, chosen, naming, put_
-from structopt.compression.evidence import all_ran, readers, watch
+from structopt.compression.evidence import all_ran, readers, say_idle, watch
 from structopt.compression.granularity import Granularity
 from structopt.compression.quantize import as_finite
 from structopt.compression.vectors import SharedVectors, share_vectors
@@ -27,7 +27,8 @@ def in_turn(
 ) -> dict[str, Made]:
     """``code(weight, hessian)`` of linear layers and convolutions, in the order in which they run.
 
-    ``names`` are parameters; None: the weights of all such layers that run. A weight that several
+    ``names`` are parameters; None: the weights of all such layers that run, with a warning that
+    names others. A weight that several
     layers share is coded once, for what all of them read. One pass over the batches for each
     layer, and one before; the model stays as it is.
     """
@@ -54,6 +55,8 @@ def in_turn(
 
     watch(coded, batches, layers, see)  # all of them: an expert may read nothing of the first
     all_ran(wanted or (), reading)
+    idle = [layer for layer, m in layers.items() if known[id(m.weight)] not in reading]
+    say_idle(idle, "never ran on these batches: not coded")
     for name, those in reading.items():
         with naming(name):
             first, *more = (hessian_of(coded, batches, layer) for layer in those)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear as _Projection
 
-from structopt.compression.evidence import readers, watch
+from structopt.compression.evidence import all_ran, readers, say_idle, watch
 from structopt.compression.granularity import PerTensor
 from structopt.compression.grids import Grid, MinMax, Steps
 from structopt.compression.quantize import fake_quantize, fit
@@ -27,10 +28,12 @@ def calibrate(
     Of each input in each batch, its extremes and up to 65,536 evenly spread numbers are kept, so
     that min-max is exact. The model runs in evaluation mode; a batch is the inputs, or a pair
     (inputs, targets). An input that never varies gets a step too. Layers that the model does not
-    call get none, as the projections of ``nn.MultiheadAttention``, which multiplies by their
-    weights itself.
+    call get none, which a warning says: as the projections of ``nn.MultiheadAttention``, which
+    multiplies by their weights itself (:func:`structopt.slicing.free_attention` makes linear layers
+    of them).
 
-    Raises ValueError for no batches, for grids that are not per tensor, and inputs not finite.
+    Raises ValueError for no batches, for grids that are not per tensor, for inputs not finite, and
+    for a layer in ``names`` that never ran.
 
     >>> model = nn.Linear(2, 1)
     >>> steps = calibrate(model, [torch.tensor([[0.0, 2.55]])], Grid(8, symmetric=False))
@@ -46,7 +49,10 @@ def calibrate(
         ends = torch.stack(flat.aminmax()) if flat.numel() else flat
         seen.setdefault(name, []).append(torch.cat([sample, ends]))
 
-    watch(model, batches, readers(model, names), see)
+    layers = readers(model, names)
+    watch(model, batches, layers, see)
+    all_ran(names or (), seen)
+    say_idle([name for name in layers if name not in seen], "never ran on these batches: no steps")
     made = {}
     for name, parts in seen.items():
         try:
@@ -58,15 +64,27 @@ def calibrate(
 
 @dataclass(eq=False)
 class RoundInput:
-    """A forward pre-hook that rounds the first argument of a layer to a grid."""
+    """A forward pre-hook, with keywords, that rounds the first argument of a layer to a grid."""
 
     grid: Grid
     steps: Steps | None = None  # None: found anew in each pass
 
-    def __call__(self, layer: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        x, *others = given
-        steps = self.steps and Steps(*(part.to(x.device) for part in self.steps))
-        return (fake_quantize(x, self.grid, steps), *others)
+    def __call__(self, layer: nn.Module, given: Any, named: Any) -> tuple[Any, Any]:
+        def rounded(x: Tensor) -> Tensor:
+            steps = self.steps and Steps(*(part.to(x.device) for part in self.steps))
+            return fake_quantize(x, self.grid, steps)
+
+        return with_first(rounded, given, named)
+
+
+def with_first(
+    change: Callable[[Tensor], Tensor], given: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a layer is called with, its first argument changed, by place or by keyword."""
+    if given:
+        return (change(given[0]), *given[1:]), named
+    key = next(iter(named))
+    return given, {**named, key: change(named[key])}
 
 
 def round_inputs(
@@ -80,8 +98,9 @@ def round_inputs(
     With the ``steps`` of :func:`calibrate`: static, for the layers that they name. Without:
     dynamic, a step for each call, over the whole batch. It simulates integer kernels, and is
     slower than the model. With rounded weights, :func:`structopt.compression.put_`, each product
-    is one of integers times the two scales. What ``nn.MultiheadAttention`` reads stays as it is:
-    it does not call its projections.
+    is one of integers times the two scales. What ``nn.MultiheadAttention`` reads stays as it is,
+    which a warning says: it does not call its projections
+    (:func:`structopt.slicing.free_attention` first).
 
     Raises ValueError as ``calibrate``, and for steps of layers that the model has not.
 
@@ -92,11 +111,14 @@ def round_inputs(
     """
     _whole(grid)
     made = copy.deepcopy(model)
-    chosen = names if names is not None or steps is None else list(steps)
-    for name, layer in readers(made, chosen).items():
+    layers = readers(made, names if names is not None or steps is None else list(steps))
+    inside = [name for name, layer in layers.items() if isinstance(layer, _Projection)]
+    say_idle(inside, "belong to attention, which does not call them: what they read is not rounded")
+    for name, layer in layers.items():
         if steps is not None and name not in steps:
             raise ValueError(f"there are no steps for {name!r}; there are for {', '.join(steps)}")
-        layer.register_forward_pre_hook(RoundInput(grid, None if steps is None else steps[name]))
+        hook = RoundInput(grid, None if steps is None else steps[name])
+        layer.register_forward_pre_hook(hook, with_kwargs=True)
     return made
 
 
@@ -144,7 +166,7 @@ def attach_(model: nn.Module, hooks: list[tuple[str, RoundInput]]) -> None:
         double = any(p.dtype == torch.float64 for p in layer.parameters(recurse=False))
         wide = torch.float64 if double else torch.float32
         hook.steps = hook.steps and Steps(*(part.to(wide) for part in hook.steps))
-        layer.register_forward_pre_hook(hook)
+        layer.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def _whole(grid: Grid) -> None:

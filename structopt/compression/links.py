@@ -19,7 +19,7 @@ from structopt.compression.straight import (
 )
 from structopt.measure import cost
 from structopt.measure.running import call
-from structopt.training.observing import observed
+from structopt.training.observing import first_of, observed
 
 
 def removable(model: nn.Module, example: Any, *, longest: int = 2) -> list[Link]:
@@ -140,18 +140,22 @@ def _around(bare: nn.Module, name: str, example: Any) -> _Place:
     runs = dict.fromkeys(layers, 0)
 
     def hook(layer: str) -> Any:
-        def see(module: nn.Module, given: tuple[Any, ...], out: Any) -> None:
+        def see(module: nn.Module, given: Any, named: Any, out: Any) -> None:
+            x = first_of(given, named)
             if layer == name:
-                passed.append((id(given[0]), given[0]))
+                passed.append((id(x), x))
                 return
             runs[layer] += 1
-            if passed and id(given[0]) == passed[0][0]:
+            if passed and id(x) == passed[0][0]:
                 after.append(layer)
-            made[id(out)] = layer, out, given[0]
+            made[id(out)] = layer, out, x
 
         return see
 
-    handles = [bare.get_submodule(n).register_forward_hook(hook(n)) for n in [*layers, name]]
+    handles = [
+        bare.get_submodule(n).register_forward_hook(hook(n), with_kwargs=True)
+        for n in [*layers, name]
+    ]
     with observed(bare, handles):
         call(bare, example)
     if len(passed) != 1:

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from structopt.compression.codes import chosen, naming, put_
 from structopt.compression.evidence import readers
 from structopt.compression.grids import Grid, Steps
-from structopt.compression.inputs import RoundInput, calibrate
+from structopt.compression.inputs import RoundInput, calibrate, with_first
 from structopt.compression.quantize import Quantized, fake_quantize, fit, quantize, straight_through
 
 
@@ -148,8 +148,8 @@ class _Learned:
     def __init__(self, step: LearnedStep | LearnedClip) -> None:
         self.step = step
 
-    def __call__(self, layer: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (self.step(given[0]), *given[1:])
+    def __call__(self, layer: nn.Module, given: Any, named: Any) -> tuple[Any, Any]:
+        return with_first(self.step, given, named)
 
 
 def prepare_qat(
@@ -199,5 +199,5 @@ def prepare_qat(
         else:
             step = LearnedStep(grid, steps)
         qat.inputs[str(place)] = step
-        made.get_submodule(name).register_forward_pre_hook(_Learned(step))
+        made.get_submodule(name).register_forward_pre_hook(_Learned(step), with_kwargs=True)
     return qat

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from structopt.compression.evidence import READERS, all_ran, by_channel, readers, watch
 from structopt.compression.folding import computes_the_same
 from structopt.measure.running import call
-from structopt.training.observing import observed
+from structopt.training.observing import first_of, observed
 from structopt.training.statistics import inputs_of, placed
 
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -98,10 +98,10 @@ def _readings(model: nn.Module, example: Any) -> list[tuple[list[str], list[str]
     found: dict[int, tuple[Tensor, list[str], list[str]]] = {}  # the tensor is held: its number
     made: list[str] = []
 
-    def reads(name: str, layer: nn.Module, given: tuple[Any, ...]) -> None:
-        if given:
-            _, members, _ = found.setdefault(id(given[0]), (given[0], [], made[::-1]))
-            members.append(name)
+    def reads(name: str, layer: nn.Module, given: Any, named: Any) -> None:
+        x = first_of(given, named)
+        _, members, _ = found.setdefault(id(x), (x, [], made[::-1]))
+        members.append(name)
 
     def makes(name: str, *_: Any) -> None:
         made.append(name)
@@ -109,7 +109,8 @@ def _readings(model: nn.Module, example: Any) -> list[tuple[list[str], list[str]
     handles = []
     for name, layer in model.named_modules():
         if isinstance(layer, READERS):
-            handles.append(layer.register_forward_pre_hook(partial(reads, name)))
+            hook = partial(reads, name)
+            handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         if isinstance(layer, READERS + NORMS) and layer.weight is not None:
             handles.append(layer.register_forward_hook(partial(makes, name)))
     with observed(model, handles):

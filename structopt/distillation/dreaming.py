@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -9,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from structopt import losses
 from structopt.distillation.teachers import as_logits
 from structopt.training import evaluating
+from structopt.training.observing import first_of
 
 
 def statistics_gap(teacher: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,8 +31,8 @@ def statistics_gap(teacher: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
     """
     gaps: list[Tensor] = []
 
-    def compare(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
-        x = given[0].movedim(1, 0).flatten(1)  # (C, B·positions)
+    def compare(layer: nn.Module, given: Any, named: Any) -> None:
+        x = first_of(given, named).movedim(1, 0).flatten(1)  # (C, B·positions)
         kept = dict(layer.named_buffers())
         gaps.append(torch.linalg.vector_norm(x.mean(1) - kept["running_mean"]))
         gaps.append(torch.linalg.vector_norm(x.var(1, correction=0) - kept["running_var"]))
@@ -41,7 +44,7 @@ def statistics_gap(teacher: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
     ]
     if not norms:
         raise ValueError("this teacher has no batch norm that keeps statistics to compare with")
-    hooks = [layer.register_forward_pre_hook(compare) for layer in norms]
+    hooks = [layer.register_forward_pre_hook(compare, with_kwargs=True) for layer in norms]
     try:
         with evaluating(teacher):
             logits = as_logits(teacher(inputs), "teacher")

@@ -29,13 +29,13 @@ def free_widths(model: nn.Module, example: Example, *, rounds: int = 20) -> list
     """
     inputs: dict[nn.Module, Tensor] = {}
 
-    def remember(module: nn.Module, args: Any) -> None:
-        inputs.setdefault(module, args[0].detach())
+    def remember(module: nn.Module, args: Any, named: Any) -> None:
+        inputs.setdefault(module, next(iter((*args, *named.values()))).detach())
 
     layers: dict[nn.Module, str] = {
         m: name for name, m in model.named_modules() if isinstance(m, _LAYERS)
     }
-    handles = [module.register_forward_pre_hook(remember) for module in layers]
+    handles = [module.register_forward_pre_hook(remember, with_kwargs=True) for module in layers]
     try:
         with undisturbed(model, example):
             call(model, example)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from structopt.channels.exchanging import exchange_
 from structopt.measure.running import call
-from structopt.training.observing import observed
+from structopt.training.observing import first_of, observed
 from structopt.training.statistics import inputs_of, placed
 
 
@@ -67,7 +67,8 @@ def block_influence(
     cosine is taken over the features of each position (the channels of images, the last dimension
     of sequences). Blocks are those of :func:`residual_blocks`, if not named.
 
-    Raises ValueError for no batches, and for a name that is no module of the model.
+    Raises ValueError for no batches, and for a name that is no module of the model, never ran, or
+    makes no tensor like its first argument.
 
     >>> from structopt.networks import ResNet20
     >>> influence = block_influence(ResNet20(width=4), [torch.rand(2, 1, 28, 28)])
@@ -85,14 +86,19 @@ def block_influence(
     handles = []
     for name in names:
 
-        def note(_m: nn.Module, args: Any, output: Tensor, name: str = name) -> None:
+        def note(_m: nn.Module, args: Any, named: Any, output: Any, name: str = name) -> None:
+            x = first_of(args, named)
+            if not isinstance(output, Tensor) or getattr(x, "shape", None) != output.shape:
+                raise ValueError(f"{name} does not make one tensor like its first argument")
             dim = 1 if output.ndim == 4 else -1
-            sums[name].append(torch.cosine_similarity(args[0], output, dim=dim).mean())
+            sums[name].append(torch.cosine_similarity(x, output, dim=dim).mean())
 
-        handles.append(model.get_submodule(name).register_forward_hook(note))
+        handles.append(model.get_submodule(name).register_forward_hook(note, with_kwargs=True))
     with observed(model, handles):
         for batch in batches:
             call(model, placed(inputs_of(batch), model))
+    if idle := [name for name, found in sums.items() if not found]:
+        raise ValueError(f"{idle[0]!r} never ran on these batches: leave it out of names")
     return {name: max(0.0, 1 - float(torch.stack(found).mean())) for name, found in sums.items()}
 
 

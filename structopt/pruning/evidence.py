@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from structopt.losses.checks import wide
 from structopt.training import Objective, evaluating
 from structopt.training.objectives import need_scalar
-from structopt.training.observing import observed
+from structopt.training.observing import first_of, observed
 from structopt.training.statistics import placed
 
 Named = dict[str, Tensor]
@@ -122,7 +122,7 @@ def _inputs(reduce: Callable[[Tensor], Tensor], finish: Callable[[Tensor, int], 
         counts: dict[str, int] = {}
 
         def note(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-            x = (args[0] if args else named["input"]).detach()
+            x = first_of(args, named).detach()
             name = names[module.weight]  # type: ignore[index]
             if not isinstance(module, nn.Linear):
                 x = x.movedim(-parameters[name].ndim + 1, -1)

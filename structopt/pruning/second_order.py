@@ -16,7 +16,7 @@ from structopt.pruning.finding import Masks, settled
 from structopt.pruning.patterns import NOfM, Pattern, Unstructured
 from structopt.pruning.ranking import PerLayer, keys, lowest, lowest_in_rows, number, real
 from structopt.pruning.scoring import matches, need_leave
-from structopt.training.observing import columns, observed
+from structopt.training.observing import columns, first_of, observed
 from structopt.training.statistics import inputs_of, placed
 
 COLUMNS = 128  # of an unstructured weight are ranked at once
@@ -191,7 +191,7 @@ def _run(model: nn.Module, batches: list[Any], see: dict[nn.Module, Any]) -> Non
         raise ValueError("the batches are empty: there are no inputs to prune on")
     handles = [
         layer.register_forward_pre_hook(
-            lambda m, args, named, hook=hook: hook(m, args or (named["input"],)), with_kwargs=True
+            lambda m, args, named, hook=hook: hook(m, (first_of(args, named),)), with_kwargs=True
         )
         for layer, hook in see.items()
     ]

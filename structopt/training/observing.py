@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,11 @@ def observed(model: nn.Module, handles: Iterable[RemovableHandle]) -> Iterator[N
     finally:
         for handle in handles:
             handle.remove()
+
+
+def first_of(given: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+    """The first of what a layer is called with, by place or by keyword."""
+    return next(iter((*given, *named.values())))
 
 
 def columns(layer: nn.Linear | nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
