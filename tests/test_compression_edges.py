@@ -6,6 +6,7 @@ Each gives the exact result, or an error that names the layer and leaves the mod
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -233,6 +234,14 @@ TWO = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
         (lambda: compression.PerBlock(1.5, 2), "whole row"),
         (lambda: compression.PerBlock(2, 0), "whole column"),
         (lambda: compression.PACT(9), "1 to 8 bits, not 9"),
+        (lambda: Grid(4.0), "1 to 8 bits, not 4.0"),
+        (lambda: Grid("4"), "1 to 8 bits, not '4'"),
+        (lambda: compression.PerAxis(1.0), r"PerAxis\(axis=1.0\): an axis is a whole number"),
+        (lambda: MSE("80"), "at least one range"),
+        (lambda: Percentile("99"), "a share in percent"),
+        (lambda: compression.share(torch.ones(4), 4.0), "not 4.0: give a whole number"),
+        (lambda: compression.share_weights(TWO, 4.0), "0.weight: .* not 4.0: give a whole"),
+        (lambda: compression.share_vectors(torch.ones(2, 4), 2, 2.0), "size=2.0"),
         (lambda: compression.share(torch.ones(4), 2.5), "1 to 256 values, not 2.5"),
         (lambda: compression.share_vectors(torch.ones(2, 4), 2.5, 2), "1 to 256 vectors, not 2.5"),
         (lambda: compression.quantize_weights(TWO, Grid(4), "0.weight"), r"\['0.weight'\]"),
@@ -245,6 +254,21 @@ TWO = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
 def test_what_was_mistyped_is_told(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+def test_whole_numbers_of_numpy_are_those_of_python(device):
+    four, x = np.int64(4), torch.randn(6, 8, device=device)
+    for ours, theirs in (
+        (compression.PerAxis(np.int64(1)), compression.PerAxis(1)),
+        (compression.PerGroup(four), compression.PerGroup(4)),
+        (compression.PerBlock(four, np.int32(2)), compression.PerBlock(4, 2)),
+    ):
+        assert repr(Grid(four, per=ours)) == repr(Grid(4, per=theirs))
+        made = compression.quantize(x, Grid(four, per=ours)).codes
+        assert torch.equal(made, compression.quantize(x, Grid(4, per=theirs)).codes)
+    assert torch.equal(compression.share(x, four).table, compression.share(x, 4).table)
+    both = [compression.share_vectors(x, size, size) for size in (four, 4)]
+    assert torch.equal(both[0].index, both[1].index)
 
 
 def test_a_reference_of_other_widths_leaves_biases_alone():

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from structopt import losses
+from structopt import distillation, losses
 from structopt.losses import checks
 
 REDUCTIONS = ["mean", "sum", "none"]
@@ -433,3 +433,31 @@ def test_autocast_changes_nothing(device: torch.device) -> None:
         inside = losses.cross_entropy(x, y), losses.kl_divergence(x, x.detach().roll(1, 0))
     outside = losses.cross_entropy(x, y), losses.kl_divergence(x, x.detach().roll(1, 0))
     torch.testing.assert_close(inside, outside)
+
+
+@pytest.mark.parametrize("wrong", ["4", None, 0, math.nan])
+def test_a_temperature_is_a_number_wherever_it_is_asked_for(wrong: object) -> None:
+    x, y = torch.randn(3, 4), torch.tensor([0, 1, 2])
+    model = nn.Sequential(nn.Linear(4, 4))
+    for function in (
+        lambda: losses.kl_divergence(x, x, temperature=wrong),
+        lambda: distillation.soft_targets(x, x, temperature=wrong),
+        lambda: distillation.decoupled(x, x, y, temperature=wrong),
+        lambda: distillation.contrastive(x, x, y, temperature=wrong),
+        lambda: distillation.contrast(model, model, {"0": "0"}, x, temperature=wrong),
+        lambda: distillation.from_logits(model, temperature=wrong),
+        lambda: distillation.mutual(temperature=wrong),
+        lambda: distillation.deep_supervision(model, ["0"], x, temperature=wrong),
+    ):
+        with pytest.raises(ValueError, match=f"finite number above 0, not {wrong!r}"):
+            function()
+
+
+def test_a_temperature_may_be_learned() -> None:
+    x, temperature = torch.randn(3, 4), torch.ones((), requires_grad=True)
+    losses.kl_divergence(x, x.flip(1), temperature=temperature).backward()
+    assert temperature.grad is not None
+    assert torch.isfinite(temperature.grad)
+    compiled = torch.compile(losses.kl_divergence, backend="eager", fullgraph=True)
+    expected = losses.kl_divergence(x, x.flip(1), temperature=3.0)
+    torch.testing.assert_close(compiled(x, x.flip(1), temperature=3.0), expected)

@@ -6,6 +6,7 @@ import math
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -417,6 +418,9 @@ def test_impossible_plans_are_refused():
     layers = [Layer("a", 1.0, 10, 0, 1), Layer("", 1.0, 10, 0, 0)]
     with pytest.raises(ValueError, match=r"k=3.*1 cut points: a"):
         choose_cuts(layers, 3)
+    with pytest.raises(ValueError, match=r"k=2.0: give a whole number of stages"):
+        choose_cuts(layers, 2.0)
+    assert choose_cuts(layers, np.int64(2)).cuts == ("a",)
     with pytest.raises(ValueError, match="k=0"):
         choose_cuts(layers, 0)
     with pytest.raises(ValueError, match="no 2 stages fit into memory of 9, 9 bytes"):

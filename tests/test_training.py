@@ -412,6 +412,25 @@ def test_settings_out_of_range_are_refused(settings, words):
         train(model, data.batches(examples(), 20), cross_entropy, sgd(model), **settings)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"model": None}, "model is the nn.Module to train, not NoneType"),
+        ({"model": "resnet"}, "model is the nn.Module to train, not str"),
+        ({"objective": None}, r"objective is a function of \(model, batch\), .* not NoneType"),
+        ({"optimizer": None}, "optimizer is made from the model's parameters, .* not NoneType"),
+        ({"optimizer": "adam"}, "optimizer is made .* not str"),
+        ({"optimizer": torch.optim.SGD}, "optimizer is made .* not type"),
+        ({"optimizer": torch.optim.LBFGS(network().parameters())}, "LBFGS evaluates .* AdamW"),
+    ],
+)
+def test_what_stands_in_the_place_of_another_is_refused(wrong, words):
+    model = network()
+    given = {"model": model, "objective": cross_entropy, "optimizer": sgd(model), **wrong}
+    with pytest.raises(ValueError, match=words):
+        train(batches=data.batches(examples(), 20), epochs=1, **given)
+
+
 def test_an_optimiser_of_another_model_is_refused():
     with pytest.raises(ValueError, match="no parameter of this model"):
         train(network(), data.batches(examples(), 20), cross_entropy, sgd(network()), epochs=1)

@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from structopt.losses.checks import whole
+
 
 class Granularity(Protocol):
     """What every granularity can do."""
@@ -41,6 +43,11 @@ class PerAxis:
 
     axis: int = 0
 
+    def __post_init__(self) -> None:
+        if math.isnan(whole(self.axis)):
+            raise ValueError(f"{self}: an axis is a whole number")
+        object.__setattr__(self, "axis", whole(self.axis))
+
     def split(self, x: Tensor) -> Tensor:
         if not -x.ndim <= self.axis < x.ndim:
             raise ValueError(f"{self} asks for an axis that the shape {tuple(x.shape)} has not")
@@ -63,8 +70,9 @@ class PerGroup:
     size: int
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.size, int) and self.size >= 1):
+        if not whole(self.size) >= 1:
             raise ValueError(f"{self}: a group has at least one weight, a whole number of them")
+        object.__setattr__(self, "size", whole(self.size))
 
     def split(self, x: Tensor) -> Tensor:
         return PerBlock(1, self.size).split(x)
@@ -81,8 +89,10 @@ class PerBlock:
     columns: int
 
     def __post_init__(self) -> None:
-        if not all(isinstance(n, int) and n >= 1 for n in (self.rows, self.columns)):
+        if not all(whole(n) >= 1 for n in (self.rows, self.columns)):
             raise ValueError(f"{self}: a block has at least one whole row and one whole column")
+        object.__setattr__(self, "rows", whole(self.rows))
+        object.__setattr__(self, "columns", whole(self.columns))
 
     def split(self, x: Tensor) -> Tensor:
         down, across = _matrix(x.shape)

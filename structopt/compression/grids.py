@@ -10,6 +10,7 @@ from torch import Tensor
 
 from structopt.compression.granularity import Granularity, PerTensor
 from structopt.compression.levels import Levels, as_table
+from structopt.losses.checks import real, whole
 
 
 class Steps(NamedTuple):
@@ -47,7 +48,7 @@ class Percentile:
     percent: float = 99.9
 
     def __post_init__(self) -> None:
-        if not 0 < self.percent <= 100:
+        if not 0 < real(self.percent) <= 100:
             raise ValueError(f"{self}: a share in percent lies above 0, and at most at 100")
 
     def steps(self, units: Tensor, grid: Grid) -> Steps:
@@ -67,7 +68,7 @@ class MSE:
     tries: int = 80
 
     def __post_init__(self) -> None:
-        if self.tries < 1:
+        if not whole(self.tries) >= 1:
             raise ValueError(f"{self}: at least one range has to be tried")
 
     def steps(self, units: Tensor, grid: Grid) -> Steps:
@@ -138,8 +139,9 @@ class Grid:
     levels: Levels | None = None
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.bits, int) and 1 <= self.bits <= 8):
+        if not 1 <= whole(self.bits) <= 8:
             raise ValueError(f"a grid has 1 to 8 bits, not {self.bits!r}")
+        object.__setattr__(self, "bits", whole(self.bits))
         if self.levels is not None and not self.symmetric:
             raise ValueError(f"{self.levels} has its own zero: take symmetric=True, the default")
         _ = self.table  # complains

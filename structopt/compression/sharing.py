@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from structopt.compression.granularity import Granularity, PerTensor
 from structopt.compression.quantize import as_finite
 from structopt.compression.vectors import SharedVectors
+from structopt.losses.checks import whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,8 +60,8 @@ def share(x: Tensor, values: int, per: Granularity | None = None, *, rounds: int
     >>> share(torch.tensor([0.0, 1.0, 1.2, 5.0]), 3).dequantize()
     tensor([0.0000, 1.1000, 1.1000, 5.0000])
     """
-    if values not in range(1, 257):
-        raise ValueError(f"a table has 1 to 256 values, not {values}")
+    if not 1 <= whole(values) <= 256:
+        raise ValueError(f"a table has 1 to 256 values, not {values!r}: give a whole number")
     per = PerTensor() if per is None else per
     units = per.split(as_finite(x))
     if not units.numel():

@@ -11,7 +11,7 @@ from structopt.compression.coding import matrix_shape
 from structopt.compression.evidence import fitting
 from structopt.compression.granularity import Granularity, PerTensor
 from structopt.compression.quantize import as_finite
-from structopt.losses.checks import wide
+from structopt.losses.checks import whole, wide
 
 CHUNK = 1 << 16  # vectors whose distances are in memory at once
 DAMP = 0.01  # of the mean diagonal of what inputs weigh, as in `gptq`
@@ -84,12 +84,12 @@ def share_vectors(
     tensor([[1.0000, 2.1000, 5.0000, 5.0000],
             [1.0000, 2.1000, 5.0000, 5.0000]])
     """
-    if values not in range(1, 257):
-        raise ValueError(f"a table has 1 to 256 vectors, not {values}")
+    if not 1 <= whole(values) <= 256:
+        raise ValueError(f"a table has 1 to 256 vectors, not {values!r}: give a whole number")
     rows = as_finite(x).reshape(matrix_shape(x.shape))
-    if size < 1 or rows.shape[1] % size:
+    if not whole(size) >= 1 or rows.shape[1] % size:
         raise ValueError(
-            f"size={size} does not divide the {rows.shape[1]} numbers in a row of a weight of "
+            f"size={size!r} does not divide the {rows.shape[1]} numbers in a row of a weight of "
             f"shape {tuple(x.shape)}"
         )
     per = PerTensor() if per is None else per

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -17,6 +16,7 @@ from structopt.distillation.logits import soft_targets
 from structopt.distillation.objective import Distillation, Loss, Term, arguments
 from structopt.distillation.teachers import Source, as_source, picked
 from structopt.distillation.watching import Watch
+from structopt.losses.checks import need_temperature
 from structopt.training import evaluating
 
 AnyTeacher = nn.Module | Sequence[nn.Module] | Source
@@ -198,8 +198,7 @@ def _bound(loss: Loss, settings: Mapping[str, Any]) -> Loss:
             raise ValueError(
                 f"{_name(loss, {})} has no setting {name!r}; it has {', '.join(known) or 'none'}"
             )
-    if not 0 < settings.get("temperature", 1.0) < math.inf:
-        raise ValueError(f"temperature is a finite number above 0, not {settings['temperature']}")
+    need_temperature(settings.get("temperature", 1.0))
     return partial(loss, **settings)
 
 

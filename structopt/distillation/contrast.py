@@ -16,7 +16,7 @@ from structopt.distillation.builders import AnyTeacher, seen_features
 from structopt.distillation.objective import Distillation, Term
 from structopt.distillation.teachers import as_source
 from structopt.distillation.unit import unit
-from structopt.losses.checks import wide
+from structopt.losses.checks import need_temperature, wide
 
 SIZE = 128  # of the embeddings, as in the paper
 
@@ -49,8 +49,7 @@ def contrastive(
         >>> contrastive(x, x, y) < contrastive(x, x.roll(1, 0), y)
         tensor(True)
     """
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature divides the products: above 0 and finite, not {temperature}")
+    need_temperature(temperature)
     if student.shape != teacher.shape or student.ndim != 2:
         raise ValueError(
             f"contrast needs embeddings (B, D) of both, not {tuple(student.shape)} and "
@@ -109,8 +108,7 @@ def contrast(
         Linear(in_features=8, out_features=128, bias=True)
     """
     source = as_source(teacher)
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature is a number above 0 and finite, not {temperature}")
+    need_temperature(temperature)
     ours, theirs = seen_features(source, student, layers, example)
     loss, terms = partial(contrastive, temperature=temperature), []
     for name, other in layers.items():

@@ -8,15 +8,13 @@ teacher's logits get a gradient too if they want one; the objectives give them w
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from structopt import losses
 from structopt.distillation.unit import centred_unit
-from structopt.losses.checks import READABLE, range_message, wide
+from structopt.losses.checks import READABLE, need_temperature, range_message, wide
 
 
 def soft_targets(
@@ -194,10 +192,7 @@ def _pearson(a: Tensor, b: Tensor, dim: int) -> Tensor:
 
 
 def _pair(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    if not 0 < temperature < math.inf:
-        raise ValueError(
-            f"temperature divides the logits: a finite number above 0, not {temperature}"
-        )
+    need_temperature(temperature)
     if student.shape != teacher.shape or student.ndim < 2:
         raise ValueError(
             f"the student gives logits {tuple(student.shape)}, the teacher {tuple(teacher.shape)}: "

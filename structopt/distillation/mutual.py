@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from structopt import losses
 from structopt.distillation.logits import soft_targets
 from structopt.distillation.teachers import as_logits, as_pair
+from structopt.losses.checks import need_temperature, real
 from structopt.training import Objective
 
 
@@ -60,11 +60,9 @@ def mutual(
     >>> mutual()(students, (torch.ones(4, 2), torch.zeros(4).long())).ndim
     0
     """
-    if not weight >= 0 or not 0 < temperature < math.inf:
-        raise ValueError(
-            f"weight counts what the others say, at least 0: {weight}; temperature divides the "
-            f"logits, above 0 and finite: {temperature}"
-        )
+    need_temperature(temperature)
+    if not real(weight) >= 0:
+        raise ValueError(f"weight counts what the others say, at least 0: {weight!r}")
 
     def objective(model: nn.Module, batch: Any) -> Tensor:
         if not isinstance(model, nn.ModuleList):

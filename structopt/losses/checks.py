@@ -6,6 +6,8 @@ Types and shapes cost nothing to check. Values are looked at only on devices whe
 from __future__ import annotations
 
 import math
+import operator
+from numbers import Real
 from typing import Literal
 
 import torch
@@ -14,6 +16,27 @@ from torch import Tensor
 Reduction = Literal["mean", "sum", "none"]
 
 READABLE = {"cpu"}  # devices whose values can be looked at without waiting
+
+
+def real(value: object) -> float:
+    """A number as it is; for what is none NaN, which lies in no range."""
+    return float(value) if isinstance(value, Real) else math.nan
+
+
+def whole(value: object) -> float:
+    """A whole number, numpy's too, as Python's; for what is none NaN, which lies in no range."""
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return math.nan
+
+
+def need_temperature(temperature: object) -> None:
+    """Raises ValueError for what cannot divide logits; one that is learned is a tensor."""
+    if not 0 < (temperature if isinstance(temperature, Tensor) else real(temperature)) < math.inf:
+        raise ValueError(
+            f"temperature divides the logits: a finite number above 0, not {temperature!r}"
+        )
 
 
 def wide(x: Tensor) -> Tensor:

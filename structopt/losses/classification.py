@@ -12,6 +12,7 @@ from structopt.losses.checks import (
     Reduction,
     class_dim,
     classified,
+    need_temperature,
     pair,
     range_message,
     seen,
@@ -138,10 +139,7 @@ def kl_divergence(
         >>> kl_divergence(torch.zeros(1, 2), torch.tensor([[9.0, 0.0]]))  # nearly log 2
         tensor(0.6919)
     """
-    if not 0 < temperature < math.inf:
-        raise ValueError(
-            f"temperature divides the logits: a finite number above 0, not {temperature}"
-        )
+    need_temperature(temperature)
     prediction, target = pair(prediction, target, reduction)
     dim = class_dim(prediction)
     log_p = F.log_softmax(prediction / temperature, dim)

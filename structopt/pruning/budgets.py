@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from structopt import measure
-from structopt.pruning.ranking import real
+from structopt.losses.checks import real
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from structopt.losses.checks import wide
-from structopt.pruning.ranking import real
+from structopt.losses.checks import real, wide
 
 
 def magnitude(weight: Tensor, p: int = 1) -> Tensor:

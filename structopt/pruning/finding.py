@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from structopt.losses.checks import real
 from structopt.pruning.patterns import NOfM, Pattern, Unstructured, need_pattern
 from structopt.pruning.ranking import (
     Global,
@@ -22,7 +23,6 @@ from structopt.pruning.ranking import (
     need_sparsity,
     normalised,
     number,
-    real,
 )
 from structopt.pruning.scoring import need_numbers, need_scores
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from structopt.losses.checks import real
 from structopt.pruning.finding import Masks
 from structopt.pruning.patterns import Filters, Pattern, Unstructured
-from structopt.pruning.ranking import real
 from structopt.pruning.scoring import score
 from structopt.training import Objective, evaluating, supervised
 

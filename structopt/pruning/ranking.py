@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
 
 import torch
 from torch import Tensor
+
+from structopt.losses.checks import real
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -101,11 +101,6 @@ def normalised(name: str, scores: Tensor) -> Tensor:
     if not mean.isfinite():
         raise ValueError(f"the mean of the scores of {name} is {mean:g}: rank without normalise")
     return scores / mean.clamp(min=torch.finfo(mean.dtype).tiny)
-
-
-def real(value: object) -> float:
-    """A number as it is; for what is none NaN, which lies in no range."""
-    return float(value) if isinstance(value, Real) else math.nan
 
 
 def number(sparsity: float, size: int) -> int:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from structopt import descent, losses
+from structopt.losses.checks import real
 from structopt.pruning.masks import hold
-from structopt.pruning.ranking import real
 from structopt.training import History, Objective, supervised, train
 from structopt.training.statistics import inputs_of, recalibrate_
 

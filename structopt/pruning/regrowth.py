@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from structopt.losses.checks import real
 from structopt.pruning.masks import Hold, inner, need_masks
-from structopt.pruning.ranking import keys, lowest, real
+from structopt.pruning.ranking import keys, lowest
 
 
 class RegrowWhileTraining(Hold):

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structopt.losses.checks import wide
+from structopt.losses.checks import real, wide
 from structopt.measure.running import call
 from structopt.pruning.evidence import READERS
 from structopt.pruning.finding import Masks, settled
 from structopt.pruning.patterns import NOfM, Pattern, Unstructured
-from structopt.pruning.ranking import PerLayer, keys, lowest, lowest_in_rows, number, real
+from structopt.pruning.ranking import PerLayer, keys, lowest, lowest_in_rows, number
 from structopt.pruning.scoring import matches, need_leave
 from structopt.training.observing import columns, first_of, observed
 from structopt.training.statistics import inputs_of, placed

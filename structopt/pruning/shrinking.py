@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from structopt.channels import ChannelGroup
+from structopt.losses.checks import real
 from structopt.pruning.masks import inner
-from structopt.pruning.ranking import real
 from structopt.pruning.scoring import along
 
 

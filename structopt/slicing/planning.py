@@ -11,6 +11,7 @@ from typing import Any
 from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
+from structopt.losses.checks import real, whole
 from structopt.slicing.layers import Layer
 
 Schedule = type[PipelineScheduleSingle]
@@ -141,10 +142,11 @@ def choose_cuts(
         ('b',)
     """
     _check(microbatches, bandwidth, schedule)
-    if not 1 <= k <= len(layers):
+    if not 1 <= whole(k) <= len(layers):
         names = ", ".join(layer.name for layer in layers[:-1])
         raise ValueError(
-            f"k={k}: stages need k - 1 cuts, and there are {len(layers) - 1} cut points: {names}"
+            f"k={k!r}: give a whole number of stages; they need k - 1 cuts, and there are "
+            f"{len(layers) - 1} cut points: {names}"
         )
     room = [memory] * k if isinstance(memory, (int, float)) else list(memory)
     if len(room) != k or any(math.isnan(r) for r in room):
@@ -211,10 +213,10 @@ def _too_small(layers: Sequence[Layer], k: int, room: Sequence[float]) -> str:
 
 
 def _check(microbatches: int, bandwidth: float, schedule: Schedule) -> None:
-    if not microbatches >= 1 or microbatches % 1:
-        raise ValueError(f"microbatches={microbatches}: give a whole number, at least 1")
-    if not bandwidth > 0:
-        raise ValueError(f"bandwidth={bandwidth}: give bytes a second, above 0")
+    if not whole(microbatches) >= 1:
+        raise ValueError(f"microbatches={microbatches!r}: give a whole number, at least 1")
+    if not real(bandwidth) > 0:
+        raise ValueError(f"bandwidth={bandwidth!r}: give bytes a second, above 0")
     known = isinstance(schedule, type) and issubclass(schedule, (ScheduleGPipe, Schedule1F1B))
     if not known:
         raise ValueError(f"schedule={schedule!r}: give torch's ScheduleGPipe or Schedule1F1B")

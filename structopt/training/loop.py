@@ -14,6 +14,7 @@ from torch import nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from structopt import devices, distributed
+from structopt.training.accepting import need_kinds
 from structopt.training.averaging import Average
 from structopt.training.feeding import Feed, Group
 from structopt.training.history import History, Validation
@@ -66,10 +67,10 @@ def train(
     In several processes (:func:`structopt.distributed.join`) each takes its slice of each batch;
     rank 0 writes the files, and losses are those of the whole batch.
 
-    Raises ``ValueError`` for batches that are empty, a ``clip`` not above 0, or a checkpoint of
-    another run, and ``FloatingPointError`` naming epoch and step where loss or weights are NaN or
-    infinite (losses are read every 50 steps, so as not to wait for the device; the last checkpoint
-    stays good).
+    Raises ``ValueError`` for batches that are empty, an optimiser that steps by a closure (LBFGS),
+    a ``clip`` not above 0, or a checkpoint of another run, and ``FloatingPointError`` naming epoch
+    and step where loss or weights are NaN or infinite (losses are read every 50 steps, so as not to
+    wait for the device; the last checkpoint stays good).
 
     >>> from structopt import losses
     >>> from structopt.training import supervised
@@ -89,6 +90,7 @@ def train(
         raise ValueError(f"epochs counts the passes over the batches, at least 0: {epochs}")
     if clip is not None and not clip > 0:  # torch would turn every step uphill, or into none
         raise ValueError(f"clip is the largest norm of a gradient, above 0, not {clip}")
+    need_kinds(model, objective, optimizer)
     feed = Feed(batches, accumulate)
     if schedule and not feed.steps:
         raise ValueError("a schedule needs to know the number of steps: give batches with a len()")

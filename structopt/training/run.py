@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel as Parallel
 
 from structopt import devices, distributed
 from structopt.training import randomness
+from structopt.training.accepting import need_related
 from structopt.training.averaging import Average
 from structopt.training.feeding import Feed, Group, move, not_finite
 from structopt.training.history import History, Validation
@@ -216,17 +217,6 @@ class Run:
         for name, number in numbers.items():
             if self.writer and not distributed.rank():
                 self.writer.add_scalar(f"validation/{name}", number, self.steps)
-
-
-def need_related(parameters: list[Tensor], model: nn.Module, objective: Objective) -> None:
-    """An optimiser of another model would step that one, and this one would never learn."""
-    parts = [model, objective] if isinstance(objective, nn.Module) else [model]
-    own = {id(p) for part in parts for p in part.parameters()}
-    if not any(id(p) in own for p in parameters):
-        raise ValueError(
-            "the optimiser holds no parameter of this model: was it made for another one, or for a "
-            "copy? Make it from model.parameters() of the model you train"
-        )
 
 
 def wrap(model: nn.Module, objective: Objective, parameters: list[Tensor]) -> nn.Module | None:
