@@ -361,7 +361,7 @@ def bad() -> list[tuple[str, Callable[[], object]]]:
         (r"of both, not \(2, 3, 12\) and \(2, 3, 12\)",
          lambda: d.contrastive(three, three, Y[:2])),
         (r"class indices \(4,\), not \(3,\)", lambda: d.contrastive(flat, flat, Y[:3])),
-        *((rf"above 0 and finite, not {t}", partial(ask, temperature=t)) for t in (0, math.inf)
+        *((rf"finite number above 0, not {t}", partial(ask, temperature=t)) for t in (0, math.inf)
           for ask in (partial(d.contrastive, flat, flat, Y),
                       partial(d.contrast, teacher, student, pair, x))),
         (r"name a pair of layers", lambda: d.contrast(teacher, student, {}, x)),

@@ -13,6 +13,7 @@ from torch.fx.operator_schemas import normalize_function
 
 from structopt.channels.exchanging import exchange_
 from structopt.compression.folding import computes_the_same
+from structopt.training.copying import copied
 
 KINDS = (
     nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU,
@@ -43,7 +44,7 @@ def separate_activations(model: nn.Module, example: Any) -> nn.Module:
     >>> made.fc1_relu, made.fc1
     (ReLU(), Linear(in_features=784, out_features=300, bias=True))
     """
-    made = copy.deepcopy(model)
+    made = copied(model)
     try:
         traced = fx.symbolic_trace(made)
     except Exception as error:  # the model's own code fails in its own way on stand-ins
@@ -67,7 +68,7 @@ def separate_activations(model: nn.Module, example: Any) -> nn.Module:
     traced.graph.lint()
     traced.recompile()
     traced.train(model.training)
-    wide = [copy.deepcopy(m).double() for m in (model, traced)]
+    wide = [copied(m).double() for m in (model, traced)]
     if not computes_the_same(wide[0], wide[1], example):
         raise ValueError(
             f"torch.fx followed this {type(model).__name__} for one example, and computes "
@@ -153,7 +154,7 @@ def blend_activations(model: nn.Module, names: Iterable[str], slope: float = 0.0
     Parameter containing:
     tensor(0., requires_grad=True)
     """
-    made = copy.deepcopy(model)
+    made = copied(model)
     weights = next((p for p in made.parameters() if p.is_floating_point()), torch.zeros(()))
     for name, activation in activations(made, list(names)).items():
         blend = Blend(activation, slope).to(weights)

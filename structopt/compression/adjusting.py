@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from structopt.compression.codes import naming
 from structopt.compression.evidence import by_channel, readers, watch
 from structopt.compression.folding import computes_the_same
 from structopt.compression.quantize import as_finite
+from structopt.training.copying import copied
 
 Vector = npt.NDArray[np.float64]
 
@@ -39,7 +39,7 @@ def equalize(model: nn.Module, example: Any, *, rounds: int = 4) -> nn.Module:
     >>> torch.allclose(made[0].weight.abs().amax(1), made[2].weight.abs().amax(0))
     True
     """
-    model, refused = copy.deepcopy(model), set[str]()
+    model, refused = copied(model), set[str]()
     for _ in range(rounds):
         for name in [group.name for group in channel_groups(model, example)]:
             group = channel_groups(model, example)[name]
@@ -98,7 +98,7 @@ def _before(model: nn.Module, group: ChannelGroup, place: int, example: Any) -> 
         return model
 
     def scaled(model: nn.Module) -> nn.Module:
-        made = copy.deepcopy(model)
+        made = copied(model)
         for member in [*makers, reader]:
             weight = made.get_parameter(member.parameter)
             own = np.where(member.channel >= 0, factors[member.channel], 1)
@@ -108,7 +108,7 @@ def _before(model: nn.Module, group: ChannelGroup, place: int, example: Any) -> 
         return made
 
     with torch.no_grad():
-        wide = copy.deepcopy(model).double()
+        wide = copied(model).double()
         return scaled(model) if computes_the_same(wide, scaled(wide), example) else model
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from structopt.compression.inputs import SAMPLE
 from structopt.compression.quantize import fit
 from structopt.measure.running import call, tensors_of
 from structopt.training import evaluating
+from structopt.training.copying import copied
 from structopt.training.statistics import inputs_of, placed
 
 
@@ -138,7 +138,7 @@ def _bounded(
         seen.setdefault(name, []).append(sample)
 
     watch(model, batches, relus, see)
-    made, bounds, touched = copy.deepcopy(model), {}, {}
+    made, bounds, touched = copied(model), {}, {}
     for name, relu in relus.items():
         if name not in seen:
             raise ValueError(f"{name} never ran on these batches: leave it out of names")

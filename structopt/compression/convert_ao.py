@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import importlib.util
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from structopt.compression.convert_parts import (
 from structopt.compression.grids import Grid
 from structopt.compression.inputs import calibrate
 from structopt.measure.costs import cost
+from structopt.training.copying import copied
 
 CAPABILITY = {"fp8": (8, 9), "int4": (8, 0)}
 
@@ -76,7 +76,7 @@ class TorchAO:
         ao: Any = importlib.import_module("torchao.quantization")
         both = self.dynamic or self.static
         dtype = torch.float32 if both and not self.floating else torch.bfloat16
-        made = copy.deepcopy(model).eval().to(dtype)
+        made = copied(model).eval().to(dtype)
         layers = linear_layers(made)
         steps = calibrate(model, calibration, Grid(8), list(layers)) if self.static else {}
         for name, layer in layers.items():

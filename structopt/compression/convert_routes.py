@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from structopt.compression.convert_parts import (
     shown,
 )
 from structopt.measure.costs import cost
+from structopt.training.copying import copied
 
 WIDTHS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -40,7 +40,7 @@ class Float:
         return None
 
     def build(self, model: nn.Module, example: Any, calibration: Any = None) -> nn.Module:
-        made = copy.deepcopy(model).eval().to(self.dtype)
+        made = copied(model).eval().to(self.dtype)
         words = f"torch {WIDTHS[self.dtype]}, {'compiled' if self.compiled else 'eager'}"
         dtype = None if self.dtype is torch.float32 else self.dtype
         return Converted(as_compiled(made, self.compiled), words, cost(model, example), dtype)
@@ -63,7 +63,7 @@ class IntMM:
         return None if kind in {"cpu", "cuda"} else f"torch._int_mm has no kernel on {kind}"
 
     def build(self, model: nn.Module, example: Any, calibration: Any = None) -> nn.Module:
-        made = copy.deepcopy(model).eval()
+        made = copied(model).eval()
         layers = linear_layers(made)
         for name, layer in layers.items():
             if not name:
@@ -122,7 +122,7 @@ class Sparse24:
 
     def build(self, model: nn.Module, example: Any, calibration: Any = None) -> nn.Module:
         refuse(self, example)
-        made = copy.deepcopy(model).eval().to(self.dtype)
+        made = copied(model).eval().to(self.dtype)
         layers = linear_layers(made)
         for name, layer in layers.items():
             weight = layer.weight.detach()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import signal
 import threading
@@ -15,12 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
 from structopt.compression.convert_parts import Route
 from structopt.compression.inputs import RoundInput
 from structopt.compression.qat import QAT
 from structopt.measure.running import call, device_of, tensors_of, undisturbed
+from structopt.training.copying import copied
 
 ROUND = 0.005  # seconds
 
@@ -135,13 +135,16 @@ def without_simulation(model: nn.Module) -> nn.Module:
             raise ValueError(f"{name!r} is {tensor.dtype}: give the float32 network")
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"{name!r} holds NaN or infinite weights: no kernel mends them")
-    made = copy.deepcopy(model).eval()
+    made = copied(model).eval()
     for module in made.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, RoundInput):
                 del module._forward_pre_hooks[key]
         if parametrize.is_parametrized(module):
             _bake_(module)
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, prune.BasePruningMethod):
+                prune.remove(module, hook._tensor_name)  # type: ignore[no-untyped-call]
     return made.requires_grad_(False)
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from structopt.channels.exchanging import exchange_
@@ -16,6 +15,7 @@ from structopt.compression.evidence import READERS
 from structopt.compression.merging import merge_pair
 from structopt.measure.running import call, tensors_of
 from structopt.training import evaluating
+from structopt.training.copying import copied
 from structopt.training.observing import first_of, observed
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -62,13 +62,13 @@ def merge_layers(model: nn.Module, example: Any) -> nn.Module:
     """
     while (merged := _replaced(model, example, READERS, merge_pair, once=True)) is not model:
         model = merged
-    return copy.deepcopy(model)
+    return copied(model)
 
 
 def _folded(layer: nn.Module, norm: nn.Module) -> nn.Module:
     if not isinstance(norm, NORMS) or norm.running_mean is None:
         raise ValueError("a batch norm without running statistics depends on its batch")
-    if parametrize.is_parametrized(layer):
+    if "weight" not in layer._parameters:
         raise ValueError("a weight that other parameters compute has no place for the norm's scale")
     if isinstance(layer, nn.Linear) and layer.out_features != norm.num_features:
         raise ValueError("the norm goes over another axis than the outputs of the linear layer")
@@ -90,9 +90,9 @@ def _replaced(
     once: bool = False,
 ) -> nn.Module:
     """Join each pair that can be; with ``once`` one alone, and the model itself if none can."""
-    found = copy.deepcopy(model)
+    found = copied(model)
     for one, two in _pairs(found, example, seconds):
-        wide = copy.deepcopy(found).double()
+        wide = copied(found).double()
         try:
             narrow = joined(wide, one, two, join)
         except ValueError:
@@ -108,7 +108,7 @@ def joined(
     model: nn.Module, one: str, two: str, join: Callable[[nn.Module, nn.Module], nn.Module]
 ) -> nn.Module:
     """A copy with both layers as one in the place of the first, and an identity in the second's."""
-    made = copy.deepcopy(model)
+    made = copied(model)
     layer = join(made.get_submodule(one), made.get_submodule(two))
     for name, new in (one, layer), (two, nn.Identity()):
         exchange_(made, name, new)

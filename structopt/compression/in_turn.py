@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -10,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from structopt.compression.codes import Coded, chosen, naming, put_
-from structopt.compression.evidence import all_ran, readers, say_idle, watch
+from structopt.compression.evidence import all_ran, need_plain, readers, say_idle, watch
 from structopt.compression.granularity import Granularity
 from structopt.compression.quantize import as_finite
 from structopt.compression.vectors import SharedVectors, share_vectors
+from structopt.training.copying import copied
 from structopt.training.observing import columns
 
 Made = TypeVar("Made", bound=Coded)
@@ -33,16 +33,12 @@ def in_turn(
     layer, and one before; the model stays as it is.
     """
     batches, made = list(batches), dict[str, Made]()
-    coded = copy.deepcopy(model)
+    coded = copied(model)
     known = {id(weight): name for name, weight in coded.named_parameters()}
     layers = {layer: m for layer, m in readers(coded).items() if id(m.weight) in known}
     wanted = None if names is None else chosen(coded, names)
     if wanted is None:
-        if computed := [layer for layer in readers(coded) if layer not in layers]:
-            raise ValueError(
-                f"the weight of {computed[0] or 'the model'} is computed from other parameters: "
-                "torch.nn.utils.parametrize.remove_parametrizations first, or name other weights"
-            )
+        need_plain(readers(coded))
     else:
         own = {known[id(m.weight)] for m in layers.values()}
         if others := [name for name in wanted if name not in own]:

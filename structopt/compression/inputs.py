@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from structopt.compression.evidence import all_ran, readers, say_idle, watch
 from structopt.compression.granularity import PerTensor
 from structopt.compression.grids import Grid, MinMax, Steps
 from structopt.compression.quantize import fake_quantize, fit
+from structopt.training.copying import copied
 
 SAMPLE = 1 << 16  # numbers kept of each input in each batch, its extremes among them
 
@@ -110,7 +110,7 @@ def round_inputs(
     tensor([1.], grad_fn=<...>)
     """
     _whole(grid)
-    made = copy.deepcopy(model)
+    made = copied(model)
     layers = readers(made, names if names is not None or steps is None else list(steps))
     inside = [name for name, layer in layers.items() if isinstance(layer, _Projection)]
     say_idle(inside, "belong to attention, which does not call them: what they read is not rounded")

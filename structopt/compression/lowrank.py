@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, SupportsIndex
@@ -12,11 +11,12 @@ from torch import Tensor, nn
 
 from structopt.channels.exchanging import exchange_
 from structopt.compression.codes import naming
-from structopt.compression.evidence import readers
+from structopt.compression.evidence import need_plain, readers
 from structopt.compression.in_turn import hessian_of
 from structopt.compression.quantize import as_finite
 from structopt.compression.ranks import SVD, Form, Ranks
 from structopt.compression.targets import Target, chosen_ranks
+from structopt.training.copying import copied
 
 LAYERS = (nn.Linear, nn.Conv2d)
 
@@ -36,6 +36,7 @@ def spectra(
     form = SVD() if form is None else form
     batches = None if batches is None else list(batches)
     made = {}
+    need_plain(readers(model))
     for name, layer in _layers(model).items():
         with naming(name):
             weight = as_finite(layer.get_parameter("weight"))
@@ -74,6 +75,8 @@ def factorize(
     """
     form = SVD() if form is None else form
     batches = None if batches is None else list(batches)
+    wanted = target if isinstance(target, Mapping) else readers(model)
+    need_plain({name: layer for name, layer in readers(model).items() if name in wanted})
     layers = _layers(model)
     if isinstance(target, Mapping):
         ranks = {name: _given(name, rank, layers, form) for name, rank in target.items()}
@@ -82,7 +85,7 @@ def factorize(
     else:
         shapes = {name: layer.get_parameter("weight").shape for name, layer in layers.items()}
         ranks = chosen_ranks(spectra(model, form, batches), shapes, form, target)
-    made = copy.deepcopy(model)
+    made = copied(model)
     for name, rank in ranks.items():
         with naming(name or "the model"):
             product = _product(layers[name], rank, form, _root(model, batches, name, form))
@@ -101,6 +104,7 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
         name: layer
         for name, layer in readers(model).items()
         if type(layer) in LAYERS  # torch's attention reads the weight of its own kind of layer
+        and "weight" in layer._parameters
         and layer.get_parameter("weight").numel()
         and owners[id(layer.weight)] < 2  # the other owner would keep the whole weight
         and getattr(layer, "groups", 1) == 1

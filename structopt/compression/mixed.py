@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +12,7 @@ from structopt.compression.bounding import changed_by, outputs_of
 from structopt.compression.codes import chosen, naming, put_
 from structopt.compression.grids import Grid
 from structopt.compression.quantize import Quantized, quantize
+from structopt.training.copying import copied
 
 UNITS = 4096  # parts of the budget that sizes are counted in, where it is larger
 
@@ -85,7 +85,7 @@ def mix_bits(
             coded[name] = {b: quantize(weight, replace(grid, bits=b)) for b in sorted(set(bits))}
         changes[name] = {}
         for b, codes in coded[name].items():
-            rounded = put_(copy.deepcopy(model), {name: codes})
+            rounded = put_(copied(model), {name: codes})
             changes[name][b] = changed_by(model, rounded, batches, known)
     sizes = {name: {b: size_of(codes) for b, codes in own.items()} for name, own in coded.items()}
     least = sum(min(own.values()) for own in sizes.values())
@@ -101,7 +101,7 @@ def mix_bits(
         changes=changes,
         bytes=sum(sizes[name][b] for name, b in best.items()),
         expected=sum(changes[name][b] ** 2 for name, b in best.items()) ** 0.5,
-        change=changed_by(model, put_(copy.deepcopy(model), made), batches, known),
+        change=changed_by(model, put_(copied(model), made), batches, known),
     )
 
 

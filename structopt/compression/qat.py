@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from structopt.compression.evidence import readers
 from structopt.compression.grids import Grid, Steps
 from structopt.compression.inputs import RoundInput, calibrate, with_first
 from structopt.compression.quantize import Quantized, fake_quantize, fit, quantize, straight_through
+from structopt.training.copying import copied
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class QAT(nn.Module):
             assert isinstance(step, LearnedStep)
             weight = self.model.get_parameter(name) * self.get_buffer(f"kept{place}")
             codes[name] = quantize(weight, step.grid, step.steps)
-        made = copy.deepcopy(self.model)
+        made = copied(self.model)
         for layer in readers(made).values():
             for key, hook in list(layer._forward_pre_hooks.items()):
                 if isinstance(hook, _Learned):
@@ -179,7 +179,7 @@ def prepare_qat(
     >>> torch.equal(model(x), qat(x))
     True
     """
-    made, rounding = copy.deepcopy(model), {}
+    made, rounding = copied(model), {}
     for name, weight in chosen(made, names).items():
         with naming(name):
             rounding[name] = LearnedStep(weights, fit(weight, weights))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from structopt.compression.codes import chosen, naming, put_
 from structopt.compression.grids import Grid, Steps
 from structopt.compression.quantize import Quantized, as_finite, straight_through
 from structopt.training import Objective
+from structopt.training.copying import copied
 
 LAST = 127  # codes run from -LAST to LAST: a grid of 8 bits
 PARTS = 3  # densities in a mixture
@@ -137,7 +137,7 @@ class Rated(nn.Module):
         It computes what this one does. Each grid has the fewest bits that hold its codes.
         """
         codes = self._each(_quantized)
-        return put_(copy.deepcopy(self.model), codes), codes
+        return put_(copied(self.model), codes), codes
 
 
 def _quantized(coding: LearnedCode, weight: Tensor) -> Quantized:
@@ -175,7 +175,7 @@ def prepare_rate(
     """
     if not 0 < step < math.inf:
         raise ValueError(f"step={step}: the first step is a positive share of the weights' size")
-    made, coding = copy.deepcopy(model), {}
+    made, coding = copied(model), {}
     if not chosen(made, names):
         raise ValueError("the model has no weight to round")
     for name, weight in chosen(made, names).items():

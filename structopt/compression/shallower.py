@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from structopt.compression.straight import Link, in_type, merge_links, move_padd
 from structopt.measure import Cost, Timing, cost, latency
 from structopt.measure.running import call, device_of, tensors_of
 from structopt.training import Objective, evaluating, train
+from structopt.training.copying import copied
 from structopt.training.observing import observed
 from structopt.training.statistics import inputs_of, placed
 
@@ -140,7 +140,7 @@ def shallower(
         gone = disjoint(links, remove) or []
     else:
         gone, later = links, sum(how.epochs)
-    before, batch = copy.deepcopy(made), [next(iter(batches))]
+    before, batch = copied(made), [next(iter(batches))]
     for link in gone:
         if link.moved:
             move_padding_(made, link)
@@ -150,10 +150,10 @@ def shallower(
     for name, blend in blends(made).items():
         exchange_(made, name, blend.activation)
     plain = without(made, _names(gone)).eval()
-    wide = copy.deepcopy(plain).double()
+    wide = copied(plain).double()
     merged = merge_links(wide, example, gone)
     difference = _apart(wide, merged, batch[0])
-    merged = copy.deepcopy(merged).to(next(p.dtype for p in plain.parameters()))
+    merged = copied(merged).to(next(p.dtype for p in plain.parameters()))
     rounding = _apart(plain, merged, batch[0])
     folded = fold_batch_norms(model, example)
     timed = latency({"before": folded, "after": merged}, example)

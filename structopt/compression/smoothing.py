@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from structopt.compression.evidence import READERS, all_ran, by_channel, readers, watch
 from structopt.compression.folding import computes_the_same
 from structopt.measure.running import call
+from structopt.training.copying import copied
 from structopt.training.observing import first_of, observed
 from structopt.training.statistics import inputs_of, placed
 
@@ -53,7 +53,7 @@ def smooth_inputs(
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha={alpha}: from 0, weights made even, to 1, inputs made even")
-    batches, made, wide = list(batches), copy.deepcopy(model), copy.deepcopy(model).double()
+    batches, made, wide = list(batches), copied(model), copied(model).double()
     wanted, reach = readers(model, names), _reach(model, batches)
     if names is not None:
         all_ran(wanted, reach)
@@ -130,7 +130,7 @@ def _maker(
 
 
 def _scaled(model: nn.Module, maker: str, members: list[str], factors: Tensor) -> nn.Module:
-    made = copy.deepcopy(model)
+    made = copied(model)
     layer = made.get_submodule(maker)
     for part in layer.weight, layer.bias if hasattr(layer, "bias") else None:
         if isinstance(part, Tensor):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,6 +14,7 @@ from torch.utils._pytree import tree_map
 from structopt.channels.exchanging import exchange_
 from structopt.compression.folding import computes_the_same, fold_batch_norms, joined
 from structopt.compression.merging import merge_pair
+from structopt.training.copying import copied
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,7 @@ def merge_links(model: nn.Module, example: Any, links: Iterable[Link]) -> nn.Mod
     layers = [layer for link in links for layer in link.layers]
     if len(set(layers)) < len(layers):
         raise ValueError(f"links share a layer: {layers}; removable(longest=) finds longer ones")
-    wide = without(
-        copy.deepcopy(model).double(), [name for link in links for name in link.activations]
-    )
+    wide = without(copied(model).double(), [name for link in links for name in link.activations])
     example = in_type(example, torch.double)
     made = fold_batch_norms(wide, example)
     for link in links:
@@ -83,7 +81,7 @@ def merge_links(model: nn.Module, example: Any, links: Iterable[Link]) -> nn.Mod
 
 def without(model: nn.Module, names: Iterable[str]) -> nn.Module:
     """A copy with nothing in the place of these activations."""
-    made = copy.deepcopy(model)
+    made = copied(model)
     for name in names:
         exchange_(made, name, nn.Identity())
     return made

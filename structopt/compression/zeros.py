@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from structopt.channels.exchanging import exchange_
 from structopt.compression.evidence import See, by_channel, readers, watch
 from structopt.measure import latency
+from structopt.training.copying import copied
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def skip_zeros(
     zeros = _counted(
         model, batches, layers, lambda name, given, made: seen.setdefault(name, given)
     ).share
-    made, names, times, device = copy.deepcopy(model), [], {}, ""
+    made, names, times, device = copied(model), [], {}, ""
     for name, given in seen.items():
         layer = layers[name]
         assert isinstance(layer, nn.Linear)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from structopt.distillation.cache import Cached
 from structopt.distillation.teachers import Teacher
 from structopt.training import evaluate
+from structopt.training.copying import copied
 
 BATCHES = 8  # that stand for the whole
 
@@ -142,7 +142,7 @@ def _first(batches: Any) -> Iterator[Any]:
 def _training_mode(teacher: nn.Module, seen: list[Any]) -> Finding | None:
     if not any(module.training for module in teacher.modules()):
         return None
-    moving = copy.deepcopy(teacher)  # a pass in training mode moves the statistics of batch norms
+    moving = copied(teacher)  # a pass in training mode moves the statistics of batch norms
     gpus = {x.device for x, _ in seen if x.is_cuda}
     with torch.no_grad(), torch.random.fork_rng(devices=gpus):
         # Asked as a Teacher asks, which brings inputs to its number type.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from structopt.distillation.builders import from_logits
 from structopt.distillation.teachers import Lesson, Teacher
 from structopt.training import Objective, supervised
 from structopt.training.averaging import approach_, half
+from structopt.training.copying import copied
 
 
 class MovingTeacher:
@@ -40,7 +40,7 @@ class MovingTeacher:
     def __init__(self, student: nn.Module, decay: float = 0.99) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay is that of the running mean, 0 <= d < 1, not {decay}")
-        self.model, self.decay, self.steps = copy.deepcopy(student), decay, 0
+        self.model, self.decay, self.steps = copied(student), decay, 0
         self.model.requires_grad_(False)
         self.halves: dict[int, Tensor] = {}  # float32 copies, by their place among the numbers
         self.asked = Teacher(self.model)

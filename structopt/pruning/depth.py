@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from structopt.channels.exchanging import exchange_
 from structopt.measure.running import call
+from structopt.training.copying import copied
 from structopt.training.observing import first_of, observed
 from structopt.training.statistics import inputs_of, placed
 
@@ -48,7 +48,7 @@ def residual_blocks(model: nn.Module, example: Any) -> list[str]:
 @torch.no_grad()
 def _passes(block: nn.Module, x: Tensor) -> bool:
     """Whether the block without its weights hands on a random input, or the positive part of it."""
-    bare = copy.deepcopy(block).eval()
+    bare = copied(block).eval()
     if not any(True for _ in bare.parameters()):
         return False
     for p in bare.parameters():
@@ -132,7 +132,7 @@ def remove_blocks(model: nn.Module, example: Any, names: Sequence[str]) -> nn.Mo
             f"{wrong[0]!r} is no residual block that could become an identity; "
             f"there are {', '.join(possible) or 'none'}"
         )
-    made = copy.deepcopy(model)
+    made = copied(model)
     for name in names:
         exchange_(made, name, nn.Identity())
     return made

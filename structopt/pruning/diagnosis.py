@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from structopt import measure
 from structopt.training import evaluate
+from structopt.training.copying import copied
 from structopt.training.statistics import recalibrate_
 
 _CALIBRATION = 20  # batches
@@ -119,7 +119,7 @@ def _accuracies(
     elif norms:
         assert batches is not None
         some = islice(iter(batches), _CALIBRATION)
-        fresh = evaluate(recalibrate_(copy.deepcopy(after), some), data)
+        fresh = evaluate(recalibrate_(copied(after), some), data)
         gain = fresh - pruned
         if gain > lost / 4:
             words.append(

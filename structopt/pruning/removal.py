@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ from structopt.pruning.choosing import Choice, Limits, choose_channels, need_lim
 from structopt.pruning.criteria import magnitude
 from structopt.pruning.ranking import PerLayer, Scope
 from structopt.pruning.scoring import Scores, channel_scores, score
+from structopt.training.copying import copied
 
 _STEPS = 12  # halvings of the interval of sparsities: to 1 in 4096
 
@@ -61,7 +61,7 @@ def prune_channels(
         choice = choose(target)
     else:
         choice = _largest_within(target, model, example, choose, channels)
-    return take(model, choice) if choice else copy.deepcopy(model)
+    return take(model, choice) if choice else copied(model)
 
 
 def _magnitudes(model: nn.Module, channels: Channels) -> Scores:
@@ -130,7 +130,7 @@ def _coster(
     stand_in = (model, example, {group.name: group for group in channels})
     if budget.on_paper:
         try:
-            bare = copy.deepcopy(model).to("meta")
+            bare = copied(model).to("meta")
             away = tree_map(lambda t: t.to("meta") if isinstance(t, Tensor) else t, example)
             groups = {group.name: group for group in channel_groups(bare, away)}
             same = {n: g.size for n, g in groups.items()} == {g.name: g.size for g in channels}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from structopt.pruning.finding import find_masks
 from structopt.pruning.masks import apply_masks_, need_masks
 from structopt.pruning.patterns import NOfM
 from structopt.pruning.scoring import Scores, matches, need_list, score
+from structopt.training.copying import copied
 
 _PIECE = 1 << 25  # numbers compared at once
 
@@ -69,7 +69,7 @@ def permute_channels(
         moved = {m.parameter: _moved(now[m.parameter], m, order) for m in readers}
         if _kept(moved, readers, pattern) > before:
             choice[group], now = order, {**now, **moved}
-    return take(model, choice) if choice else copy.deepcopy(model)
+    return take(model, choice) if choice else copied(model)
 
 
 def _kept(scores: Scores, readers: Sequence[Member], pattern: NOfM) -> float:
@@ -143,7 +143,7 @@ def to_semi_structured(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Modu
     Traceback (most recent call last):
     ValueError: the mask of weight is not 2:4: more than two of four neighbours stay
     """
-    made = copy.deepcopy(model)
+    made = copied(model)
     pairs = dict(zip(masks, need_masks(made, masks), strict=True))
     for name, (weight, mask) in pairs.items():
         path, _, key = name.rpartition(".")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from structopt.pruning.finding import Masks, settled
 from structopt.pruning.patterns import NOfM, Pattern, Unstructured
 from structopt.pruning.ranking import PerLayer, keys, lowest, lowest_in_rows, number
 from structopt.pruning.scoring import matches, need_leave
+from structopt.training.copying import copied
 from structopt.training.observing import columns, first_of, observed
 from structopt.training.statistics import inputs_of, placed
 
@@ -139,7 +139,7 @@ def prune_and_update(
     >>> {name: int(mask.sum()) for name, mask in masks.items()}
     {'0.weight': 24, '2.weight': 6}
     """
-    made, batches, masks = copy.deepcopy(model), list(batches), Masks()
+    made, batches, masks = copied(model), list(batches), Masks()
     layers = _in_order(made, batches, leave)
     for name, layer in layers.items():
         _share(name, layer.weight, sparsity, pattern)
@@ -175,8 +175,13 @@ def _in_order(model: nn.Module, batches: list[Any], leave: Sequence[str]) -> dic
     need_leave(model, leave)
     own = {name for name, _ in model.named_parameters()}
     layers = {f"{n}.weight".lstrip("."): m for n, m in model.named_modules()}
-    layers = {n: m for n, m in layers.items() if isinstance(m, READERS) and n in own}
-    layers = {n: m for n, m in layers.items() if not matches(n, leave)}
+    layers = {n: m for n, m in layers.items() if isinstance(m, READERS) and not matches(n, leave)}
+    if computed := [name for name, m in layers.items() if "weight" not in m._parameters]:
+        raise ValueError(
+            f"{computed[0]} is computed from other parameters: torch.nn.utils.prune.remove or "
+            "parametrize.remove_parametrizations first, or leave it alone, leave=[...]"
+        )
+    layers = {name: m for name, m in layers.items() if name in own}  # the first of tied ones
     names, order = {layer: name for name, layer in layers.items()}, list[str]()
     _run(model, batches[:1], {m: lambda m, args: order.append(names[m]) for m in names})
     unseen = layers.keys() - set(order)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -14,6 +13,7 @@ from structopt.channels import ChannelGroup, channel_groups, take
 from structopt.pruning.choosing import Choice, choose_channels
 from structopt.pruning.ranking import need_sparsity
 from structopt.pruning.scoring import Scores, channel_scores, score
+from structopt.training.copying import copied
 
 Curves = dict[str, dict[float, float]]
 """{name of a group: {sparsity: value}}."""
@@ -81,8 +81,8 @@ def mask_channels(model: nn.Module, choice: Choice) -> nn.Module:
             f"a choice holds groups, not {odd[0]!r}: channel_groups(model, example)[name] is one"
         )
     if any(group.averaged for group in choice):
-        return take(model, choice) if choice else copy.deepcopy(model)
-    made = copy.deepcopy(model)
+        return take(model, choice) if choice else copied(model)
+    made = copied(model)
     tensors = dict([*made.named_parameters(), *made.named_buffers()])
     with torch.no_grad():
         for group, kept in choice.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from structopt.channels.exchanging import exchange_
+from structopt.training.copying import copied
 
 
 class FreeAttention(nn.Module):
@@ -115,7 +115,7 @@ def free_attention(model: nn.Module) -> nn.Module:
     >>> free_attention(layer).self_attn.into
     Linear(in_features=8, out_features=24, bias=True)
     """
-    made = copy.deepcopy(model)
+    made = copied(model)
     for name, module in model.named_modules():
         if type(module) is nn.MultiheadAttention:
             if not name:

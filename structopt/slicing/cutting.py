@@ -17,6 +17,7 @@ from structopt.channels.layout import lay_plainly_
 from structopt.measure.running import call
 from structopt.slicing.slices import Slice, widths_of
 from structopt.training import evaluating
+from structopt.training.copying import copied
 from structopt.training.observing import observed
 
 Named = dict[str, Tensor]
@@ -94,7 +95,7 @@ def narrow(channels: Channels, model: nn.Module, part: Slice) -> Narrow:
     """
     _need_leaves(model)
     choice = {group: range(size) for group, size in widths_of(channels, part).items()}
-    made = take(model, choice) if choice else copy.deepcopy(model)
+    made = take(model, choice) if choice else copied(model)
     cuts = _cuts(channels, model, choice)
     wrong = _differing(model, made, cuts)
     if wrong:

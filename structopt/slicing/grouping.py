@@ -29,6 +29,7 @@ from structopt.slicing.grouped import (
     grouped_layer,
     mixing,
 )
+from structopt.training.copying import copied
 from structopt.training.observing import observed
 
 
@@ -88,7 +89,7 @@ def group_layers(
     sides = _candidates(model, channels, groups, layers, shuffled)
     orders, fits = (_own_orders if shuffled else _joint_orders)(model, sides, groups)
     order = {group: torch.from_numpy(index) for group, index in orders.items()}
-    made = take(model, order) if order else copy.deepcopy(model)
+    made = take(model, order) if order else copied(model)
     for name, (outputs, inputs) in fits.items():
         layer = made.get_submodule(name)
         assert isinstance(layer, LAYERS)

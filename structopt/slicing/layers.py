@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from structopt import measure
 from structopt.measure.running import Example, call, tensors_of
 from structopt.slicing.cutpoints import cut_points
 from structopt.slicing.stages import Stages, split_stages
+from structopt.training.copying import copied
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def measure_layers(
         >>> [(layer.name, layer.state, layer.sent) for layer in layers]
         [('0', 160, 320), ('1', 0, 320), ('', 72, 0)]
     """
-    model = copy.deepcopy(model).train(training)
+    model = copied(model).train(training)
     points = cut_points(model, example, whole=whole)
     stages = split_stages(model, example, points, whole=whole)
     entered = _entered(stages, example, training)

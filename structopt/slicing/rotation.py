@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from structopt.slicing.attention import FreeAttention, free_attention
 from structopt.slicing.cutting import named
 from structopt.slicing.streams import Stream, find_stream
 from structopt.slicing.turning import divide_as_before_, fold_norms_, gram, turn_
+from structopt.training.copying import copied
 from structopt.training.statistics import placed
 
 
@@ -52,7 +52,7 @@ class Rotated:
         """
         kept, size = self._kept(width), self._stream.size
         if kept == size:
-            return copy.deepcopy(self.model)
+            return copied(self.model)
         made = take(self.model, {self._group: range(kept)})
 
         def scaled(model: nn.Module) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from structopt.channels import ChannelGroup, channel_groups, take
+from structopt.training.copying import copied
 
 
 def sort_channels(
@@ -46,7 +46,7 @@ def sort_channels(
         names[name]: values.argsort(descending=True, stable=True)
         for name, values in importance.items()
     }
-    return take(model, orders) if orders else copy.deepcopy(model)
+    return take(model, orders) if orders else copied(model)
 
 
 def _norms(group: ChannelGroup, weights: Mapping[str, Tensor]) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import fx, nn
 from structopt.measure.running import Example, call, tensors_of
 from structopt.slicing.cutpoints import CutPoint, as_it_is, crossing, find, points_of
 from structopt.slicing.tracing import Stage, traced
+from structopt.training.copying import copied
 
 
 class Stages(nn.Sequential):
@@ -62,7 +62,7 @@ def split_stages(
     """
     if isinstance(cuts, str):
         raise ValueError(f"cuts is a list of names: [{cuts!r}]")
-    model = copy.deepcopy(model)
+    model = copied(model)
     graph = traced(model, example, whole)
     with as_it_is(model):
         points = points_of(graph, model, example)

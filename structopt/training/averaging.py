@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from structopt.training.copying import copied
 
 
 class Average:
@@ -23,7 +24,7 @@ class Average:
     def __init__(self, model: nn.Module, decay: float) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"average is the decay of the running mean, 0 <= d < 1, not {decay}")
-        self.decay, self.model = decay, copy.deepcopy(model).requires_grad_(False)
+        self.decay, self.model = decay, copied(model).requires_grad_(False)
         self.steps = 0
         pairs = list(zip(_tensors(self.model), _tensors(model), strict=True))
         self.ours = [a for a, b in pairs if b.is_floating_point()]
