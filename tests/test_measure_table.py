@@ -4,6 +4,7 @@ import html.parser
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example as also
@@ -106,6 +107,20 @@ def test_thousands_have_letters_not_exponents(number):
     size = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[letter]
     assert "e" not in text
     assert float(digits) * size == pytest.approx(number, rel=0.006)
+
+
+def test_numbers_of_numpy_and_torch_are_shown_as_pythons():
+    rows = [{"name": "a", "MACs": 1200, "share": 0.25}, {"name": "b", "MACs": 90, "share": 12.5}]
+    for whole, real in (
+        (np.int64, np.float32),
+        (np.uint8, np.float64),
+        (torch.tensor, torch.tensor),
+    ):
+        own = [r | {"MACs": whole(r["MACs"] % 256), "share": real(r["share"])} for r in rows]
+        plain = [r | {"MACs": r["MACs"] % 256} for r in rows]
+        for shown in (str, Table.markdown, Table._repr_html_):
+            assert shown(Table(own)) == shown(Table(plain))
+    assert str(Table([{"n": np.int64(1200)}, {"n": np.int64(7)}])).splitlines()[-1] == "    7"
 
 
 def test_a_time_has_no_exponent():

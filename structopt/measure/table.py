@@ -50,6 +50,7 @@ def show(value: Any, decimals: int | None = None) -> str:
     >>> show(53898), show(0.012341), show(1.0, 2), show(None)
     ('53,898', '0.01234', '1.00', '–')
     """
+    value = _plain(value)
     if value is None:
         return "–"
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -59,6 +60,11 @@ def show(value: Any, decimals: int | None = None) -> str:
     if not math.isfinite(value):
         return str(value)
     return f"{value:,.{_decimals([value]) if decimals is None else decimals}f}"
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy's or torch's as Python's."""
+    return value.item() if getattr(value, "ndim", 1) == 0 and hasattr(value, "item") else value
 
 
 def _decimals(values: Iterable[Any]) -> int | None:
@@ -109,6 +115,8 @@ class Table:
         if unknown:
             raise ValueError(f"no row has a column {unknown}; there are {every}")
         object.__setattr__(self, "columns", tuple(self.columns or every))
+        plain = [{name: _plain(value) for name, value in row.items()} for row in self.rows]
+        object.__setattr__(self, "rows", plain)
 
     def _cells(self) -> list[list[str]]:
         decimals = {name: _decimals(row.get(name) for row in self.rows) for name in self.columns}
