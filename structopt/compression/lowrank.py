@@ -13,6 +13,7 @@ from structopt.channels.exchanging import exchange_
 from structopt.compression.codes import naming
 from structopt.compression.evidence import need_plain, readers
 from structopt.compression.in_turn import hessian_of
+from structopt.compression.merging import META
 from structopt.compression.quantize import as_finite
 from structopt.compression.ranks import SVD, Form, Ranks
 from structopt.compression.targets import Target, chosen_ranks
@@ -153,13 +154,14 @@ def _product(layer: nn.Module, ranks: Ranks, form: Form, root: Tensor | None) ->
     made = nn.Sequential()
     for place, (tensor, settings) in enumerate(parts):
         last = place == len(parts) - 1
-        kind = {"device": weight.device, "dtype": weight.dtype}
         own: nn.Module
-        if isinstance(layer, nn.Linear):
-            own = nn.Linear(tensor.shape[1], len(tensor), last and bias is not None, **kind)
-        else:
-            assert isinstance(layer, nn.Conv2d)
-            own = _convolution(layer, tensor, settings, last and bias is not None, kind)
+        with META:
+            if isinstance(layer, nn.Linear):
+                own = nn.Linear(tensor.shape[1], len(tensor), last and bias is not None)
+            else:
+                assert isinstance(layer, nn.Conv2d)
+                own = _convolution(layer, tensor, settings, last and bias is not None)
+        own.to_empty(device=weight.device).to(weight.dtype)
         own.get_parameter("weight").copy_(tensor)
         if last and bias is not None:
             own.get_parameter("bias").copy_(bias)
@@ -167,9 +169,7 @@ def _product(layer: nn.Module, ranks: Ranks, form: Form, root: Tensor | None) ->
     return made.train(layer.training)
 
 
-def _convolution(
-    layer: nn.Conv2d, weight: Tensor, settings: str, bias: bool, kind: dict[str, Any]
-) -> nn.Conv2d:
+def _convolution(layer: nn.Conv2d, weight: Tensor, settings: str, bias: bool) -> nn.Conv2d:
     """A convolution that takes from ``layer`` the stride, padding and dilation along "y", "x"."""
     size = tuple(weight.shape[2:])
     along = ["y" in settings, "x" in settings]
@@ -191,5 +191,4 @@ def _convolution(
         dilation=tuple(d if on else 1 for d, on in zip(layer.dilation, along, strict=True)),  # type: ignore[arg-type]
         groups=groups,
         bias=bias,
-        **kind,
     )

@@ -10,6 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from structopt.training.copying import copied
+
+META = torch.device("meta")  # where layers come to be whose weights are still to be filled in:
+# they draw no random numbers there
 Layer = nn.Linear | nn.Conv2d
 Made = TypeVar("Made", nn.Linear, nn.Conv2d)
 
@@ -142,7 +146,7 @@ def _as_convolution(branch: nn.Module, first: nn.Conv2d) -> nn.Conv2d:
 def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
     if norm.running_mean is None:
         raise ValueError("a batch norm without running statistics depends on its batch")
-    made: nn.Conv2d = fuse_conv_bn_eval(conv.eval(), norm.eval())
+    made: nn.Conv2d = fuse_conv_bn_eval(copied(conv).eval(), copied(norm).eval())
     return made
 
 
@@ -179,7 +183,8 @@ def _bias(first: Layer, second: Layer, sums: Tensor) -> Tensor | None:
 
 
 def _like(layer: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    made = nn.Linear(weight.shape[1], len(weight), bias is not None)
+    with META:
+        made = nn.Linear(weight.shape[1], len(weight), bias is not None)
     return _filled(made, weight, bias, layer)
 
 
@@ -193,20 +198,21 @@ def _convolution(
 ) -> nn.Conv2d:
     size = tuple(weight.shape[2:])
     groups = like.groups if groups is None else groups
-    made = nn.Conv2d(
-        weight.shape[1] * groups,
-        len(weight),
-        (size[0], size[1]),
-        stride=(stride[0], stride[1]),
-        padding=(padding[0], padding[1]),
-        groups=groups,
-        bias=bias is not None,
-    )
+    with META:
+        made = nn.Conv2d(
+            weight.shape[1] * groups,
+            len(weight),
+            (size[0], size[1]),
+            stride=(stride[0], stride[1]),
+            padding=(padding[0], padding[1]),
+            groups=groups,
+            bias=bias is not None,
+        )
     return _filled(made, weight, bias, like)
 
 
 def _filled(made: Made, weight: Tensor, bias: Tensor | None, like: nn.Module) -> Made:
-    made.to(weight).train(like.training)
+    made.to_empty(device=weight.device).to(weight).train(like.training)
     made.weight.copy_(weight)
     if made.bias is not None and bias is not None:
         made.bias.copy_(bias)

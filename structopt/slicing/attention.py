@@ -131,10 +131,11 @@ def _freed(layer: nn.MultiheadAttention, name: str) -> FreeAttention:
             f"{name} reads keys or values of another width, or adds some of its own: its heads "
             "cannot be set free of the stream"
         )
-    made = FreeAttention(
-        layer.embed_dim, layer.num_heads, layer.head_dim, bias=layer.in_proj_bias is not None,
-        dropout=layer.dropout, batch_first=layer.batch_first,
-    ).to(layer.in_proj_weight)  # fmt: skip
+    with torch.device("meta"):  # draws no random numbers for weights that are replaced
+        made = FreeAttention(
+            layer.embed_dim, layer.num_heads, layer.head_dim, bias=layer.in_proj_bias is not None,
+            dropout=layer.dropout, batch_first=layer.batch_first,
+        )  # fmt: skip
     for linear, weight, bias in (
         (made.into, layer.in_proj_weight, layer.in_proj_bias),
         (made.out, layer.out_proj.weight, layer.out_proj.bias),

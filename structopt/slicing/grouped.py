@@ -174,29 +174,30 @@ def mixing(layer: Layer, groups: int, rank: int) -> Mixing:
     into, out = root[:, None] * right[:rank], left[:, :rank] * root
     into, out = into.to(weight), out.to(weight)
     if isinstance(layer, nn.Linear):
-        down: Layer = nn.Linear(weight.shape[1], rank, bias=False)
-        up: Layer = nn.Linear(rank, weight.shape[0], bias=False)
+        with torch.device("meta"):
+            down: Layer = nn.Linear(weight.shape[1], rank, bias=False)
+            up: Layer = nn.Linear(rank, weight.shape[0], bias=False)
     else:
         down = _like(layer, weight.shape[1], rank, layer.kernel_size, bias=False)
-        up = type(layer)(rank, weight.shape[0], 1, bias=False)
+        with torch.device("meta"):
+            up = type(layer)(rank, weight.shape[0], 1, bias=False)
     down.weight = nn.Parameter(into.reshape(rank, *weight.shape[1:]))
     up.weight = nn.Parameter(out.reshape(weight.shape[0], rank, *[1] * (weight.ndim - 2)))
     return Mixing(grouped_layer(layer, groups), down, up)
 
 
 def _like(layer: Conv, into: int, out: int, kernel: Any, **settings: Any) -> Conv:
-    """A convolution that strides and pads as this one, on its device."""
+    """A convolution that strides and pads as this one, for weights that are still to come."""
     kind: Any = type(layer)
-    made: Conv = kind(
-        into,
-        out,
-        kernel,
-        stride=layer.stride,
-        padding=layer.padding,
-        dilation=layer.dilation,
-        padding_mode=layer.padding_mode,
-        device=layer.weight.device,
-        dtype=layer.weight.dtype,
-        **settings,
-    )
+    with torch.device("meta"):  # draws no random numbers
+        made: Conv = kind(
+            into,
+            out,
+            kernel,
+            stride=layer.stride,
+            padding=layer.padding,
+            dilation=layer.dilation,
+            padding_mode=layer.padding_mode,
+            **settings,
+        )
     return made
