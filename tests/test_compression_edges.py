@@ -213,6 +213,37 @@ def test_batches_without_examples_are_as_good_as_none():
         way([torch.randn(5, 6), empty])  # beside others one does no harm
 
 
+def finite_or_refused(x, grid):
+    try:
+        values = compression.quantize(x, grid).dequantize()
+        scale = compression.fit(x, grid).scale
+    except ValueError as error:
+        return f"reaches beyond {x.dtype}" in str(error)
+    return bool(values.isfinite().all() and scale.isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_numbers_at_the_end_of_their_type_are_rounded_or_refused(dtype, device):
+    end = torch.finfo(dtype).max
+    for numbers in [-end, end, 0, end / 3], [0, end, end / 2], [-end, -1, end / 7]:
+        x = torch.tensor(numbers, dtype=dtype, device=device)
+        for bits in 1, 2, 3, 4, 8:
+            for fit in MinMax(), MSE(), Percentile(99.0):
+                assert finite_or_refused(x, Grid(bits, fit=fit))
+                assert finite_or_refused(x, Grid(bits, symmetric=False, fit=fit))
+
+
+def test_what_is_too_large_for_a_grid_is_named(device):
+    wide = nn.Linear(2, 2).to(device)
+    wide.weight.data.fill_(torch.finfo(torch.float32).max)
+    with pytest.raises(ValueError, match=r"weight: Grid\(bits=1, .* scale them down"):
+        compression.quantize_weights(wide, Grid(1))
+    with pytest.raises(ValueError, match=r"the model reads: .* scale them down"):
+        compression.calibrate(wide, [wide.weight.detach()], Grid(1))
+    half = compression.quantize(wide.weight / 4, Grid(1)).dequantize()
+    torch.testing.assert_close(half, wide.weight.detach() / 4)
+
+
 def test_a_model_without_weights_is_told():
     with pytest.raises(ValueError, match="no weight to round"):
         compression.prepare_rate(nn.ReLU())

@@ -67,12 +67,15 @@ def fit(x: Tensor, grid: Grid) -> Steps:
     float32, and float64 for such an ``x``. A unit of zeros gets the smallest scale there is, so
     that its codes stand for exact zeros.
 
-    Raises ValueError for NaN, infinities, types that are not floats, and an axis ``x`` has not.
+    Raises ValueError for NaN, infinities, types that are not floats, an axis ``x`` has not, and
+    numbers so near the largest of their type that a step has no place in it.
 
     >>> fit(torch.tensor([-1.0, 0.5]), Grid(bits=4)).scale
     tensor([0.1429])
     """
-    return grid.fit.steps(grid.per.split(as_finite(x)), grid)
+    steps = grid.fit.steps(grid.per.split(as_finite(x)), grid)
+    _within(steps.scale, x, grid)
+    return steps
 
 
 @torch.no_grad()
@@ -84,7 +87,8 @@ def quantize(x: Tensor, grid: Grid, steps: Steps | None = None) -> Quantized:
     min-max steps nothing is further from its value than half a step.
 
     Jacob et al., 2018, "Quantization and training of neural networks for efficient
-    integer-arithmetic-only inference". Raises ValueError as :func:`fit`.
+    integer-arithmetic-only inference". Raises ValueError as :func:`fit`, and where a value of the
+    grid is beyond the type of ``x``.
 
     >>> quantize(torch.tensor([-1.0, 0.2, 0.6]), Grid(bits=4)).codes
     tensor([-7,  1,  4], dtype=torch.int8)
@@ -92,7 +96,9 @@ def quantize(x: Tensor, grid: Grid, steps: Steps | None = None) -> Quantized:
     units = grid.per.split(as_finite(x))
     steps = grid.fit.steps(units, grid) if steps is None else _fitting(steps, units, grid)
     codes = grid.nearest(units, steps).clamp(*grid.codes)
-    return Quantized(grid.per.join(codes, x.shape).to(grid.dtype), steps, grid, x.dtype)
+    made = Quantized(grid.per.join(codes, x.shape).to(grid.dtype), steps, grid, x.dtype)
+    _within(made.dequantize(), x, grid)
+    return made
 
 
 def fake_quantize(x: Tensor, grid: Grid, steps: Steps | None = None) -> Tensor:
@@ -117,6 +123,14 @@ def fake_quantize(x: Tensor, grid: Grid, steps: Steps | None = None) -> Tensor:
         value = grid.per.join(values, x.shape).to(x.dtype)
         kept = grid.per.join(inside, x.shape)
     return straight_through(x, value, kept)
+
+
+def _within(found: Tensor, x: Tensor, grid: Grid) -> None:
+    if not bool(found.isfinite().all()):
+        raise ValueError(
+            f"{grid} reaches beyond {x.dtype} for numbers as large as {float(x.abs().max()):.4g}: "
+            "scale them down first"
+        )
 
 
 def _fitting(steps: Steps, units: Tensor, grid: Grid) -> Steps:
