@@ -211,6 +211,12 @@ def test_a_layer_of_two_names_is_exchanged_under_both(device):
     merged = compression.merge_links(model, x, links)
     assert [link.layers for link in links] == [("conv", "last")]
     torch.testing.assert_close(merged(x), straight(x))
+    for name, first, function in (
+        ("body.2", "relu", compression.blend_activations),
+        ("body.0", "conv", lambda m, n: compression.round_inputs(m, compression.Grid(4), names=n)),
+    ):
+        with pytest.raises(ValueError, match=rf"'{name}' is '{first}' under another name"):
+            function(model, [name])
 
 
 class Reused(nn.Module):

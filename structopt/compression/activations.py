@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.fx.operator_schemas import normalize_function
 
 from structopt.channels.exchanging import exchange_
+from structopt.compression.evidence import need_known
 from structopt.compression.folding import computes_the_same
 from structopt.training.copying import copied
 
@@ -182,7 +183,5 @@ def activations(
         )
     if names is None:
         return found
-    for name in names:
-        if name not in found:
-            raise ValueError(f"{name!r} is no {word} of this model; those are {', '.join(found)}")
+    need_known(model, names, found, word)
     return {name: found[name] for name in names}

@@ -27,12 +27,21 @@ def readers(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, n
         return found
     if isinstance(names, str):
         raise ValueError(f"names is a list of names: [{names!r}]")
-    if missing := [name for name in names if name not in found]:
-        raise ValueError(
-            f"{missing[0]!r} is no linear layer or convolution of this model; those are "
-            f"{', '.join(found)}"
-        )
+    need_known(model, names, found, "linear layer or convolution")
     return {name: found[name] for name in names}
+
+
+def need_known(
+    model: nn.Module, names: Sequence[str], found: Mapping[str, nn.Module], kind: str
+) -> None:
+    """Raises ValueError for a name that is not among those found, or is a second one of a layer."""
+    for name in names:
+        if name not in found:
+            layer = dict(model.named_modules(remove_duplicate=False)).get(name)
+            first = next((known for known, m in found.items() if m is layer), None)
+            if first is not None:
+                raise ValueError(f"{name!r} is {first!r} under another name: give that one")
+            raise ValueError(f"{name!r} is no {kind} of this model; those are {', '.join(found)}")
 
 
 def watch(
