@@ -167,8 +167,8 @@ def test_a_temperature_that_flattens(
 
 
 def test_bad_input_is_named(split: tuple[Examples, Examples], teacher: nn.Module) -> None:
-    for wrong in (0, math.inf):
-        with pytest.raises(ValueError, match=f"number above 0 and finite, not {wrong}"):
+    for wrong in (0, math.inf, "4"):
+        with pytest.raises(ValueError, match=f"finite number above 0, not {wrong!r}"):
             d.diagnose(teacher, [], split[1], temperature=wrong)
     with pytest.raises(ValueError, match="hold no example"):
         d.diagnose(teacher, [], split[1])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from structopt.distillation.cache import Cached
 from structopt.distillation.teachers import Teacher
+from structopt.losses.checks import need_temperature
 from structopt.training import evaluate
 from structopt.training.copying import copied
 
@@ -88,8 +89,7 @@ def diagnose(
         1. The teacher is in training mode: ...
         2. The temperature flattens everything: ...
     """
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature is a number above 0 and finite, not {temperature}")
+    need_temperature(temperature)
     if not isinstance(teacher, nn.Module):
         raise ValueError(f"diagnose looks at one nn.Module, not {type(teacher).__name__}")
     if isinstance(validation, Iterator):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from structopt import losses
 from structopt.distillation.logits import soft_targets
 from structopt.distillation.teachers import as_logits, as_pair
-from structopt.losses.checks import need_temperature, real
+from structopt.losses.checks import need_temperature
 from structopt.training import Objective
 
 
@@ -61,7 +61,7 @@ def mutual(
     0
     """
     need_temperature(temperature)
-    if not real(weight) >= 0:
+    if not weight >= 0:
         raise ValueError(f"weight counts what the others say, at least 0: {weight!r}")
 
     def objective(model: nn.Module, batch: Any) -> Tensor:
