@@ -244,8 +244,16 @@ def test_what_is_wrong_is_named():
         "unused": "unused is not called by itself",
         "nowhere": "no module 'nowhere'; it has inner, twice, head",
     }.items():
+        model = Skipping()
         with pytest.raises(ValueError, match=reason):
-            EarlyExits(Skipping(), x, [place])
+            EarlyExits(model, x, ["inner", place] if place == "nowhere" else [place])
+        assert not any(module._forward_hooks for module in model.modules())
+    with pytest.raises(ValueError, match="the model does not accept the example: mat1 and mat2"):
+        EarlyExits(Skipping(), x[:, :3], ["twice"])
+    with pytest.raises(ValueError, match=r"at=\['pair', 'pair'\]: name each module once"):
+        EarlyExits(Skipping(), x, ["pair", "pair"])
+    with pytest.raises(ValueError, match=r"needs values.* none on the meta device"):
+        EarlyExits(Skipping().to("meta"), x.to("meta"), ["pair"])
     image = torch.zeros(1, 1, 28, 28)
     with pytest.raises(ValueError, match="at least one: 'conv1'"):
         EarlyExits(SimpleNet(), image, "conv1")
@@ -259,9 +267,25 @@ def test_what_is_wrong_is_named():
     network, x, y = small(torch.device("cpu"))
     with pytest.raises(ValueError, match="2 weights for 3 exits"):
         all_exits(weights=[1, 1])(network, (x, y))
-    with pytest.raises(ValueError, match="at least 0: -1"):
-        all_exits(teaching=-1)
-    with pytest.raises(ValueError, match="trains EarlyExits, not a Linear"):
+    for teaching in (-1, "much"):
+        with pytest.raises(ValueError, match=f"at least 0: {teaching!r}"):
+            all_exits(teaching=teaching)
+    for threshold in (float("nan"), None, "0.5"):
+        with pytest.raises(ValueError, match=f"threshold={threshold!r}: give the confidence"):
+            network.deciding(threshold)(x)
+    for rule in (lambda _, z: z > 0, lambda _, z: z[:, 0], lambda *_: True):
+        with pytest.raises(ValueError, match="give a truth value an example"):
+            network.leave(x, rule)
+    with pytest.raises(ValueError, match="for EarlyExits, not for a Sequential"):
+        choose_threshold(network.model, [(x, y)], macs=1)
+    for wrong in (y - 1, y + 3):
+        with pytest.raises(ValueError, match="with 3 logits labels run from 0 to 2"):
+            choose_threshold(network, [(x, y), (x, wrong)], macs=1)
+    some = x.clone()
+    some[0] = torch.nan
+    with pytest.raises(ValueError, match="logits of exit 0, 1, 2 are NaN or infinite"):
+        choose_threshold(network, [(x, y), (some, y)], macs=1)
+    with pytest.raises(ValueError, match="for EarlyExits, not for a Linear"):
         all_exits()(nn.Linear(4, 3), (x, y))
     with pytest.raises(ValueError, match="is a pair"):
         all_exits()(network, x)

@@ -3,6 +3,7 @@
 import copy
 import functools
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -305,26 +306,37 @@ def test_strides_paddings_and_missing_biases_stay(device):
 
 def test_what_is_wrong_is_named():
     model, x = LeNet5(widths=(6, 16, 20)), torch.zeros(1, 1, 28, 28)
-    with pytest.raises(ValueError, match="at least 2: 1"):
-        group_layers(model, x, 1)
+    for groups in (1, 2.0, "2"):
+        with pytest.raises(ValueError, match=f"at least 2: {groups!r}"):
+            group_layers(model, x, groups)
     with pytest.raises(ValueError, match=r"no layer can be split into 5 groups: .*conv2 has 6"):
         group_layers(model, x, 5)
     with pytest.raises(ValueError, match="conv1 has 1 inputs and 6 outputs"):
         group_layers(model, x, 2, layers=["conv1"])
-    with pytest.raises(ValueError, match=r"no layer's name fits \['stage9'\]"):
-        group_layers(model, x, 2, layers=["stage9"])
-    with pytest.raises(ValueError, match="at least 1: 0"):
-        Mixed(0)
-    with pytest.raises(ValueError, match=r"3 groups do not split a weight of shape \(4, 6\)"):
-        assign_groups(torch.ones(4, 6), 3)
+    with pytest.raises(ValueError, match=r"no layer's name fits 'stage9'"):
+        group_layers(model, x, 2, layers=["conv2", "stage9"])
+    with pytest.raises(ValueError, match="conv1 has 1 inputs and 6 outputs"):
+        group_layers(model, x, 2, layers=["conv2", "conv1"])
+    up = nn.Sequential(nn.Conv2d(1, 8, 1), nn.ConvTranspose2d(8, 8, 1), nn.Conv2d(8, 2, 1))
+    with pytest.raises(ValueError, match="1 is a ConvTranspose2d, no plain layer"):
+        group_layers(up, x, 2, layers=["1"])
+    for rank in (0, 1.5, 2.0, "2"):
+        with pytest.raises(ValueError, match=f"at least 1: {rank!r}"):
+            Mixed(rank)
+    for shape, groups in (((4, 6), 3), ((4, 6), 2.0), ((0, 4), 2)):
+        problem = f"{groups} groups do not split a weight of shape {shape}"
+        with pytest.raises(ValueError, match=re.escape(problem)):
+            assign_groups(torch.ones(shape), groups)
+    with pytest.raises(ValueError, match="the choice of groups needs values"):
+        group_layers(copy.deepcopy(model).to("meta"), x.to("meta"), 2)
+    with pytest.raises(ValueError, match="the choice of groups needs values"):
+        assign_groups(torch.ones(4, 4, device="meta"), 2)
     for layers in ([], "conv2"):
         with pytest.raises(ValueError, match="give a list of names"):
             group_layers(model, x, 2, layers=layers)
     for exchange in ("shuffled", Shuffled):
         with pytest.raises(ValueError, match=r"give Shuffled\(\), Branches\(\)"):
             group_layers(model, x, 2, exchange=exchange)
-    with pytest.raises(ValueError, match=r"at least 1: 1\.5"):
-        Mixed(1.5)
     with pytest.raises(ValueError, match="numbers that are not finite"):
         assign_groups(torch.full((4, 4), torch.inf), 2)
     broken = copy.deepcopy(model)
@@ -349,3 +361,34 @@ def test_frozen_and_evaluating_layers_stay_so(exchange):
     assert not any(module.training for module in grouped.modules())
     assert not any(p.requires_grad for p in grouped[2].parameters())
     assert all(p.requires_grad for p in grouped[0].parameters())
+
+
+@pytest.mark.parametrize("exchange", [Branches(), Shuffled(), Averaged(), Mixed(2)], ids=str)
+@pytest.mark.parametrize("kind", ["weight", "bias"])
+def test_a_weight_or_a_bias_alone_may_be_frozen(kind, exchange):
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    getattr(model[2], kind).requires_grad_(False)
+    grouped = group_layers(model, torch.zeros(1, 8), 2, exchange=exchange)
+    for name, parameter in grouped[2].named_parameters():
+        assert parameter.requires_grad == (name.endswith("bias") == (kind == "weight"))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("nested", [True, False])
+def test_linears_of_torchs_own_transformer_run_in_groups(nested, device):
+    """In evaluation mode torch looks for the weights of plain layers, to fuse them."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested).double().to(device).eval()
+    for block in model.layers:
+        for linear in (block.linear1, block.linear2):
+            out, into = (parts_of(size) for size in linear.weight.shape)
+            linear.weight.data *= (out[:, None] == into[None]).to(device)
+    x = torch.randn(3, 5, 8, dtype=torch.float64, device=device)
+    grouped = group_layers(model, x, 2, layers=["layers.*.linear*"])
+    there = torch.ones(3, 5, device=device).bool()
+    there[0, 3:] = False
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            assert_close(grouped(x), model(x))
+            found, expected = (m(x, src_key_padding_mask=~there) for m in (grouped, model))
+            assert_close(found[there], expected[there])

@@ -45,6 +45,11 @@ def test_processes_give_the_gradients_of_the_unsplit_network(together, name, lab
     assert_equals_unsplit(together, name, label, "cpu", 1e-11)
 
 
+@pytest.mark.slow
+def test_a_batch_of_another_size_is_refused_without_a_loss_too(tmp_path):
+    torchrun_script(SCRIPT, tmp_path, "shrinks", processes=2, CUDA_VISIBLE_DEVICES="")
+
+
 @pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -307,6 +307,20 @@ def test_free_attention_is_torchs(batch_first, weights, device):
             assert_close(found[1], expected[1])
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_an_encoder_of_torch_with_free_attention_masks_as_before(device):
+    """Torch looks for the weights of its own attention to leave out what is padding."""
+    layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).double().to(device).eval()
+    free, x = free_attention(model), torch.randn(3, 5, 8, dtype=torch.float64, device=device)
+    there = torch.ones(3, 5, device=device).bool()
+    there[0, 3:] = False
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            found, expected = (m(x, src_key_padding_mask=~there) for m in (free, model))
+            assert_close(found[there], expected[there])
+
+
 def test_free_attention_drops_and_refuses_as_torchs():
     layer = nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True)
     free, x = free_attention(layer), torch.ones(1, 4, 8)
@@ -350,6 +364,23 @@ def test_number_format_and_what_is_trained_stay(device):
     torch.testing.assert_close(rotated.model.eval()(x), model.eval()(x), rtol=1e-4, atol=1e-5)
     inner = channel_groups(narrow, x[:1])["encoder.layers.0.linear1"]
     take(narrow, {inner: range(6)})(x).sum().backward()  # it is pruned as any other network
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_a_narrow_norm_adds_the_same_epsilon_in_any_format(dtype, device):
+    """Where none is given torch takes that of the format that it computes in."""
+    model, x = made("RMS", device)
+    for writer in (model.embed, model.down):
+        writer.weight.mul_(1e-3)
+    model.positions.mul_(1e-3)
+    rotated = rotate(model.to(dtype), x[:1], [x])
+    narrow, silent = rotated.narrow(0.5).norm, copy.deepcopy(rotated.model).norm
+    rows = 1e-3 * torch.randn(6, 8, device=device).to(dtype)
+    rows[:, 4:] = 0
+    tolerance = 4 * torch.finfo(dtype).eps
+    found, expected = narrow(rows[:, :4]), silent(rows)[:, :4]
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 # ------------------------------------------------------------------ what cannot be turned
@@ -443,6 +474,8 @@ def test_networks_of_torch_that_cannot_be_turned():
 
 def test_what_is_wrong_is_named():
     model, x = networks.TinyTransformer(dim=8, depth=1), torch.zeros(1, 1, 28, 28)
+    with pytest.raises(ValueError, match=r"turned needs values.* none on the meta device"):
+        to_rms_norm(copy.deepcopy(model).to("meta"), x.to("meta"))
     with pytest.raises(ValueError, match="the batches are empty"):
         rotate(model, x, [])
     with pytest.raises(ValueError, match="is NaN or infinite: it has no principal axes"):
@@ -450,7 +483,7 @@ def test_what_is_wrong_is_named():
     with pytest.raises(ValueError, match="does not accept the example"):
         rotate(model, torch.zeros(1, 3, 28, 28), [])
     rotated = rotate(model, x, [torch.randn(2, 1, 28, 28)])
-    for width in (0, 1.5, float("nan")):
+    for width in (0, 1.5, float("nan"), None, "half"):
         with pytest.raises(ValueError, match=r"in \(0, 1\], not"):
             rotated.narrow(width)
     with pytest.raises(ValueError, match="leaves none of the 8 axes of the stream: take at least"):

@@ -283,6 +283,24 @@ def test_views_and_weights_are_packed_as_they_look():
         assert not found.requires_grad
     with pytest.raises(ValueError, match="hold no tensor"):
         unpack(save({"other": torch.ones(1)}))
+    for value, told in (
+        ([1.0], "a list"),
+        (torch.eye(2).to_sparse(), "one of torch.float32, torch.sparse_coo, on cpu"),
+        (torch.ones(2, device="meta"), "on meta"),
+    ):
+        with pytest.raises(ValueError, match=f"a message is one dense tensor, not {told}|on meta"):
+            pack(value)
+
+
+@pytest.mark.parametrize("timeout", [0, -1, None, "1", float("inf")])
+def test_seconds_are_a_number_above_0(timeout):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        for wrong in (
+            lambda: Remote(listener.getsockname(), timeout=timeout),
+            lambda: serve(torch.exp, listener, timeout=timeout),
+        ):
+            with pytest.raises(ValueError, match=f"timeout={timeout!r}: give seconds, above 0"):
+                wrong()
 
 
 # The bottleneck
@@ -314,8 +332,11 @@ def test_a_network_with_a_full_bottleneck_is_the_same(device):
 def test_bottlenecks_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="width=7: the values have 6 channels"):
         bottleneck(torch.zeros(5, 6), 7)
-    with pytest.raises(ValueError, match="width=0"):
-        bottleneck(torch.zeros(5, 6), 0)
+    for width in (0, 2.0):
+        with pytest.raises(ValueError, match=f"width={width}"):
+            bottleneck(torch.zeros(5, 6), width)
+    with pytest.raises(ValueError, match="a bottleneck needs values"):
+        bottleneck(torch.zeros(5, 6, device="meta"), 2)
     with pytest.raises(ValueError, match=r"shape \(6,\)"):
         bottleneck(torch.zeros(6), 2)
     with pytest.raises(ValueError, match=r"torch.int64"):
@@ -355,6 +376,8 @@ def test_no_bandwidth_is_refused():
         {"bandwidth": 1, "delay": -1},
         {"bandwidth": 1, "delay": nan},
         {"bandwidth": 1, "slowdown": nan},
+        {"bandwidth": "fast"},
+        {"bandwidth": 1, "slowdown": None},
     ):
         with pytest.raises(ValueError, match="give a bandwidth above 0"):
             split_latency(layers, 1, **wrong)

@@ -136,7 +136,8 @@ def test_what_is_no_slimmable_is_refused():
     slimmable, x, _ = small(torch.device("cpu"))
     with pytest.raises(ValueError, match="is a pair"):
         Sandwich()(slimmable, x)
-    with pytest.raises(ValueError, match="at least 0: -1"):
-        Sandwich(between=-1)
+    for between in (-1, 1.5, None):
+        with pytest.raises(ValueError, match=f"at least 0: {between}"):
+            Sandwich(between=between)
     taught = Sandwich(losses.mse, losses.mse)
     assert taught(slimmable, (x, torch.zeros(5, 4, dtype=torch.float64))).ndim == 0

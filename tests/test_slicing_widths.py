@@ -173,6 +173,55 @@ def test_a_nested_transformer_is_narrow_in_heads_and_perceptrons_and_shallow(dev
     assert model.layers[1].fc1.weight.grad is None
 
 
+class Block(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return x + self.layer(x)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_block_is_skipped_where_another_shares_its_weights(whole, device):
+    layer = nn.Linear(4, 4)
+    first = Block(layer)
+    model = nn.Sequential(nn.Linear(3, 4), first, first if whole else Block(layer), nn.Linear(4, 2))
+    model = model.double().to(device)
+    x = torch.randn(5, 3, dtype=torch.float64, device=device)
+    part = Slice(0.5, skip=["1"])
+    slimmable = Slimmable(model, x, [part])
+    inner = x @ model[0].weight[:2].T + model[0].bias[:2]
+    inner = inner + inner @ layer.weight[:2, :2].T + layer.bias[:2]
+    expected = inner @ model[3].weight[:, :2].T + model[3].bias
+    assert_close(slimmable(x, width=part), expected)
+    assert_close(slimmable.extract(part)(x), expected)
+
+
+def test_layers_of_torchs_own_transformer_are_skipped(device):
+    """They are called with masks beside what they hand on."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, norm_first=True, batch_first=True)
+    model = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).double().to(device).eval()
+    x = torch.randn(2, 5, 8, dtype=torch.float64, device=device)
+    part = Slice(skip=["layers.1"])
+    slimmable = Slimmable(model, x, [part])
+    expected = model.layers[2](model.layers[0](x))
+    assert_close(slimmable(x, width=part), expected)
+    assert_close(slimmable.extract(part)(x), expected)
+
+
+def test_what_has_no_values_is_sliced_in_shape():
+    with torch.device("meta"):
+        model, x = networks.ResNet20(width=4), torch.zeros(2, 1, 28, 28)
+    slimmable = Slimmable(model, x, [0.5])
+    assert slimmable(x, width=0.5).shape == (2, 10)
+    half = Slimmable(networks.ResNet20(width=4), torch.zeros(2, 1, 28, 28), [0.5]).extract(0.5)
+    found = {name: tensor.shape for name, tensor in slimmable.extract(0.5).state_dict().items()}
+    assert found == {name: tensor.shape for name, tensor in half.state_dict().items()}
+    with pytest.raises(ValueError, match=r"importance needs values.* none on the meta device"):
+        sort_channels(model, x)
+
+
 def test_where_groups_share_an_axis_the_outer_one_is_narrowed(device):
     model, x = made("ViT", device)
     half = Slimmable(model, x, [0.5]).extract(0.5)
@@ -280,7 +329,7 @@ def test_a_slice_too_narrow_for_onednn_is_trained_in_plain_order():
         assert slimmable.extract(width).stage1[0].conv1.weight.is_contiguous() == plain
 
 
-@pytest.mark.parametrize("width", [0, -0.5, 1.5, float("nan")])
+@pytest.mark.parametrize("width", [0, -0.5, 1.5, float("nan"), "half", None])
 def test_widths_are_shares(width):
     for bad in (lambda: Slice(width), lambda: Slice(shares={"fc1": width})):
         with pytest.raises(ValueError, match=r"in \(0, 1\]"):

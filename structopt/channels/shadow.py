@@ -22,7 +22,8 @@ _BATCH_NORMS = ("native_batch_norm", "_native_batch_norm_legit_no_training", "cu
 
 def to_shadow(tensor: Tensor) -> Tensor:
     """Integers stay, as they may be indices; values are not needed and go to `meta`."""
-    return tensor.to(META) if tensor.is_floating_point() else tensor.cpu().clone()
+    idle = tensor.is_floating_point() or tensor.is_meta
+    return tensor.to(META) if idle else tensor.cpu().clone()
 
 
 class Shadow(TorchDispatchMode):  # type: ignore[no-untyped-call]

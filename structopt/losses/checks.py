@@ -26,7 +26,7 @@ def real(value: object) -> float:
 def whole(value: object) -> float:
     """A whole number, numpy's too, as Python's; for what is none NaN, which lies in no range."""
     try:
-        return operator.index(value)  # type: ignore[arg-type]
+        return math.nan if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         return math.nan
 

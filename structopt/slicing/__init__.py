@@ -48,7 +48,7 @@ For several processes nothing changes: slices are cut inside the module's own fo
 from structopt.slicing.assigning import Assignment, assign_groups
 from structopt.slicing.attention import FreeAttention, free_attention
 from structopt.slicing.cutpoints import CutPoint, cut_points
-from structopt.slicing.exits import Answers, Deciding, EarlyExits, confidence
+from structopt.slicing.exits import Answers, Deciding, EarlyExits
 from structopt.slicing.grouped import (
     Averaged,
     Averaging,
@@ -60,6 +60,7 @@ from structopt.slicing.grouped import (
     Shuffled,
 )
 from structopt.slicing.grouping import group_layers
+from structopt.slicing.heads import confidence
 from structopt.slicing.layers import Layer, measure_layers
 from structopt.slicing.leaving import Threshold, all_exits, choose_threshold
 from structopt.slicing.messages import pack, unpack

@@ -9,6 +9,9 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from structopt.losses.checks import whole
+from structopt.slicing.asking import need_values
+
 Reals = npt.NDArray[np.float64]
 Numbers = npt.NDArray[np.int64]
 Edge = tuple[int, int, Reals]  # the set of outputs, the set of inputs, squared weights (O, I)
@@ -43,7 +46,11 @@ def assign_groups(weight: Tensor, groups: int, *, seed: int = 0) -> Assignment:
     (1.0, True)
     """
     sizes = tuple(weight.shape[:2])
-    if groups < 2 or weight.ndim < 2 or any(size % groups for size in sizes):
+    if (
+        not whole(groups) >= 2
+        or weight.ndim < 2
+        or any(size % groups or not size for size in sizes)
+    ):
         raise ValueError(
             f"{groups} groups do not split a weight of shape {tuple(weight.shape)}: give a number "
             "from 2 on that divides outputs and inputs"
@@ -55,6 +62,7 @@ def assign_groups(weight: Tensor, groups: int, *, seed: int = 0) -> Assignment:
 
 def squared(weight: Tensor) -> Reals:
     """Σ w² over the kernel, (out, in)."""
+    need_values("the choice of groups", [weight])
     squares = weight.detach().cpu().double().square()
     if not squares.isfinite().all():
         raise ValueError("the weight holds numbers that are not finite, or too large to square")

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from structopt.measure.running import Example, undisturbed
-from structopt.slicing.tracing import Stage, aliases, told, traced
+from structopt.slicing.tracing import Stage, aliases, first_line, told, traced
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,9 @@ def cut_points(
 
     A cut may lie wherever one tensor of real numbers is all that passes: behind the blocks of a
     residual network, not inside them. What is written to in place behind it is no cut either,
-    since a received tensor must stay as it was sent for the gradient.
+    since a received tensor must stay as it was sent for the gradient. ``torch.fx`` does not look
+    into the layers of ``torch.nn``, ``nn.TransformerEncoder`` among them: hold its layers in an
+    ``nn.Sequential`` to cut between them.
 
     Args:
         model: any that ``torch.fx`` or, where that fails, ``torch.export`` can trace.
@@ -64,7 +66,7 @@ def cut_points(
 
 def find(points: Sequence[CutPoint], cut: str | CutPoint) -> CutPoint:
     """The cut point with that name."""
-    name = cut if isinstance(cut, str) else cut.name
+    name = cut.name if isinstance(cut, CutPoint) else cut
     for point in points:
         if name in (point.name, *point.names):
             return point
@@ -108,7 +110,10 @@ def points_of(graph: Stage, model: nn.Module, example: Example) -> tuple[CutPoin
     inside = range(works[0], works[-1]) if works else range(0)
     single = {i: next(iter(past[i])) for i in inside if len(past[i]) == 1}
     watch = _Watch(graph, {nodes[i]: value for i, value in single.items()})
-    watch.run(*graph.arguments(example))
+    try:
+        watch.run(*graph.arguments(example))
+    except (RuntimeError, TypeError) as problem:
+        raise ValueError(f"the model does not accept the example: {first_line(problem)}") from None
     points, taken = dict[fx.Node, CutPoint](), dict[str, int]()
     for i, passing in single.items():
         if nodes[i] not in watch.seen or nodes[i].op == "get_attr":

@@ -47,7 +47,7 @@ class Narrow:
 
     def tensors(self, model: nn.Module) -> Named:
         """The parameters and buffers of the narrow network, as views of the model's."""
-        whole = named(model)
+        whole = named(model, every=True)
         return {name: self.cuts[name](whole[name]) for name in named(self.structure)}
 
     def run(self, model: nn.Module, private: Named, args: Any, kwargs: Any) -> Any:
@@ -69,8 +69,10 @@ class Narrow:
         return (model.get_submodule(name) for name, _ in self.structure.named_modules())
 
 
-def named(model: nn.Module) -> Named:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+def named(model: nn.Module, *, every: bool = False) -> Named:
+    """Parameters and buffers; under `every` name that a shared one has, or only the first."""
+    parameters = model.named_parameters(remove_duplicate=not every)
+    return {**dict(parameters), **dict(model.named_buffers(remove_duplicate=not every))}
 
 
 def filled(model: nn.Module, value: Any) -> nn.Module:
@@ -133,7 +135,8 @@ def _cuts(
     cuts = {name: Cut() for name in named(model)}
     for (name, dim), kept in stays.items():
         cuts[name].keep[dim] = torch.from_numpy(np.flatnonzero(kept))
-    return cuts
+    of = {id(tensor): cuts[name] for name, tensor in named(model).items()}
+    return {name: of[id(tensor)] for name, tensor in named(model, every=True).items()}
 
 
 def _differing(model: nn.Module, made: nn.Module, cuts: Mapping[str, Cut]) -> list[str]:
@@ -174,13 +177,24 @@ def _learn_factors(
             cuts[name].factor = (made[name] / mine).detach()
 
 
+_MASKED = nn.TransformerEncoderLayer, nn.TransformerDecoderLayer
+
+
+class _Skipped(nn.Identity):
+    """Hands on its first argument, in the place of blocks that are called with masks beside it."""
+
+    def forward(self, input: Tensor, *_args: Any, **_named: Any) -> Tensor:
+        return input
+
+
 def _skip(model: nn.Module, made: nn.Module, part: Slice, example: Any) -> None:
     """Replace the modules to skip, and see that the shapes still fit."""
     ran, handles = set[str](), []
     for name in part.skip:  # a place: a block that a model runs in several can be left out of one
-        nothing = nn.Identity()
-        handles.append(nothing.register_forward_hook(lambda *_, name=name: ran.add(name)))
         try:
+            given = made.get_submodule(name)
+            nothing = _Skipped() if isinstance(given, _MASKED) else nn.Identity()
+            handles.append(nothing.register_forward_hook(lambda *_, name=name: ran.add(name)))
             made.set_submodule(name, nothing, strict=True)
         except (AttributeError, ValueError) as problem:
             raise ValueError(f"{part}: the model has no module {name!r} to skip") from problem

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from structopt import measure
+from structopt.losses.checks import real
 from structopt.measure.running import device_of, with_batch
-from structopt.slicing.heads import described, head_for, outputs_of
+from structopt.slicing.asking import need_values
+from structopt.slicing.heads import confidence, described, head_for, outputs_of
 from structopt.training import evaluating
 
 Leaves = Callable[[int, Tensor], Tensor]  # number of an exit, its logits (B, C) -> who leaves (B,)
@@ -65,6 +68,7 @@ class EarlyExits(nn.Module):
         self.model, names = model, list(at)
         if isinstance(at, str) or not names:
             raise ValueError(f"at names the modules that get an exit, at least one: {at!r}")
+        need_values("the trial of the exits", model.parameters())
         found, final = outputs_of(model, example, names)
         if not isinstance(final, Tensor) or final.ndim != 2:
             raise ValueError(
@@ -92,8 +96,11 @@ class EarlyExits(nn.Module):
         """Let each example leave where the largest probability is at least the threshold.
 
         0 answers everything at the first exit, 1.01 nothing before the end. Use it in evaluation
-        mode; each exit waits for the device, since what runs next depends on it.
+        mode; each exit waits for the device, since what runs next depends on it. Raises ValueError
+        for what is no number.
         """
+        if math.isnan(real(threshold)):
+            raise ValueError(f"threshold={threshold!r}: give the confidence that is enough, 0 to 1")
         return self.leave(inputs, lambda _, logits: confidence(logits) >= threshold)
 
     def leave(self, inputs: Tensor, leaves: Leaves) -> Answers:
@@ -110,6 +117,10 @@ class EarlyExits(nn.Module):
             nonlocal waiting
             answer = self.heads[number](output)
             going = leaves(number, answer)
+            if getattr(going, "dtype", None) != torch.bool or going.shape != answer.shape[:1]:
+                raise ValueError(
+                    f"leaves(exit, logits) gives {described(going)}: give a truth value an example"
+                )
             order = going.byte().argsort(stable=True)  # who stays comes first
             staying = len(going) - int(going.sum())  # the one place that waits for the device
             stay, go = order[:staying], order[staying:]
@@ -176,16 +187,6 @@ class Deciding(nn.Module):
 
     def extra_repr(self) -> str:
         return f"threshold={self.threshold}"
-
-
-def confidence(logits: Tensor) -> Tensor:
-    """The largest probability of each row, (B, C) -> (B,), in float32 at least.
-
-    >>> confidence(torch.zeros(1, 4))
-    tensor([0.2500])
-    """
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return wide.softmax(1).amax(1)
 
 
 def _verify(network: EarlyExits, example: Tensor) -> None:

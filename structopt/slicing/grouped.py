@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from structopt.losses.checks import whole
+
 
 @dataclass(frozen=True)
 class Branches:
@@ -43,8 +45,8 @@ class Mixed:
     rank: int
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or self.rank != int(self.rank):
-            raise ValueError(f"rank is the number of channels that pass, at least 1: {self.rank}")
+        if not whole(self.rank) >= 1:
+            raise ValueError(f"rank is the number of channels that pass, at least 1: {self.rank!r}")
 
 
 Exchange = Branches | Shuffled | Averaged | Mixed

@@ -12,10 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from structopt.channels import ChannelGroup, Channels, channel_groups, take
+from structopt.losses.checks import whole
 from structopt.measure.running import call
+from structopt.slicing.asking import need_values
 from structopt.slicing.assigning import Numbers, assign_groups, balanced, partition, squared
+from structopt.slicing.attention import unfuse_
 from structopt.slicing.grouped import (
     LAYERS,
     Averaged,
@@ -67,8 +71,8 @@ def group_layers(
             stay dense.
 
     Raises:
-        ValueError: fewer than 2 groups, another exchange, or no layer that fits, with the reasons;
-            weights that are not finite.
+        ValueError: fewer than 2 groups, another exchange, or a pattern of which no layer can be
+            split, with the reasons; weights that are not finite.
 
     Example:
         >>> from structopt.networks import ResNet20
@@ -82,8 +86,9 @@ def group_layers(
         raise ValueError(f"layers={layers!r}: give a list of names, or leave it out for all")
     if not isinstance(exchange, Exchange):
         raise ValueError(f"exchange={exchange!r}: give Shuffled(), Branches(), Averaged(), Mixed()")
-    if groups < 2:
-        raise ValueError(f"groups counts the parts of a layer, at least 2: {groups}")
+    if not whole(groups) >= 2:
+        raise ValueError(f"groups counts the parts of a layer, at least 2: {groups!r}")
+    need_values("the choice of groups", model.parameters())
     channels = channel_groups(model, example)
     shuffled = isinstance(exchange, Shuffled)
     sides = _candidates(model, channels, groups, layers, shuffled)
@@ -96,10 +101,11 @@ def group_layers(
         new = _passing(layer, groups, exchange)
         if not (outputs and inputs):
             new = _between_shuffles(layer, groups, outputs, inputs)
-        if not layer.weight.requires_grad:
-            new.requires_grad_(False)
+        for key, parameter in new.named_parameters():
+            like = layer.bias if key.endswith("bias") else layer.weight
+            parameter.requires_grad_(like is None or like.requires_grad)
         made.set_submodule(name, new.train(layer.training))
-    return made
+    return unfuse_(made)
 
 
 def _passing(layer: Layer, groups: int, exchange: Exchange) -> nn.Module:
@@ -142,30 +148,36 @@ def _candidates(
     shuffled: bool,
 ) -> dict[str, _Sides]:
     """The layers that can be grouped, in the order of the model."""
-    ran, found, reasons = _ran(model, channels.example), dict[str, _Sides](), list[str]()
+    ran, found, reasons = _ran(model, channels.example), dict[str, _Sides](), dict[str, str]()
     weights = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     any_order = shuffled and patterns is not None  # what has a fixed order, a shuffle can turn
     for name, module in model.named_modules():
-        if type(module) not in LAYERS or not any(fnmatchcase(name, p) for p in patterns or ["*"]):
+        if not any(fnmatchcase(name, p) for p in patterns or ["*"]):
+            continue
+        if type(module) not in LAYERS:
+            if isinstance(module, nn.Linear | _ConvNd):
+                reasons[name] = f"{name} is a {type(module).__name__}, no plain layer"
             continue
         sides = _Sides(*(_side(channels, f"{name}.weight", dim) for dim in (0, 1)))
         outputs, inputs = module.weight.shape[:2]
         if module not in ran or getattr(module, "groups", 1) > 1:
-            reasons.append(f"{name} is not called by itself, or has groups already")
+            reasons[name] = f"{name} is not called by itself, or has groups already"
         elif weights[id(module.weight)] > 1:
-            reasons.append(f"{name} shares its weight with another layer")
+            reasons[name] = f"{name} shares its weight with another layer"
         elif outputs % groups or inputs % groups:
-            reasons.append(f"{name} has {inputs} inputs and {outputs} outputs")
+            reasons[name] = f"{name} has {inputs} inputs and {outputs} outputs"
         elif not any_order and not (sides.makes and sides.reads):
             which = "inputs" if sides.makes else "outputs"
-            reasons.append(f"{name}: its {which} cannot be put in any order")
+            reasons[name] = f"{name}: its {which} cannot be put in any order"
         elif not module.weight.isfinite().all():
             raise ValueError(f"{name} has weights that are not finite: which are the largest?")
         else:
             found[name] = sides
-    if not found:
-        why = "; ".join(reasons[:4]) or f"no layer's name fits {list(patterns or ())}"
-        raise ValueError(f"no layer can be split into {groups} groups: {why}")
+    for pattern in patterns or ["*"]:
+        if not any(fnmatchcase(name, pattern) for name in found):
+            why = [reason for name, reason in reasons.items() if fnmatchcase(name, pattern)]
+            why = why[:4] or [f"no layer's name fits {pattern!r}"]
+            raise ValueError(f"no layer can be split into {groups} groups: {'; '.join(why)}")
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from structopt.training.observing import observed
@@ -16,12 +17,9 @@ def outputs_of(
     """What the named modules give, in the order in which they run, and what the model gives."""
     found: dict[str, Any] = {}
     handles = []
-    for name in names:
-        try:
-            module = model.get_submodule(name)
-        except AttributeError as problem:
-            near = ", ".join(n for n, _ in model.named_children())
-            raise ValueError(f"the model has no module {name!r}; it has {near}, …") from problem
+    if len(set(names)) < len(names):
+        raise ValueError(f"at={list(names)}: name each module once")
+    for name, module in [(name, _module(model, name)) for name in names]:
 
         def note(_module: nn.Module, _args: Any, output: Any, name: str = name) -> None:
             if name in found:
@@ -30,11 +28,23 @@ def outputs_of(
 
         handles.append(module.register_forward_hook(note))
     with observed(model, handles):
-        final = model(example)
+        try:
+            final = model(example)
+        except (RuntimeError, TypeError) as problem:
+            first = (str(problem).splitlines() or [""])[0]
+            raise ValueError(f"the model does not accept the example: {first}") from problem
     for name in names:
         if name not in found:
             raise ValueError(f"{name} is not called by itself when the model runs: no exit there")
     return found, final
+
+
+def _module(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError as problem:
+        near = ", ".join(n for n, _ in model.named_children())
+        raise ValueError(f"the model has no module {name!r}; it has {near}, …") from problem
 
 
 def head_for(name: str, features: Any, final: Tensor) -> nn.Module:
@@ -57,6 +67,16 @@ class _TokenMean(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return tokens.mean(1)
+
+
+def confidence(logits: Tensor) -> Tensor:
+    """The largest probability of each row, (B, C) -> (B,), in float32 at least.
+
+    >>> confidence(torch.zeros(1, 4))
+    tensor([0.2500])
+    """
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return wide.softmax(1).amax(1)
 
 
 def described(value: Any) -> str:

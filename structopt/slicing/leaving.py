@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from structopt import losses
-from structopt.slicing.exits import EarlyExits, confidence
+from structopt.losses.checks import range_message, real
+from structopt.slicing.exits import EarlyExits
+from structopt.slicing.heads import confidence
 from structopt.training import Objective, evaluating
 from structopt.training.objectives import _pair
 
@@ -46,8 +48,8 @@ def all_exits(
         >>> all_exits(teaching=0.5)(network, (torch.ones(3, 4), torch.zeros(3).long())).ndim
         0
     """
-    if not teaching >= 0:
-        raise ValueError(f"teaching counts the last exit's part, at least 0: {teaching}")
+    if not real(teaching) >= 0:
+        raise ValueError(f"teaching counts the last exit's part, at least 0: {teaching!r}")
 
     def objective(model: nn.Module, batch: Any) -> Tensor:
         network = _with_exits(model)
@@ -93,8 +95,9 @@ def choose_threshold(
     Tried are the values between any two confidences that occur (1000, evenly, of more). Give
     validation data: on the data that it was chosen on, a threshold looks better than it is.
 
-    Raises ValueError for no data, unless exactly one of `accuracy` and `macs` is given, and where
-    no threshold reaches it, naming the best that can be had.
+    Raises ValueError for no data, labels that no output stands for, logits that are NaN, unless
+    exactly one of `accuracy` and `macs` is given, and where no threshold reaches it, naming the
+    best that can be had.
 
     >>> body = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> network = EarlyExits(body, torch.zeros(1, 4), ["1"])
@@ -104,7 +107,7 @@ def choose_threshold(
     """
     if (accuracy is None) == (macs is None):
         raise ValueError("give one of accuracy and macs: the other is what is optimised")
-    sure, right, costs = _observed(network, batches)
+    sure, right, costs = _observed(_with_exits(network), batches)
     seen = torch.unique(sure[:-1])  # ascending
     if len(seen) > 1000:
         seen = seen[torch.linspace(0, len(seen) - 1, 1000).long()]
@@ -141,11 +144,18 @@ def _observed(network: EarlyExits, batches: Iterable[Any]) -> tuple[Tensor, Tens
                     "number of each one's class"
                 )
             outputs = network(inputs)
+            if ((targets < 0) | (targets >= outputs[-1].shape[1])).any():
+                raise ValueError(range_message(outputs[-1], targets))
             sure.append(torch.stack([confidence(logits) for logits in outputs]))
             right.append(torch.stack([logits.argmax(1) == targets for logits in outputs]))
             example = inputs[:1]
     if example is None:
         raise ValueError("the batches are empty: there is nothing to choose a threshold on")
+    broken = [str(n) for n, every in enumerate(torch.cat(sure, 1)) if not every.isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"logits of exit {', '.join(broken)} are NaN or infinite: not trained yet?"
+        )
     costs = torch.tensor(network.macs(example), dtype=torch.float64)
     return torch.cat(sure, 1).cpu(), torch.cat(right, 1).cpu(), costs
 
@@ -162,7 +172,7 @@ def _outcome(value: float, sure: Tensor, right: Tensor, costs: Tensor) -> Thresh
 def _with_exits(model: nn.Module) -> EarlyExits:
     if not isinstance(model, EarlyExits):
         raise ValueError(
-            f"this objective trains EarlyExits, not a {type(model).__name__}: give the model exits "
+            f"this is for EarlyExits, not for a {type(model).__name__}: give the model exits "
             "first, EarlyExits(model, example, at)"
         )
     return model

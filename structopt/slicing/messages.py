@@ -14,6 +14,7 @@ import struct
 import time
 import zlib
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -23,13 +24,22 @@ MAGIC, VERSION, TENSOR, ERROR = b"SPLT", 1, 0, 1
 
 
 def pack(value: Tensor) -> bytes:
-    """One tensor of any type and shape as bytes, in the safetensors format.
+    """One tensor of any type and shape as bytes, in the safetensors format. ValueError for others.
 
     >>> import torch
     >>> unpack(pack(torch.tensor([1.5, 2.5])))
     tensor([1.5000, 2.5000])
     """
+    dense = isinstance(value, Tensor) and value.layout == torch.strided
+    if not dense or value.is_quantized or value.is_meta:
+        raise ValueError(f"a message is one dense tensor, not {_told(value)}")
     return save({"value": value.detach().cpu().contiguous()})
+
+
+def _told(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    return f"one of {value.dtype}, {value.layout}, on {value.device}"
 
 
 def unpack(data: bytes) -> Tensor:

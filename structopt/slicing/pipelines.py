@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,7 +13,10 @@ from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
 from structopt import distributed
+from structopt.slicing.asking import check_seconds
+from structopt.slicing.planning import check_run
 from structopt.slicing.stages import Stages
+from structopt.slicing.widths import running
 
 
 def pipeline(
@@ -52,8 +56,9 @@ def pipeline(
 
     Raises:
         ValueError: another number of stages than of processes; a weight that two stages share,
-            whose gradient would be split between two processes; fewer micro-batches than 1F1B
-            needs.
+            whose gradient would be split between two processes, or running statistics; fewer
+            micro-batches than 1F1B needs.
+        RuntimeError: by torch, in a step: a batch of another size, or of unequal parts, too.
     """
     world, rank = distributed.world_size(), distributed.rank()
     if len(stages) != world or world < 2:
@@ -61,23 +66,42 @@ def pipeline(
             f"there are {len(stages)} stages and {world} processes: start one process for each, "
             f"torchrun --nproc_per_node {len(stages)}, inside structopt.distributed.join()"
         )
-    if microbatches < 1:
-        raise ValueError(f"microbatches={microbatches}: give at least 1")
-    if not timeout > 0:
-        raise ValueError(f"timeout={timeout}: give seconds, above 0")
+    check_run(microbatches, schedule)
+    check_seconds(timeout)
     _check_shared(stages)
     group = dist.new_group(timeout=timedelta(seconds=timeout))
     assert isinstance(group, dist.ProcessGroup)  # this process is in it
-    stage = PipelineStage(stages[rank].to(device), rank, world, device, group=group)
+    own = stages[rank].to(device)
+    module = own if rank else _EqualInputs(own)
+    stage = PipelineStage(module, rank, world, device, group=group)
     return schedule(stage, microbatches, None if loss is None else _equal_parts(loss))
+
+
+_EQUAL = "the size of each batch must be the same, and divide into micro-batches of equal size"
+
+
+class _EqualInputs(nn.Module):
+    """The first stage, held to one size: the others would read what is left of a larger message."""
+
+    def __init__(self, stage: nn.Module) -> None:
+        super().__init__()
+        self.stage = stage
+        self.shape: torch.Size | None = None
+
+    def forward(self, inputs: Tensor) -> Any:
+        self.shape = self.shape or inputs.shape
+        if inputs.shape != self.shape:
+            raise ValueError(
+                f"a micro-batch of shape {tuple(inputs.shape)} after {tuple(self.shape)}: {_EQUAL}"
+            )
+        return self.stage(inputs)
 
 
 def _equal_parts(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
     def checked(outputs: Tensor, targets: Tensor) -> Tensor:
         if len(outputs) != len(targets):
             raise ValueError(
-                f"a micro-batch has {len(targets)} targets and {len(outputs)} outputs: the size of "
-                "each batch must be the same, and divide into micro-batches of equal size"
+                f"a micro-batch has {len(targets)} targets and {len(outputs)} outputs: {_EQUAL}"
             )
         return loss(outputs, targets)
 
@@ -85,12 +109,15 @@ def _equal_parts(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, 
 
 
 def _check_shared(stages: Stages) -> None:
-    holder: dict[nn.Parameter, tuple[int, str]] = {}
+    holder: dict[Tensor, tuple[int, str]] = {}
     for number, stage in enumerate(stages):
-        for name, weight in stage.named_parameters():
-            other, its = holder.setdefault(weight, (number, name))
+        for name, held in [*stage.named_parameters(), *running(stage).items()]:
+            other, its = holder.setdefault(held, (number, name))
             if other != number:
+                kind, what = (
+                    ("a weight", "its gradient") if held.requires_grad else ("a tensor", "it")
+                )
                 raise ValueError(
-                    f"stages {other} and {number} share a weight ({its}, {name}): its gradient "
-                    "would be in two processes; cut so that both uses lie in one stage"
+                    f"stages {other} and {number} share {kind} ({its}, {name}): {what} would be in "
+                    "two processes; cut so that both uses lie in one stage"
                 )

@@ -148,8 +148,8 @@ def choose_cuts(
             f"k={k!r}: give a whole number of stages; they need k - 1 cuts, and there are "
             f"{len(layers) - 1} cut points: {names}"
         )
-    room = [memory] * k if isinstance(memory, (int, float)) else list(memory)
-    if len(room) != k or any(math.isnan(r) for r in room):
+    room = list(memory) if isinstance(memory, Sequence) else [memory] * k
+    if len(room) != k or any(math.isnan(real(r)) for r in room):
         raise ValueError(f"memory={room}: give one number of bytes for each of {k} stages")
     # (slowest place, sum of links, where each stage ended), for the first `end` layers
     ways: dict[int, list[tuple[float, float, tuple[int, ...]]]] = {0: [(0.0, 0.0, ())]}
@@ -213,10 +213,14 @@ def _too_small(layers: Sequence[Layer], k: int, room: Sequence[float]) -> str:
 
 
 def _check(microbatches: int, bandwidth: float, schedule: Schedule) -> None:
-    if not whole(microbatches) >= 1:
-        raise ValueError(f"microbatches={microbatches!r}: give a whole number, at least 1")
     if not real(bandwidth) > 0:
         raise ValueError(f"bandwidth={bandwidth!r}: give bytes a second, above 0")
+    check_run(microbatches, schedule)
+
+
+def check_run(microbatches: int, schedule: Schedule) -> None:
+    if not whole(microbatches) >= 1:
+        raise ValueError(f"microbatches={microbatches!r}: give a whole number, at least 1")
     known = isinstance(schedule, type) and issubclass(schedule, (ScheduleGPipe, Schedule1F1B))
     if not known:
         raise ValueError(f"schedule={schedule!r}: give torch's ScheduleGPipe or Schedule1F1B")

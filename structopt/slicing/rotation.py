@@ -15,6 +15,8 @@ from structopt.channels.copying import substitute
 from structopt.channels.judging import lively
 from structopt.channels.verify import difference, outputs, tolerance
 from structopt.channels.widening import wide
+from structopt.losses.checks import real
+from structopt.slicing.asking import need_values
 from structopt.slicing.attention import FreeAttention, free_attention
 from structopt.slicing.cutting import named
 from structopt.slicing.streams import Stream, find_stream
@@ -81,8 +83,8 @@ class Rotated:
         raise AssertionError(f"{first} lies in no group")
 
     def _kept(self, width: float) -> int:
-        if not 0 < width <= 1:
-            raise ValueError(f"a width is a share of the axes, in (0, 1], not {width:g}")
+        if not 0 < real(width) <= 1:
+            raise ValueError(f"a width is a share of the axes, in (0, 1], not {width!r}")
         kept = int(width * self._stream.size + 0.5)
         if not kept:
             raise ValueError(
@@ -155,6 +157,7 @@ def rotate(model: nn.Module, example: Any, batches: Iterable[Any]) -> Rotated:
 
 def _converted(model: nn.Module, example: Any) -> tuple[nn.Module, Stream]:
     """With free attention and RMS norms, and the stream of that."""
+    need_values("a stream that is turned", model.parameters())
     free = free_attention(model)
     stream = find_stream(free, example)
     attentions = [n for n, m in free.named_modules() if isinstance(m, FreeAttention)]

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from structopt import losses
+from structopt.losses.checks import whole
 from structopt.slicing.slices import Slice
 from structopt.slicing.widths import Slimmable
 from structopt.training import Objective, supervised
@@ -71,8 +72,10 @@ class Sandwich:
         between: int = 2,
         seed: int = 0,
     ) -> None:
-        if between < 0:
-            raise ValueError(f"between counts the widths drawn for a batch, at least 0: {between}")
+        if not whole(between) >= 0:
+            raise ValueError(
+                f"between counts the widths drawn for a batch, at least 0: {between!r}"
+            )
         self.loss, self.teach, self.between, self.seed = loss, teach, between, seed
         self.batches = 0
 

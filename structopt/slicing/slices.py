@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from structopt.channels import ChannelGroup, Channels
+from structopt.losses.checks import real
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,15 @@ class Slice:
 
     def __post_init__(self) -> None:
         shares = self.shares.items() if isinstance(self.shares, Mapping) else self.shares
-        object.__setattr__(self, "shares", tuple((str(p), float(s)) for p, s in shares))
+        object.__setattr__(self, "shares", tuple((str(p), s) for p, s in shares))
         if isinstance(self.skip, str):
             raise ValueError(f"skip is a list of names of modules: [{self.skip!r}]")
         object.__setattr__(self, "skip", tuple(self.skip))
-        object.__setattr__(self, "width", float(self.width))
         for share in (self.width, *(share for _, share in self.shares)):
-            if not 0 < share <= 1:
-                raise ValueError(f"a width is a share of the channels, in (0, 1], not {share:g}")
+            if not 0 < real(share) <= 1:
+                raise ValueError(f"a width is a share of the channels, in (0, 1], not {share!r}")
+        object.__setattr__(self, "shares", tuple((p, float(s)) for p, s in self.shares))
+        object.__setattr__(self, "width", float(self.width))
 
     def __repr__(self) -> str:
         more = [f"shares={dict(self.shares)}"] if self.shares else []

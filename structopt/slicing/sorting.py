@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from structopt.channels import ChannelGroup, channel_groups, take
+from structopt.slicing.asking import need_values
 from structopt.training.copying import copied
 
 
@@ -40,6 +41,7 @@ def sort_channels(
                 f"wanted, for any of {sizes}"
             )
     if importance is None:
+        need_values("importance", model.parameters())
         weights = {n: p.detach() for n, p in model.named_parameters() if p.ndim > 1}
         importance = {group.name: _norms(group, weights) for group in channels}
     orders = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import socket
 from collections.abc import Callable, Sequence
 from typing import Any, Self
@@ -10,6 +9,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from structopt.losses.checks import real, whole
+from structopt.slicing.asking import check_seconds, need_values
 from structopt.slicing.layers import Layer
 from structopt.slicing.messages import ERROR, TENSOR, pack, receive, send, unpack
 
@@ -51,6 +52,7 @@ def serve(
         tensor([1., 1.])
         >>> thread.join(); listener.close()
     """
+    check_seconds(timeout)
     served = 0
     while connections is None or served < connections:
         connection, _ = listener.accept()
@@ -88,6 +90,7 @@ class Remote:
         ConnectionError: nobody listens there; the server hangs up, or sends no whole message.
         TimeoutError: no answer in time.
         RuntimeError: the server's stage refused what was sent; its error in words.
+        ValueError: what is no dense tensor, or no number of seconds.
 
     After an error of the connection, make a new one. Example: see `serve`.
     """
@@ -100,6 +103,7 @@ class Remote:
         limit: int = LIMIT,
         timeout: float = 30,
     ) -> None:
+        check_seconds(timeout)
         self.encode, self.limit, self.timeout = encode, limit, timeout
         self.sent = 0
         """Bytes of payload sent so far."""
@@ -165,14 +169,15 @@ def bottleneck(values: Tensor, width: int) -> tuple[nn.Module, nn.Module]:
             f"values of shape {tuple(values.shape)}, {values.dtype}: give real numbers of shape "
             "(N, C, H, W), (N, T, C) or (N, C)"
         )
+    need_values("a bottleneck", [values])
     images = values.ndim == 4
     rows = (values.movedim(1, -1) if images else values).detach().flatten(0, -2).double()
     channels = rows.shape[1]
     if not len(rows) or not rows.isfinite().all():
         raise ValueError("values are empty, or not all finite: they have no principal axes")
-    if not 1 <= width <= channels:
+    if not whole(width) >= 1 or width > channels:
         raise ValueError(
-            f"width={width}: the values have {channels} channels, give 1 to {channels}"
+            f"width={width!r}: the values have {channels} channels, give 1 to {channels}"
         )
     mean = rows.mean(0)
     _, axes = torch.linalg.eigh((rows - mean).T @ (rows - mean))
@@ -217,14 +222,11 @@ def split_latency(
         >>> split_latency(layers, 12, bandwidth=4, slowdown=2)
         {'(input)': 6.0, 'a': 4.5, '(output)': 6.0}
     """
-    if (
-        not bandwidth > 0
-        or min(slowdown, delay, entering) < 0
-        or math.isnan(slowdown + delay + entering)
-    ):
+    given = [real(number) for number in (slowdown, delay, entering)]
+    if not real(bandwidth) > 0 or not all(number >= 0 for number in given):
         raise ValueError(
-            f"bandwidth={bandwidth}, slowdown={slowdown}, delay={delay}, entering={entering}: "
-            "give a bandwidth above 0, and nothing negative"
+            f"bandwidth={bandwidth!r}, slowdown={slowdown!r}, delay={delay!r}, "
+            f"entering={entering!r}: give a bandwidth above 0, and nothing negative"
         )
     behind, before = sum(layer.seconds for layer in layers), 0.0
     found = {"(input)": entering / bandwidth + delay + behind}

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from structopt.measure.running import Example, call, tensors_of
 from structopt.slicing.cutpoints import CutPoint, as_it_is, crossing, find, points_of
@@ -36,11 +36,11 @@ def split_stages(
     """Cut a network into ``len(cuts) + 1`` stages that give what it gives, bit for bit.
 
     The stages hold a copy of the network's own modules under their own names, so that the state
-    dicts of all stages together are the network's. They run the same operations in the same order;
-    the example is tried, and any difference is an error. What the model decides outside of its
-    modules by its ``training`` flag, and all where ``torch.export`` had to trace it, is fixed:
-    such stages refuse to change their mode. Those that ``torch.export`` traced, which fixes sizes
-    too, refuse inputs of others than the example's.
+    dicts of all stages together are the network's, but for what it never reads. They run the same
+    operations in the same order; the example is tried, and any difference is an error. What the
+    model decides outside of its modules by its ``training`` flag, and all where ``torch.export``
+    had to trace it, is fixed: such stages refuse to change their mode. Those that ``torch.export``
+    traced, which fixes sizes too, refuse inputs of others than the example's.
 
     Args:
         model: as for `cut_points`, with ``example`` and ``whole``.
@@ -49,7 +49,7 @@ def split_stages(
     Raises:
         ValueError: as `cut_points`; a name that is no cut point; cuts that are not in order; or
             outputs that differ from the model's, as where the forward pass draws random numbers
-            that tracing has frozen.
+            that tracing has frozen (on the ``meta`` device shapes alone are compared).
 
     Example:
         >>> from structopt.networks import ResNet20
@@ -120,16 +120,27 @@ def _stages(whole: Stage, ends: Sequence[int]) -> Iterator[Stage]:
         start = end + 1
 
 
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Bit for bit, where NaN equals NaN; on ``meta`` in shape."""
+    if a.shape != b.shape or a.dtype != b.dtype or a.is_meta:
+        return a.shape == b.shape and a.dtype == b.dtype
+    return bool(((a == b) | ((a != a) & (b != b))).all())
+
+
 def _verify(model: nn.Module, stages: Stages, example: Example) -> None:
-    with torch.no_grad():
-        torch.manual_seed(0)
-        expected = tensors_of(call(model, example))
-        torch.manual_seed(0)
-        found = tensors_of(call(stages, example))
-    same = len(expected) == len(found) and all(map(torch.equal, expected, found))
-    if not same:
+    made = []
+    for one in (model, stages):  # which share their buffers: each begins with them as they are
+        with as_it_is(model, stages):
+            torch.manual_seed(0)
+            made.append(tensors_of(call(one, example)))
+            written = dict(model.named_buffers())
+            for stage in stages if one is stages else ():
+                written |= {n: b for n, b in stage.named_buffers() if n in written}
+            made[-1] += [buffer.clone() for buffer in written.values()]
+    expected, found = made
+    if len(expected) != len(found) or not all(map(_same, expected, found)):
         raise ValueError(
             f"the stages of {type(model).__name__} do not give what it gives: its forward pass "
-            "holds something that tracing has frozen, such as random numbers or a counter; name "
-            "the module where that is in whole="
+            "holds something that tracing has frozen, such as random numbers, a counter or an "
+            "average in a buffer; name the module where that is in whole="
         )

@@ -11,7 +11,9 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_flatten
 
-from structopt.measure.running import Example
+from structopt.measure.running import Example, undisturbed
+
+_ANY_NUMBER = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
 
 
 class Stage(fx.GraphModule):
@@ -84,19 +86,20 @@ def _symbolic(model: nn.Module, example: Example, whole: Collection[str], flip: 
     args, named = _call(example)
     signature = inspect.signature(model.forward)
     given = signature.bind(*args, **named).arguments
+    kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
+    if {kinds[name] for name in given} & _ANY_NUMBER:
+        raise TypeError("the example gives arguments of any number, *args or **kwargs")
     left = {
         name: parameter.default
         for name, parameter in signature.parameters.items()
         if name not in given and parameter.default is not parameter.empty
     }
     modes = [(module, module.training) for module in model.modules()]
-    try:
+    grad = torch.is_grad_enabled()
+    with undisturbed(model, ()), torch.set_grad_enabled(grad):  # a buffer may be written to
         for module, was in modes:
             module.training = was != flip
         return _Tracer(whole).trace(model, concrete_args=left or None)
-    finally:
-        for module, was in modes:
-            module.training = was
 
 
 def _exported(model: nn.Module, example: Example, problem: Exception) -> Stage:
@@ -105,8 +108,8 @@ def _exported(model: nn.Module, example: Example, problem: Exception) -> Stage:
         graph = torch.export.export(model, args, named).module(check_guards=False)
     except Exception as refusal:
         raise ValueError(
-            f"{type(model).__name__} cannot be traced: {_first_line(problem)} (torch.fx); "
-            f"{_first_line(refusal)} (torch.export). Control flow that depends on data cannot be "
+            f"{type(model).__name__} cannot be traced: {first_line(problem)} (torch.fx); "
+            f"{first_line(refusal)} (torch.export). Control flow that depends on data cannot be "
             "cut: write it with torch.where, or name the module that holds it in whole="
         ) from refusal
     assert isinstance(graph, fx.GraphModule)
@@ -121,7 +124,7 @@ def _call(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (example if isinstance(example, tuple) else (example,)), {}
 
 
-def _first_line(problem: Exception) -> str:
+def first_line(problem: Exception) -> str:
     return (str(problem).strip().splitlines() or [type(problem).__name__])[0]
 
 
@@ -141,7 +144,7 @@ def aliases(node: fx.Node, following: fx.Node) -> list[str]:
 def told(node: fx.Node) -> str:
     """A value by the name that the network's author knows."""
     if node.op == "placeholder":
-        return f"the input {node.name!r}"
+        return f"the input {node.target!r}"
     path = _path(node)
     return (
         f"the output of {path[-1]}"

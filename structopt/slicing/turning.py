@@ -82,7 +82,8 @@ def divide_as_before_(model: nn.Module, stream: Stream, kept: int) -> nn.Module:
     ratio = stream.size / kept
     for name in stream.norms:
         norm: Any = model.get_submodule(name)
-        eps = torch.finfo(norm.weight.dtype).eps if norm.eps is None else norm.eps
+        computed = torch.promote_types(norm.weight.dtype, torch.float32)  # of half precision too
+        eps = torch.finfo(computed).eps if norm.eps is None else norm.eps
         norm.eps = eps * ratio
         norm.weight.mul_(math.sqrt(ratio))
     return model

@@ -120,7 +120,7 @@ class Slimmable(nn.Module):
         batches = list(batches)
         for part in self.widths:
             made = named(self.extract(part, batches))
-            kept = self._private(part).tensors() if part in self._narrow else _running(self.model)
+            kept = self._private(part).tensors() if part in self._narrow else running(self.model)
             for name, tensor in kept.items():
                 tensor.copy_(made[name])
         return self
@@ -140,14 +140,14 @@ class _Private(nn.Module):
     def __init__(self, model: nn.Module, cut: Narrow) -> None:
         super().__init__()
         tensors = cut.tensors(model)
-        for name in _running(cut.structure):
+        for name in running(cut.structure):
             self.register_buffer(name.replace(".", "/"), tensors[name].clone())
 
     def tensors(self) -> Named:
         return {name.replace("/", "."): tensor for name, tensor in self.named_buffers()}
 
 
-def _running(model: nn.Module) -> Named:
+def running(model: nn.Module) -> Named:
     """The buffers in which norms keep running statistics."""
     names = {
         f"{path}.{name}".lstrip(".")

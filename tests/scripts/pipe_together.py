@@ -69,11 +69,17 @@ def refuses(device):
     model, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), torch.zeros(2, 4)
     stages = split_stages(model, x, ["1"])
     for settings, problem in (
-        ({"microbatches": 0}, "microbatches=0: give at least 1"),
+        ({"microbatches": 0}, "microbatches=0: give a whole number, at least 1"),
+        ({"microbatches": 2.0}, "microbatches=2.0: give a whole number"),
+        ({"microbatches": 2, "schedule": "GPipe"}, "schedule='GPipe': give torch's"),
         ({"microbatches": 2, "timeout": 0}, "timeout=0: give seconds"),
     ):
         with pytest.raises(ValueError, match=problem):
             pipeline(stages, device, **settings)
+    norm = nn.BatchNorm1d(4, affine=False)
+    shared = nn.Sequential(norm, nn.Linear(4, 4), norm, nn.Linear(4, 4))
+    with pytest.raises(ValueError, match=r"share a tensor \(0.running_mean, 0.running_mean\)"):
+        pipeline(split_stages(shared, x, ["1"]), device, microbatches=2)
     with pytest.raises(ValueError, match="3 stages and 2 processes"):
         pipeline(split_stages(model, x, ["0", "1"]), device, microbatches=2)
     model[2].weight = model[0].weight
@@ -88,6 +94,18 @@ def equal(folder, device):
         for label, schedule in SCHEDULES.items():
             found = through(name, device, schedule)
             files.save_tensors(folder / f"{name}-{label}-{distributed.rank()}", found, {})
+
+
+def shrinks(device):
+    """A batch of another size is not sent: the others would read what is left of the one before."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).eval()
+    run = pipeline(split_stages(model, torch.zeros(2, 4), ["1"]), device, microbatches=2, timeout=9)
+    first = distributed.rank() == 0
+    run.eval(*([torch.ones(4, 4)] if first else []))
+    with pytest.raises(RuntimeError) as told:
+        run.eval(*([torch.ones(2, 4)] if first else []))
+    if first:
+        assert "shape (1, 4) after (2, 4)" in str(told.value.__cause__)
 
 
 def ends(folder, device, how):
@@ -122,6 +140,8 @@ def main(folder, what):
     with distributed.join() as device:
         if what == "equal":
             equal(folder, device)
+        elif what == "shrinks":
+            shrinks(device)
         else:
             ends(folder, device, what)
 
