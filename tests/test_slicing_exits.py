@@ -1,6 +1,7 @@
 """Early exits: who leaves gets its exit's answer, who stays that of the whole network."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -82,6 +83,35 @@ def test_each_example_leaves_at_the_first_exit_that_is_sure(name, device):
         assert torch.equal(network.deciding(threshold)(x), found.logits)
 
 
+def test_an_exit_reads_volumes_and_no_vectors_or_scalars(device):
+    body = nn.Sequential(nn.Conv3d(1, 4, 3), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 3))
+    x = torch.randn(2, 1, 5, 5, 5, device=device)
+    network = EarlyExits(body.to(device), x, ["0"])
+    torch.testing.assert_close(network(x)[0], network.heads[0][-1](body[0](x).mean((2, 3, 4))))
+    for shape, given in (((), "(2,)"), ((4, 1, 1, 1, 1), "(2, 4, 1, 1, 1, 1)")):
+        odd = nn.Sequential(nn.Linear(4, 4), nn.Unflatten(1, shape) if shape else Sum(), Back())
+        with pytest.raises(ValueError, match=re.escape(f"1 gives a tensor of shape {given}")):
+            EarlyExits(odd, torch.randn(2, 4), ["1"])
+
+
+class Sum(nn.Module):
+    def forward(self, x):
+        return x.sum(1)
+
+
+class Back(nn.Module):
+    def forward(self, x):
+        return x.reshape(len(x), -1)
+
+
+def test_probabilities_of_half_precision_are_of_float32(device):
+    logits = torch.randn(3, 5, device=device)
+    for dtype, wide in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        found = confidence(logits.to(dtype))
+        assert found.dtype == wide
+        assert torch.equal(found, logits.to(dtype).to(wide).softmax(1).amax(1))
+
+
 def test_what_has_left_costs_nothing_more(device):
     """The modules behind an exit see the others alone, and are not run where none is left."""
     network, x = with_exits("ResNet-20", device)
@@ -127,8 +157,8 @@ def test_the_objective_is_the_sum_written_out(device):
         told = F.kl_div(logits.log_softmax(1), last.detach().softmax(1), reduction="batchmean")
         return F.cross_entropy(logits, y) + 0.25 * told
 
-    expected = 0.5 * part(one) + 2 * part(two) + F.cross_entropy(last, y)
-    found = all_exits(weights=[0.5, 2, 1], teaching=0.25)(network, (x, y))
+    expected = 0.5 * part(one) + 2 * part(two) + 3 * F.cross_entropy(last, y)
+    found = all_exits(weights=[0.5, 2, 3], teaching=0.25)(network, (x, y))
     parameters = list(network.parameters())
     for a, b in zip(
         torch.autograd.grad(found, parameters),
@@ -136,7 +166,7 @@ def test_the_objective_is_the_sum_written_out(device):
         strict=True,
     ):
         assert_close(a, b)
-    assert_close(found, 0.5 * part(one) + 2 * part(two) + F.cross_entropy(last, y))
+    assert_close(found, 0.5 * part(one) + 2 * part(two) + 3 * F.cross_entropy(last, y))
     plain = sum(F.cross_entropy(logits, y) for logits in network(x))
     assert_close(all_exits()(network, (x, y)), plain)
 
@@ -185,7 +215,9 @@ def test_the_threshold_is_the_best_of_all(device):
     for budget in sorted({cost + 1e-6 for _, cost in every}):
         chosen = choose_threshold(network, batches, macs=budget)
         assert chosen.macs <= budget
-        assert chosen.accuracy == pytest.approx(max(r for r, m in every if m <= budget))
+        most = max(r for r, m in every if m <= budget)
+        assert chosen.accuracy == pytest.approx(most)
+        assert chosen.macs == pytest.approx(min(m for r, m in every if r > most - 1e-9))
     with pytest.raises(ValueError, match=f"the best is {best:.4f}"):
         choose_threshold(network, batches, accuracy=best + 0.01)
     with pytest.raises(ValueError, match=f"the least is {costs[0]}"):
@@ -250,6 +282,8 @@ def test_what_is_wrong_is_named():
         assert not any(module._forward_hooks for module in model.modules())
     with pytest.raises(ValueError, match="the model does not accept the example: mat1 and mat2"):
         EarlyExits(Skipping(), x[:, :3], ["twice"])
+    with pytest.raises(ValueError, match=r"not accept the example: .* must be Tensor, not dict"):
+        EarlyExits(nn.Sequential(nn.Linear(4, 3)), {"x": x}, ["0"])
     with pytest.raises(ValueError, match=r"at=\['pair', 'pair'\]: name each module once"):
         EarlyExits(Skipping(), x, ["pair", "pair"])
     with pytest.raises(ValueError, match=r"needs values.* none on the meta device"):

@@ -143,6 +143,9 @@ def test_a_message_beyond_the_limit_is_not_waited_for():
     with served(torch.exp, limit=10) as address, socket.create_connection(address, 10) as peer:
         peer.sendall(message(b"", length=11))
         assert peer.recv(1) == b""
+    value = torch.zeros(2)
+    with served(torch.exp, limit=len(pack(value))) as address, Remote(address) as remote:
+        assert torch.equal(remote(value), value.exp())  # which is as long as the limit
 
 
 def test_a_device_hears_that_its_message_was_too_long():
@@ -227,6 +230,7 @@ def answering(answer):
             ConnectionError,
             "version 9, kind 0: this side reads",
         ),
+        (message(b"abc", kind=7), ConnectionError, "version 1, kind 7: this side reads"),
         (b"HTTP/1.1 400 Bad Request", ConnectionError, "begins with b'HTTP'"),
         (message(b"abc"), ValueError, "3 bytes hold no tensor"),
         (message(b"no", kind=1), RuntimeError, "could not answer: no"),

@@ -5,6 +5,7 @@ import itertools
 import math
 import random
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -413,6 +414,51 @@ def test_layers_are_measured_in_training_mode_with_buffers_counted_once(device):
     assert [layer.state for layer in layers] == [320, 0, 2 * 4 * 16 + buffers, 2 * 4 * 3, 144]
     assert layers[1].saved > 0  # what was dropped: nothing is in evaluation mode
     assert layers[3].saved == 4 * 10 * 8
+
+
+class Counted(torch.autograd.Function):
+    runs: ClassVar[list[int]] = [0, 0]
+
+    @staticmethod
+    def forward(_, x):
+        Counted.runs[0] += 1
+        return x.clone()
+
+    @staticmethod
+    def backward(_, gradient):
+        Counted.runs[1] += 1
+        return gradient
+
+
+class Ticking(nn.Module):
+    """Keeps a buffer of its own from the forward to the backward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.ones(8))
+
+    def forward(self, x):
+        return Counted.apply(x) * self.scale
+
+
+def test_rounds_are_timed_and_in_training_the_way_back_too(device, monkeypatch):
+    asked, latency = [], measure.latency
+
+    def noting(*given, rounds):
+        asked.append(rounds)
+        return latency(*given, rounds=rounds)
+
+    monkeypatch.setattr(measure, "latency", noting)
+    model = nn.Sequential(nn.Linear(4, 8), Ticking(), nn.Linear(8, 2)).to(device)
+    x, runs = torch.zeros(10, 4, device=device), {}
+    for rounds, training in ((1, False), (2, True)):
+        Counted.runs[:] = 0, 0
+        layers = measure_layers(model, x, rounds=rounds, training=training, whole=["1"])
+        runs[rounds, training] = tuple(Counted.runs)
+    assert runs[1, False][1] == 0
+    assert runs[2, True][1] > 0
+    assert asked == [1, 2]
+    assert layers[1].saved == 0  # what it keeps is its own
 
 
 def drawn(draw):
