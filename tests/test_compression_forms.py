@@ -15,6 +15,7 @@ from structopt.compression import (
     Steps,
     encode,
     entropy_bits,
+    fit,
     quantize,
     share,
 )
@@ -148,6 +149,20 @@ def test_codes_that_no_file_holds(symmetric, zero, match):
         steps = Steps(coded.steps.scale, torch.full_like(coded.steps.zero, zero))
         coded = replace(coded, steps=steps)
     with pytest.raises(ValueError, match=match):
+        pack(coded.dequantize(), coded)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scales"), [(torch.float64, torch.float32), (torch.bfloat16, torch.bfloat16)], ids=str
+)
+def test_scales_have_the_type_that_files_have(dtype, scales):
+    weight, grid = torch.randn(3, 5).to(dtype), Grid(4, False)
+    steps = Steps(*(part.to(scales) for part in fit(weight, grid)))
+    coded = quantize(weight, grid, steps)
+    _, made = there_and_back(coded.dequantize(), coded)
+    assert torch.equal(bits(made), bits(coded.dequantize()))
+    coded = replace(coded, steps=steps)
+    with pytest.raises(ValueError, match=f"scales are {scales}, and of {dtype} files have"):
         pack(coded.dequantize(), coded)
 
 

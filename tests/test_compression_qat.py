@@ -169,6 +169,24 @@ def test_it_is_an_ordinary_module(tmp_path, device):
     assert small.weights()["fc1.weight"].dtype == torch.float16
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("inputs", [None, Grid(8, False), PACT(4)], ids=str)
+def test_cast_to_another_type_it_still_is_its_file(tmp_path, dtype, inputs, device):
+    x = blobs(device)[0].relu()
+    weights = Grid(3, False, per=PerGroup(7))
+    qat = compression.prepare_qat(
+        nn.Sequential(nn.ReLU(), *net(device)), weights, inputs=inputs, batches=[x]
+    )
+    qat, x = qat.to(dtype), x.to(dtype)
+    qat(x).square().sum().backward()
+    assert all(step.scale.grad.dtype == dtype for step in qat.rounding)
+    made, codes = qat.finish()
+    assert torch.equal(made(x), qat(x))
+    compression.save(made, tmp_path / "x", codes)
+    fresh = nn.Sequential(nn.ReLU(), *net(device)).to(dtype)
+    assert torch.equal(compression.load(tmp_path / "x", fresh)(x), made(x))
+
+
 def test_bad_input_is_named(device):
     x, _ = blobs(device)
     model = net(device)

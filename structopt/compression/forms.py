@@ -113,7 +113,9 @@ def in_table(form: list[Any]) -> int:
 def _grid(coded: Quantized) -> Packed:
     """Scales, zeros where the grid is affine, and codes counted from the lowest."""
     grid, (scale, zero) = coded.grid, coded.steps
-    first = grid.codes[0]
+    first, kind = grid.codes[0], _type_of_scales(coded.dtype)
+    if scale.dtype != kind:
+        raise ValueError(f"its scales are {scale.dtype}, and of {coded.dtype} files have {kind}")
     symbols = (coded.codes.to(torch.int16) - first).to(torch.uint8)
     parts = [write_numbers(scale)]
     if grid.table:
@@ -167,8 +169,12 @@ def _unlevel(
 
 def _scales(data: bytes, per: Granularity, dtype: torch.dtype, shape: torch.Size) -> Tensor:
     """One for each unit of a tensor of this type and shape."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = _type_of_scales(dtype)
     return read_numbers(data, wide, len(per.split(torch.zeros((), dtype=wide).expand(shape))))
+
+
+def _type_of_scales(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _tabled(kind: str, shared: Shared | SharedVectors) -> Packed:

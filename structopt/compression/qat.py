@@ -15,6 +15,7 @@ from structopt.compression.evidence import readers
 from structopt.compression.grids import Grid, Steps
 from structopt.compression.inputs import RoundInput, calibrate, with_first
 from structopt.compression.quantize import Quantized, fake_quantize, fit, quantize, straight_through
+from structopt.losses.checks import wide
 from structopt.training.copying import copied
 
 
@@ -59,13 +60,13 @@ class LearnedStep(nn.Module):
     def steps(self) -> Steps:
         """The steps as they are; a scale that training made negative counts by its size."""
         assert isinstance(self.zero, Tensor)
-        tiny = torch.finfo(self.scale.dtype).tiny
-        return Steps(self.scale.detach().abs().clamp(min=tiny), self.zero)
+        scale = wide(self.scale.detach()).abs()  # a model cast to 16 bits rounds as its file will
+        return Steps(scale.clamp(min=torch.finfo(scale.dtype).tiny), self.zero.to(scale.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         first, last = self.grid.codes
         steps = self.steps
-        units = self.grid.per.split(x.to(self.scale.dtype)).nan_to_num(0)  # where none is
+        units = self.grid.per.split(x.to(steps.scale.dtype)).nan_to_num(0)  # where none is
         # The sign of a scale is no freedom: as steps has it, and with its gradient.
         share = self.scale.detach().sign() / (max(1, units.shape[1]) * last) ** 0.5
         scale = straight_through(self.scale, steps.scale, share)[:, None]
@@ -87,7 +88,8 @@ class LearnedClip(nn.Module):
 
     @property
     def steps(self) -> Steps:
-        clip = self.clip.detach().abs().clamp(min=torch.finfo(self.clip.dtype).tiny).reshape(1)
+        clip = wide(self.clip.detach()).abs().reshape(1)
+        clip = clip.clamp(min=torch.finfo(clip.dtype).tiny)
         return self.grid.between(torch.zeros_like(clip), clip)
 
     def forward(self, x: Tensor) -> Tensor:

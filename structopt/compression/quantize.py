@@ -140,4 +140,4 @@ def _fitting(steps: Steps, units: Tensor, grid: Grid) -> Steps:
             f"steps of shapes {sorted(shapes)} do not fit {grid.per}, which makes {len(units)} "
             "units of this tensor: fit them to a tensor of its shape"
         )
-    return steps
+    return Steps(*(part.to(units.dtype) for part in steps))  # the only type that files have
