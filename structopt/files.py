@@ -71,10 +71,10 @@ def _sync_folder(folder: Path) -> None:
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], notes: Notes) -> None:
     """Write named tensors and JSON-able notes to one safetensors file, atomically.
 
-    Dense tensors of any type, shape, stride and device; those that share memory are stored once
-    each. Takes as much memory again as the tensors. Raises ``ValueError`` for tensors without
-    data (``meta``) or layouts that are not dense, ``TypeError`` for notes that JSON cannot hold,
-    ``OSError`` for a disk that is full or read-only.
+    Dense tensors of any shape, stride and device; those that share memory are stored once each.
+    Takes as much memory again as the tensors. Raises ``ValueError`` for tensors without data
+    (``meta``), layouts that are not dense and types that the format has not (complex128),
+    ``TypeError`` for notes that JSON cannot hold, ``OSError`` for a disk that is full or read-only.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "weights.safetensors"
@@ -91,7 +91,11 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], notes: Notes) 
         # The format knows neither strides nor shared memory, so each tensor gets its own.
         apart[name] = tensor.detach().resolve_conj().resolve_neg().cpu()
         apart[name] = apart[name].clone(memory_format=torch.contiguous_format)
-    data = serialise(apart, {"notes": text, "sha256": _digest(apart, text)})
+    try:
+        data = serialise(apart, {"notes": text, "sha256": _digest(apart, text)})
+    except KeyError as error:  # the format's table of types
+        name, kind = next((n, t.dtype) for n, t in apart.items() if t.dtype in error.args)
+        raise ValueError(f"tensor {name!r} is {kind}, which safetensors does not know") from error
     write_atomically(path, lambda file: file.write(data))
 
 

@@ -1,6 +1,7 @@
 """Symbols as bytes and back: Huffman's optimum, the entropy, and what a mask's model learns."""
 
 import math
+import struct
 from itertools import pairwise
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from structopt import compression
 from structopt.compression import coding, huffman, ranges
+from structopt.compression.coding import MASKED
 
 COUNTS = st.lists(st.integers(0, 1000), min_size=2, max_size=40).filter(
     lambda counts: sum(c > 0 for c in counts) > 1
@@ -182,6 +184,15 @@ def test_any_bytes_give_symbols_or_a_clear_error(data, shape):
         assert "bytes hold no symbols of shape" in str(error)  # noqa: PT017 (either is right)
     else:
         assert made.shape == shape
+
+
+@pytest.mark.parametrize("tile", [(1, 1), (1, 63), (65535, 1), (0, 64), (64, 0)])
+def test_tiles_so_small_that_reading_would_never_end_are_refused(tile):
+    head, counts = struct.pack("<BBBBHHH", MASKED, 1, 0, 0, *tile, 9), bytes([0, 1])
+    with pytest.raises(ValueError, match="walked in no way"):
+        compression.decode(head + counts + bytes(8), (1, 10**9))
+    small = struct.pack("<BBBBHHH", MASKED, 1, 0, 0, 3, 5, 9) + counts + bytes(8)
+    assert not compression.decode(small, (3, 5)).any()
 
 
 @given(SHAPES, KINDS, st.data())

@@ -102,6 +102,20 @@ def test_changed_structure_ties_types_and_odd_numbers(tmp_path, device):
     same(small, checkpoint_of(small, tmp_path))
 
 
+def test_complex_numbers_of_128_bits_which_checkpoint_has_not(tmp_path):
+    def build():
+        model = nn.Linear(2, 2)
+        model.register_buffer("turn", torch.randn(3, dtype=torch.complex128))
+        model.scale = nn.Parameter(torch.randn(2, 3, dtype=torch.complex128))
+        return model
+
+    model = build()
+    compression.save(model, tmp_path / "x")
+    same(model, compression.load(tmp_path / "x", build()))
+    with pytest.raises(ValueError, match=r"torch\.complex128, which safetensors does not know"):
+        checkpoint.save(model, tmp_path / "y")
+
+
 def checkpoint_of(model, folder):
     checkpoint.save(model, folder / "c")
     return checkpoint.load(folder / "c", LeNet5())

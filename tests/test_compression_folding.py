@@ -57,6 +57,14 @@ def test_norms_behind_each_kind_of_layer(kind, device):
     torch.testing.assert_close(made(x), model(x))
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_bias_that_a_norm_brings_is_trained_where_the_weight_is(frozen, device):
+    model = nn.Sequential(nn.Conv2d(3, 6, 2, bias=False), nn.BatchNorm2d(6)).to(device)
+    model.requires_grad_(not frozen)
+    made = compression.fold_batch_norms(model, torch.zeros(1, 3, 4, 4, device=device))
+    assert {p.requires_grad for p in made.parameters()} == {not frozen}
+
+
 class Shared(nn.Module):
     """What the norm reads is read elsewhere too, or the layer runs twice."""
 
@@ -177,6 +185,9 @@ def test_branches_that_do_not_fit_are_named():
         compression.merge_branches([conv, nn.Conv2d(4, 4, 1, stride=2)])
     with pytest.raises(ValueError, match="Identity keeps 4 channels"):
         compression.merge_branches([nn.Conv2d(4, 6, 1), nn.Identity()])
+    for branch in nn.BatchNorm2d(3), nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(3)):
+        with pytest.raises(ValueError, match=r"BatchNorm2d\(3, .*does not read the 4 channels of"):
+            compression.merge_branches([conv, branch])
     with pytest.raises(ValueError, match="not ReLU"):
         compression.merge_branches([conv, nn.ReLU()])
     with pytest.raises(ValueError, match="no branch has a convolution: Identity"):

@@ -107,6 +107,7 @@ def test_budgets_that_cannot_be():
         compression.mix_bits(model, [x], 900, Grid(), bits=(9,))
     with pytest.raises(ValueError, match="no weight to round"):
         compression.mix_bits(nn.ReLU(), [x], 900, Grid())
+    assert set(compression.mix_bits(model, [x], float("inf"), Grid()).bits.values()) == {8}
     model[0].weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"0.weight: 1 of 60 numbers"):
         compression.mix_bits(model, [x], 900, Grid())

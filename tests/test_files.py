@@ -82,6 +82,7 @@ def test_loaded_tensors_do_not_follow_the_file(tmp_path):
     [
         (torch.empty(2, device="meta"), "meta"),
         (torch.eye(2).to_sparse(), "dense"),
+        (torch.ones(2, dtype=torch.complex128), r"'w' is torch\.complex128, which safetensors"),
     ],
 )
 def test_what_cannot_be_stored_is_refused(tmp_path, tensor, words):

@@ -16,7 +16,8 @@ from structopt.compression.ranges import MaskModel, Whole
 CONSTANT, PACKED, HUFFMAN, RANGE, MASKED = range(5)
 TILES = [(1, 64), (1, 256), (4, 128), (16, 64)]
 TRIED = 1 << 18  # symbols, with which the tiles are chosen
-TILES_AT_MOST = 2048  # each costs a call, and has at least 64 bits
+TILES_AT_MOST = 2048  # each costs a call,
+BITS_AT_LEAST = 64  # and has that many bits, where there are so many
 
 
 def entropy_bits(symbols: Tensor) -> float:
@@ -134,7 +135,7 @@ def _masked(matrix: Symbols, counts: Whole) -> bytes:
     tries = []
     for turned, mask in enumerate(masks):
         first = mask[: max(1, TRIED // mask.shape[1])]
-        fewest = max(64, mask.size // TILES_AT_MOST)
+        fewest = max(BITS_AT_LEAST, mask.size // TILES_AT_MOST)
         for high, wide in TILES:
             high, wide = min(high, mask.shape[0]), min(wide, mask.shape[1])
             high = min(max(high, -(-fewest // wide)), mask.shape[0], 65535)
@@ -155,10 +156,12 @@ def _masked(matrix: Symbols, counts: Whole) -> bytes:
 def _unmasked(body: bytes, alphabet: int, shape: tuple[int, int]) -> Symbols:
     common, turned, high, wide, prior = struct.unpack_from("<BBHHH", body)
     rest, body = _counts(body[8:], alphabet)
-    if not (turned < 2 and high and wide and prior):
+    rows, columns = shape[::-1] if turned else shape
+    fewest = min(BITS_AT_LEAST, rows * columns)
+    if not (turned < 2 and min(high, rows) * min(wide, columns) >= fewest > 0 and prior):
         raise ValueError("its mask is walked in no way there is")
     coder = ranges.decoder(body)
-    mask = MaskModel(high, wide, prior).read(shape[::-1] if turned else shape, coder)
+    mask = MaskModel(high, wide, prior).read((rows, columns), coder)
     made = np.full(mask.shape, common, dtype=np.uint8)
     if np.count_nonzero(rest) > 1:
         made[mask] = ranges.read(int(mask.sum()), rest, coder)

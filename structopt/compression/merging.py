@@ -146,6 +146,8 @@ def _as_convolution(branch: nn.Module, first: nn.Conv2d) -> nn.Conv2d:
 def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
     if norm.running_mean is None:
         raise ValueError("a batch norm without running statistics depends on its batch")
+    if norm.num_features != conv.out_channels:
+        raise ValueError(f"{norm} does not read the {conv.out_channels} channels of {conv}")
     made: nn.Conv2d = fuse_conv_bn_eval(copied(conv).eval(), copied(norm).eval())
     return made
 

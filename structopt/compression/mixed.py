@@ -92,7 +92,8 @@ def mix_bits(
     if not budget >= least:
         raise ValueError(f"budget={budget:,} bytes, but the fewest bits take {least:,}")
     squares = [{b: changes[n][b] ** 2 for b in changes[n]} for n in weights]
-    picks = _cheapest([*sizes.values()], squares, budget)
+    most = sum(max(own.values()) for own in sizes.values())
+    picks = _cheapest([*sizes.values()], squares, min(budget, most))
     best = dict(zip(weights, picks, strict=True))
     made = {name: coded[name][b] for name, b in best.items()}
     return MixedBits(

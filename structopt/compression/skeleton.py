@@ -52,7 +52,8 @@ def _note(value: Any, memo: dict[int, Any]) -> None:
 
 def stand_in(tensor: Tensor) -> Tensor:
     """A tensor of the same type and as many dimensions, but hardly any numbers."""
-    empty = torch.zeros((0,) * tensor.ndim, dtype=tensor.dtype)
+    kind = torch.complex64 if tensor.dtype == torch.complex128 else tensor.dtype  # no safetensors
+    empty = torch.zeros((0,) * tensor.ndim, dtype=kind)
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(empty, tensor.requires_grad)
     return empty
