@@ -185,6 +185,40 @@ def test_attention_of_torch_keeps_its_function():
     assert "self_attn" in IntMM().build(layer, x).runs_on
 
 
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.out = nn.LSTM(16, 32, batch_first=True), nn.Linear(32, 4)
+
+    def forward(self, x):
+        return self.out(self.lstm(x)[0][:, -1])
+
+
+def test_operators_that_the_engine_runs_in_float_are_named():
+    if reason := ONNXRuntime().missing("cpu"):
+        pytest.skip(reason)
+    x = torch.randn(4, 8, 16)
+    static = ONNXRuntime(static=True).build(Recurrent(), x, [x])
+    assert static.runs_on.endswith("static int8 inputs, from an export; LSTM in float")
+    dynamic = ONNXRuntime().build(Recurrent(), x)
+    assert dynamic.runs_on.endswith("from an export"), "here it has a kernel"
+    model, image = nn.Sequential(nn.ConvTranspose2d(2, 3, 2), nn.Conv2d(3, 4, 2)), x[:, None, :, :9]
+    image = image.expand(-1, 2, -1, -1)
+    assert ONNXRuntime().build(model, image).runs_on.endswith("; ConvTranspose in float")
+    with pytest.raises(ValueError, match="could be taken.* has an int8 kernel: ConvTranspose"):
+        convert(nn.Sequential(model[0], nn.ReLU()), image, [ONNXRuntime()])
+    with pytest.raises(ValueError, match="int8 kernel: none has weights"):
+        ONNXRuntime().build(nn.ReLU(), x)
+
+
+def test_a_pair_is_no_batch_of_two_inputs():
+    if reason := ONNXRuntime().missing("cpu"):
+        pytest.skip(reason)
+    layer, pair = nn.Bilinear(8, 8, 4), (torch.randn(4, 8), torch.randn(4, 8))
+    with pytest.raises(ValueError, match=r"reads 2 tensors, .*; got 1.*\(\(x, y\), None\)"):
+        ONNXRuntime(static=True).build(layer, pair, [pair])
+
+
 @pytest.mark.parametrize("static", [False, True])
 def test_large_bytes_do_not_saturate(static):
     """Each pair of products is 2 · 255 · 127, too large for 16 bits."""

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import logging
 import platform
 import tempfile
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,13 +17,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
-from structopt.compression.convert_parts import Converted, refuse, shown, written_out_attention
+from structopt.compression.convert_parts import (
+    Converted,
+    naming_layers,
+    quiet,
+    refuse,
+    shown,
+    written_out_attention,
+)
 from structopt.compression.convert_trial import relative_error
 from structopt.measure.costs import cost
 from structopt.measure.running import batch_of, call, tensors_of, undisturbed, with_batch
 from structopt.training.statistics import inputs_of
 
 NEEDS = ("onnx", "onnxscript", "onnxruntime")
+HEAVY = ("Conv", "MatMul", "Gemm", "LSTM", "GRU", "RNN", "Attention")
 Exports = dict[int, tuple[bytes, int | None]]
 _EXPORTS: ContextVar[Exports | None] = ContextVar("exports", default=None)
 
@@ -63,15 +69,18 @@ class ONNXRuntime:
             raise ValueError(f"{self}: static steps need batches, pass calibration=")
         with undisturbed(model, example), written_out_attention():
             spec = tree_flatten(call(model, example))[1]
-        with tempfile.TemporaryDirectory() as folder, _quiet():
+        with tempfile.TemporaryDirectory() as folder, quiet():
             path = Path(folder)
             fixed = _once(model, example, path / "float.onnx")
             if self.bits == 8:
                 self._quantize(path, example, calibration, fixed)
             graph = (path / ("int8.onnx" if self.bits == 8 else "float.onnx")).read_bytes()
+            left = _left_in_float(graph, path / "runs.onnx") if self.bits == 8 else ""
         version = importlib.import_module("onnxruntime").__version__
         kind = f"int8 weights, {'static' if self.static else 'dynamic'} int8 inputs"
-        words = f"ONNX Runtime {version}, {kind if self.bits == 8 else 'fp32'}, from an export"
+        words = (
+            f"ONNX Runtime {version}, {kind if self.bits == 8 else 'fp32'}, from an export{left}"
+        )
         return Converted(_Session(graph, spec, fixed), words, cost(model, example))
 
     def _quantize(
@@ -129,9 +138,11 @@ class _Session(nn.Module):
         return tree_unflatten([torch.from_numpy(array) for array in arrays], self.spec)
 
 
-def _open(graph: bytes) -> Any:
+def _open(graph: bytes, optimised: Path | None = None) -> Any:
+    """A session; what it will run, operators fused and placed, is written where one asks for it."""
     runtime: Any = importlib.import_module("onnxruntime")
     options = runtime.SessionOptions()
+    options.optimized_model_filepath = "" if optimised is None else str(optimised)
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
     if _saturates():  # take the exact product, which is slower
@@ -147,12 +158,28 @@ def _saturates() -> bool:
     return platform.machine() in ("x86_64", "AMD64") and not exact
 
 
+def _left_in_float(graph: bytes, path: Path) -> str:
+    """Operators with weights that have no int8 kernel, in words."""
+    _open(graph, path)
+    onnx: Any = importlib.import_module("onnx")
+    kinds = {node.op_type for node in onnx.load(path).graph.node}
+    heavy = {kind for kind in kinds if any(part in kind for part in HEAVY)}
+    left = sorted(kind for kind in heavy if not ("Q" in kind or "Integer" in kind))
+    if len(left) == len(heavy):
+        known = ", ".join(left) or "none has weights"
+        raise ValueError(f"no operator of the export has an int8 kernel: {known}")
+    return f"; {', '.join(left)} in float" if left else ""
+
+
 def _feed(names: list[str], example: Any) -> dict[str, Any]:
     tensors = tensors_of(example)
     if isinstance(example, Mapping) and set(names) <= set(example):
         tensors = [example[name] for name in names]
     if len(tensors) != len(names):
-        raise ValueError(f"the export reads {len(names)} tensors, {names}; got {len(tensors)}")
+        raise ValueError(
+            f"the export reads {len(names)} tensors, {names}; got {len(tensors)}. To calibrate, a "
+            "pair is (inputs, targets): with several inputs ((x, y), None)"
+        )
     return {n: t.detach().cpu().numpy() for n, t in zip(names, tensors, strict=True)}
 
 
@@ -218,44 +245,8 @@ def _write(model: nn.Module, example: Any, path: Path, size: int | None) -> None
         return {0: torch.export.Dim.AUTO} if is_batch else None
 
     shapes = None if size is None else tree_map(dims, dict(example) if named else given)
-    with torch.no_grad(), written_out_attention(), _naming_layers(model):
+    with torch.no_grad(), written_out_attention(), naming_layers(model):
         program = torch.export.export(
             model, given, dict(example) if named else None, dynamic_shapes=shapes, strict=False
         )
     torch.onnx.export(program, (), path, dynamo=True, verbose=False, external_data=False)
-
-
-@contextmanager
-def _naming_layers(model: nn.Module) -> Iterator[None]:
-    """An error inside a layer is raised anew as a ValueError with the layer's name."""
-    names = {module: name for name, module in model.named_modules()}
-    inside: list[nn.Module] = []
-    hooks = []
-    for module in names:
-        hooks.append(module.register_forward_pre_hook(lambda m, _: inside.append(m)))
-        hooks.append(module.register_forward_hook(lambda m, _, out: inside.remove(m)))
-    try:
-        yield
-    except Exception as error:
-        if not inside:
-            raise
-        layer = inside[-1]
-        where = f"layer {names[layer]!r} ({type(layer).__name__})" if names[layer] else "the model"
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"{where} cannot be exported: {first}") from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Exporter and quantiser speak of their own insides, by warnings and by the root logger."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

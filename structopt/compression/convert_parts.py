@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
@@ -122,6 +124,42 @@ def written_out_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def naming_layers(model: nn.Module) -> Iterator[None]:
+    """An error inside a layer is raised anew as a ValueError with the layer's name."""
+    names = {module: name for name, module in model.named_modules()}
+    inside: list[nn.Module] = []
+    hooks = []
+    for module in names:
+        hooks.append(module.register_forward_pre_hook(lambda m, _: inside.append(m)))
+        hooks.append(module.register_forward_hook(lambda m, _, out: inside.remove(m)))
+    try:
+        yield
+    except Exception as error:
+        if not inside:
+            raise
+        layer = inside[-1]
+        where = f"layer {names[layer]!r} ({type(layer).__name__})" if names[layer] else "the model"
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"{where} cannot be exported: {first}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Exporter and quantiser speak of their own insides, by warnings and by the root logger."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _cast(tree: Any, source: torch.dtype, to: torch.dtype) -> Any:
