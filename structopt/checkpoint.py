@@ -40,7 +40,7 @@ BUILDABLE: dict[str, type[nn.Module]] = {
         nn.Identity, nn.Sequential, nn.Flatten, nn.Dropout, nn.Linear, nn.Embedding,
         nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d,
         nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardswish,
-        nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.ChannelShuffle,
+        nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Threshold, nn.ChannelShuffle,
     )
 }  # fmt: skip
 

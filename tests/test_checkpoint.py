@@ -191,7 +191,11 @@ def other_units(model):
     model[0] = nn.Sequential(nn.Conv2d(3, 3, 3, groups=3), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
 
 
-@pytest.mark.parametrize("change", [folded, factorised, other_units])
+def threshold(model):
+    model[2] = nn.Threshold(0.25, 0.0)
+
+
+@pytest.mark.parametrize("change", [folded, factorised, other_units, threshold])
 def test_layers_that_became_others_are_built_anew(tmp_path, change, device):
     saved = filled(block())
     change(saved)

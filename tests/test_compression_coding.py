@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from structopt import compression
 from structopt.compression import coding, huffman, ranges
-from structopt.compression.coding import MASKED
+from structopt.compression.coding import HUFFMAN, MASKED, RANGE
 
 COUNTS = st.lists(st.integers(0, 1000), min_size=2, max_size=40).filter(
     lambda counts: sum(c > 0 for c in counts) > 1
@@ -193,6 +193,58 @@ def test_tiles_so_small_that_reading_would_never_end_are_refused(tile):
         compression.decode(head + counts + bytes(8), (1, 10**9))
     small = struct.pack("<BBBBHHH", MASKED, 1, 0, 0, 3, 5, 9) + counts + bytes(8)
     assert not compression.decode(small, (3, 5)).any()
+
+
+def test_what_follows_a_stream_is_noticed():
+    for counts in ([9, 0], [2, 2, 2, 2], [96, 48, 24, 24]):
+        symbols = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).byte()
+        data = compression.encode(symbols)
+        assert torch.equal(compression.decode(data, symbols.shape), symbols)
+        with pytest.raises(ValueError, match="bytes hold no symbols of shape"):
+            compression.decode(data + b"\0", symbols.shape)
+    nothing = struct.pack("<BBBBHHH", MASKED, 1, 0, 0, 4, 64, 9) + bytes(2 + 8)
+    with pytest.raises(ValueError, match="no symbol ever occurs"):
+        compression.decode(nothing, (4, 64))
+    with pytest.raises(ValueError, match="no symbol ever occurs"):
+        compression.decode(bytes([RANGE, 1, 0, 0]), (4, 64))
+
+
+def test_one_symbol_among_very_many_has_a_chance():
+    symbols = np.zeros((300, 300), dtype=np.uint8)
+    symbols[200, 7] = 3
+    data = bytes([MASKED, 3]) + coding._masked(symbols, np.bincount(symbols.ravel()))
+    assert np.array_equal(compression.decode(data, symbols.shape), symbols)
+
+
+def test_counts_are_as_coarse_as_pays_and_end():
+    assert coding._rounded(np.array([100_001] * 16)).max() < 128, "a byte each, in place of three"
+    assert coding._rounded(np.array([9, 4])).tolist() == [9, 4], "a byte each anyway"
+    counts, rest = coding._counts(bytes([255] * 6 + [1]), 1)
+    assert (counts.tolist(), rest) == ([2**35 - 1 | 255 << 35], b"\1")
+
+
+def test_many_symbols_are_left_to_the_range_coder_part_by_part(monkeypatch):
+    symbols = torch.tensor([0] * 960 + [1] * 480 + [2] * 240 + [3] * 240).byte()
+    assert compression.encode(symbols)[0] == HUFFMAN
+    monkeypatch.setattr(ranges, "CHUNK", 50)
+    data = compression.encode(symbols)
+    assert data[0] == RANGE
+    assert torch.equal(compression.decode(data, symbols.shape), symbols)
+
+
+def test_large_masks_have_few_tiles_whose_sides_fit_the_file(monkeypatch):
+    keep = torch.rand(1200, 1) < torch.linspace(0, 0.4, 1200)[:, None]
+    symbols = (keep & (torch.rand(1200, 1000) < 0.3)).byte()
+    for most in coding.TILES_AT_MOST, 100:
+        monkeypatch.setattr(coding, "TILES_AT_MOST", most)
+        data = compression.encode(symbols)
+        high, wide = struct.unpack_from("<HH", data, 4)
+        assert data[0] == MASKED
+        assert high * wide >= symbols.numel() // most
+    monkeypatch.setattr(coding, "TILES_AT_MOST", 1)
+    column = (torch.rand(70_000, 1) < 0.1).byte().numpy()
+    data = bytes([MASKED, 1]) + coding._masked(column, np.bincount(column[:, 0]))
+    assert np.array_equal(compression.decode(data, column.shape), column)
 
 
 @given(SHAPES, KINDS, st.data())

@@ -19,7 +19,7 @@ from structopt.compression import (
     quantize,
     share,
 )
-from structopt.compression.forms import DTYPES, pack, unpack
+from structopt.compression.forms import DTYPES, in_table, pack, unpack
 
 PLAIN, PLANES = b"\0", b"\1"
 
@@ -79,6 +79,7 @@ TENSORS = {
     "of 256 values": (lambda: many(256), "table"),
     "of 257 values": (lambda: many(257), "planes"),
     "of 300 values, late": (lambda: many(300, before=4200), "sparse"),
+    "of 257 values, late": (lambda: many(257, before=4200).mul(1 - 2**-9), "sparse"),
 }
 
 
@@ -205,6 +206,33 @@ REFUSED = {
         [floats(1.0), stream(0, 0, 0)],
         "are no units",
     ),
+    "no levels": (["levels", 0, ["PerTensor"]], [floats(), floats(1.0), stream()], "lies beyond"),
+    "257 levels": (
+        ["levels", 257, ["PerTensor"]],
+        [floats(*[1.0] * 257), floats(1.0), stream(0, 1, 2)],
+        "a code lies beyond its 257 levels",
+    ),
+    "a level beyond": (
+        ["levels", 2, ["PerTensor"]],
+        [floats(0.0, 1.0), floats(1.0), stream(0, 1, 2)],
+        "a code lies beyond its 2 levels",
+    ),
+    "vectors that do not divide": (
+        ["vectors", 1, 1, 2, ["PerTensor"]],
+        [floats(1.0, 2.0), stream(0)],
+        r"1 vectors of 2 fit no tensor of shape \(3,\)",
+    ),
+    "no vectors": (["vectors", 1, 0, 3, ["PerTensor"]], [floats(), stream(0)], "0 vectors of 3"),
+    "a vector beyond": (
+        ["vectors", 1, 1, 3, ["PerTensor"]],
+        [floats(1.0, 2.0, 3.0), stream(1)],
+        "1 tables of 1 vectors do not fit its places",
+    ),
+    "a table too many": (
+        ["vectors", 2, 1, 3, ["PerTensor"]],
+        [floats(*[1.0] * 6), stream(0)],
+        "2 tables of 1 vectors do not fit its places",
+    ),
     "too few bytes": (["planes"], [floats(1.0)], "3 numbers of 4 bytes do not lie in 5 bytes"),
     "no such way": (["planes"], [b"\7"], "numbers lie in no way 7"),
     "bytes behind": (
@@ -220,6 +248,15 @@ def test_descriptions_of_no_tensor_are_refused(name):
     form, parts, match = REFUSED[name]
     with pytest.raises(ValueError, match=match):
         unpack(form, parts, torch.float32, THREE)
+
+
+def test_the_numbers_of_a_table_count_for_the_limit():
+    assert in_table(["vectors", 3, 5, 7, ["PerTensor"]]) == 3 * 5 * 7
+    assert in_table(["table", 3, 5, ["PerTensor"]]) == 15
+    assert in_table(["grid", 3, True, ["PerTensor"]]) == 0
+    for rows in -1, 2.0, 1 << 48, True:
+        with pytest.raises(ValueError, match="there is no table of"):
+            in_table(["table", rows, 5, ["PerTensor"]])
 
 
 def test_a_bool_is_no_2():

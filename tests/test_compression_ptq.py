@@ -76,6 +76,36 @@ def test_rounded_inputs_by_hand(device):
     assert not any(layer._forward_pre_hooks for layer in model), "the model given is untouched"
 
 
+class Scaled(nn.Linear):
+    def forward(self, x, by):
+        return super().forward(x) * by
+
+
+class TwoArguments(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.scaled = nn.Linear(3, 3), Scaled(3, 2)
+
+    def forward(self, x):
+        return self.scaled(self.first(x), 2.0)
+
+
+def test_steps_name_the_layers_and_other_arguments_pass(device):
+    model, x = TwoArguments().to(device), torch.randn(9, 3, device=device)
+    steps = compression.calibrate(model, [x], Grid(3), ["scaled"])
+    made = compression.round_inputs(model, Grid(3), steps)
+    read = compression.fake_quantize(model.first(x), Grid(3), steps["scaled"])
+    torch.testing.assert_close(made(x), model.scaled(read, 2.0))
+
+
+def test_what_is_kept_of_a_large_input_is_spread_over_it(device):
+    x = torch.linspace(0, 1, 300_000, device=device)[None]
+    grid = Grid(8, symmetric=False, fit=Percentile(50))
+    steps = compression.calibrate(nn.Linear(300_000, 1).to(device), [x], grid)[""]
+    middle = float(((255 - steps.zero) * steps.scale)[0])
+    assert middle == pytest.approx(0.75, abs=1e-3), "a quarter is cut off above"
+
+
 def test_integers_times_two_scales(device):
     """What the simulation claims: an integer product, scaled once, is the rounded layer."""
     layer, x = nn.Linear(64, 10, bias=False).to(device), torch.rand(7, 64, device=device)

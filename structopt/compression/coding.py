@@ -131,7 +131,7 @@ def _masked(matrix: Symbols, counts: Whole) -> bytes:
     """Which symbol is the common one, how the mask is walked, and one stream of mask and rest."""
     common = int(counts.argmax())
     masks = [matrix != common, np.ascontiguousarray(matrix.T) != common]
-    prior = min(max(int(masks[0].mean() * ranges.ONE), 1), ranges.ONE - 1)
+    prior = max(int(masks[0].mean() * ranges.ONE), 1)
     tries = []
     for turned, mask in enumerate(masks):
         first = mask[: max(1, TRIED // mask.shape[1])]

@@ -50,7 +50,8 @@ def merge_layers(model: nn.Module, example: Any) -> nn.Module:
     Linear layers and convolutions, as :func:`structopt.compression.merge_pair` merges them, where
     that is exact; of the second an ``Identity`` is left. Fold batch norms first. A removed
     activation (an ``Identity`` in its place) is nothing. Each merge is checked as in
-    :func:`fold_batch_norms`. It pays where the middle is wide: parameters and work may grow.
+    :func:`fold_batch_norms`: in evaluation mode, where a dropout between is nothing; take it out
+    before you train on. It pays where the middle is wide: parameters and work may grow.
 
     >>> model = nn.Sequential(nn.Linear(8, 64), nn.Identity(), nn.Linear(64, 4))
     >>> merge_layers(model, torch.zeros(1, 8))

@@ -17,7 +17,7 @@ from structopt.compression.grids import Grid, MinMax, Steps
 from structopt.compression.quantize import fake_quantize, fit
 from structopt.training.copying import copied
 
-SAMPLE = 1 << 16  # numbers kept of each input in each batch, its extremes among them
+SAMPLE = 1 << 16  # numbers kept of each input in each batch at least, and its extremes
 
 
 def calibrate(
@@ -25,8 +25,8 @@ def calibrate(
 ) -> dict[str, Steps]:
     """Lay a grid over what each linear layer and convolution reads in these batches.
 
-    Of each input in each batch, its extremes and up to 65,536 evenly spread numbers are kept, so
-    that min-max is exact. The model runs in evaluation mode; a batch is the inputs, or a pair
+    Of each input in each batch, its extremes and 65,536 evenly spread numbers or up to twice as
+    many are kept, so that min-max is exact. The model runs in evaluation mode; a batch is the inputs, or a pair
     (inputs, targets). An input that never varies gets a step too. Layers that the model does not
     call get none, which a warning says: as the projections of ``nn.MultiheadAttention``, which
     multiplies by their weights itself (:func:`structopt.slicing.free_attention` makes linear layers
