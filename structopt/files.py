@@ -94,8 +94,8 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], notes: Notes) 
     try:
         data = serialise(apart, {"notes": text, "sha256": _digest(apart, text)})
     except KeyError as error:  # the format's table of types
-        name, kind = next((n, t.dtype) for n, t in apart.items() if t.dtype in error.args)
-        raise ValueError(f"tensor {name!r} is {kind}, which safetensors does not know") from error
+        name, dtype = next((n, t.dtype) for n, t in apart.items() if t.dtype in error.args)
+        raise ValueError(f"tensor {name!r} is {dtype}, which safetensors does not know") from error
     write_atomically(path, lambda file: file.write(data))
 
 

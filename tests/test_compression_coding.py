@@ -45,6 +45,12 @@ def test_huffman_is_the_best_code_of_whole_bits(counts):
     )
 
 
+def test_words_after_a_gap_in_the_lengths():
+    lengths = compression.huffman_lengths([99] + [1] * 32)
+    assert lengths == [1] + [6] * 32
+    assert compression.canonical_words(lengths) == [0, *range(0b100000, 0b1000000)]
+
+
 def test_words_are_at_most_16_bits():
     fibonacci = [1, 1]
     while len(fibonacci) < 40:

@@ -338,6 +338,7 @@ def test_bombs_are_refused_by_what_they_declare(file, tmp_path):
         [["9", 8, True, None]],
         [["0", 80, True, None]],
         [["0", 8, True, [1]]],
+        [["0", 8, 1, None]],
         [3],
         {"0": 1},
     ):

@@ -205,7 +205,7 @@ def test_operators_that_the_engine_runs_in_float_are_named():
     model, image = nn.Sequential(nn.ConvTranspose2d(2, 3, 2), nn.Conv2d(3, 4, 2)), x[:, None, :, :9]
     image = image.expand(-1, 2, -1, -1)
     assert ONNXRuntime().build(model, image).runs_on.endswith("; ConvTranspose in float")
-    with pytest.raises(ValueError, match="could be taken.* has an int8 kernel: ConvTranspose"):
+    with pytest.raises(ValueError, match=r"could be taken.* has an int8 kernel: ConvTranspose"):
         convert(nn.Sequential(model[0], nn.ReLU()), image, [ONNXRuntime()])
     with pytest.raises(ValueError, match="int8 kernel: none has weights"):
         ONNXRuntime().build(nn.ReLU(), x)

@@ -163,6 +163,8 @@ def test_hessians_that_are_none(hessian, match):
             way(torch.randn(4, 6))
         with pytest.raises(ValueError, match="does not fit a weight of shape"):
             way(torch.randn(4))
+    with pytest.raises(ValueError, match=r"shape \(3, 6, 6\) does not fit a weight of shape"):
+        compression.gptq(torch.randn(4, 6), torch.eye(6).expand(3, 6, 6), Grid(4))
     turned = torch.eye(6) + 4 * (1 - torch.eye(6))  # a diagonal as of a sum, and yet none
     with pytest.raises(ValueError, match=r"is no sum of x xᵀ, or damp=0.01 is too small"):
         compression.gptq(torch.randn(4, 6), turned, Grid(4))

@@ -234,6 +234,7 @@ REFUSED = {
         "2 tables of 1 vectors do not fit its places",
     ),
     "too few bytes": (["planes"], [floats(1.0)], "3 numbers of 4 bytes do not lie in 5 bytes"),
+    "too many bytes": (["planes"], [floats(*[1.0] * 4)], "3 numbers of 4 bytes do not lie in 17"),
     "no such way": (["planes"], [b"\7"], "numbers lie in no way 7"),
     "bytes behind": (
         ["planes"],

@@ -79,7 +79,7 @@ def _folded(layer: nn.Module, norm: nn.Module) -> nn.Module:
         if getattr(plain, key) is None:
             setattr(plain, key, nn.Parameter(torch.full_like(plain.running_mean, value)))
     made: nn.Module = fuse(copy.deepcopy(layer).eval(), plain)
-    if layer.bias is None:  # torch leaves a new one frozen
+    if layer._parameters.get("bias") is None:  # torch leaves a new one frozen
         made.get_parameter("bias").requires_grad_(made.get_parameter("weight").requires_grad)
     return made.train(layer.training)
 

@@ -26,11 +26,11 @@ def calibrate(
     """Lay a grid over what each linear layer and convolution reads in these batches.
 
     Of each input in each batch, its extremes and 65,536 evenly spread numbers or up to twice as
-    many are kept, so that min-max is exact. The model runs in evaluation mode; a batch is the inputs, or a pair
-    (inputs, targets). An input that never varies gets a step too. Layers that the model does not
-    call get none, which a warning says: as the projections of ``nn.MultiheadAttention``, which
-    multiplies by their weights itself (:func:`structopt.slicing.free_attention` makes linear layers
-    of them).
+    many are kept, so that min-max is exact. The model runs in evaluation mode; a batch is the
+    inputs, or a pair (inputs, targets). An input that never varies gets a step too. Layers that
+    the model does not call get none, which a warning says: as the projections of
+    ``nn.MultiheadAttention``, which multiplies by their weights itself
+    (:func:`structopt.slicing.free_attention` makes linear layers of them).
 
     Raises ValueError for no batches, for grids that are not per tensor, for inputs not finite, and
     for a layer in ``names`` that never ran.
