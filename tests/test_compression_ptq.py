@@ -295,6 +295,44 @@ def test_equalisation_scales_no_depthwise_convolution_through_a_clip():
     assert not torch.equal(made[4].weight, model[4].weight)
 
 
+def padded(mask):
+    return [{"src": torch.randn(2, 5, 16), "src_key_padding_mask": mask} for _ in range(3)]
+
+
+@pytest.mark.filterwarnings(
+    "ignore"
+)  # torch's, of nested tensors; ours, of attention's projections
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model, batches: compression.factorize(model, compression.Energy(0.2)),
+        lambda model, batches: compression.round_inputs(model, Grid(8)),
+        lambda model, batches: compression.round_inputs(
+            model, Grid(8), compression.calibrate(model, batches, Grid(8))
+        ),
+        lambda model, batches: (
+            compression.prepare_qat(model, Grid(8), inputs=Grid(8), batches=batches).model
+        ),
+        lambda model, batches: compression.put_(
+            model, compression.gptq_weights(model, batches, Grid(8))
+        ),
+    ],
+)
+def test_torchs_encoder_drops_its_padding_or_not(change):
+    """In evaluation mode it hands nested tensors to its layers, and reads their weights itself."""
+    mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    batches, found = padded(mask), []
+    for nested in (True, False):
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested).eval()
+        made = change(model, batches)
+        assert getattr(model, "use_nested_tensor", nested) == nested
+        with torch.no_grad():
+            found.append(made(**batches[0])[~mask])
+    torch.testing.assert_close(*found)
+
+
 # Second-order rounding
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear as _Projection
 
+from structopt.channels.exchanging import unfuse_
 from structopt.compression.evidence import all_ran, readers, say_idle, watch
 from structopt.compression.granularity import PerTensor
 from structopt.compression.grids import Grid, MinMax, Steps
@@ -119,6 +120,7 @@ def round_inputs(
             raise ValueError(f"there are no steps for {name!r}; there are for {', '.join(steps)}")
         hook = RoundInput(grid, None if steps is None else steps[name])
         layer.register_forward_pre_hook(hook, with_kwargs=True)
+    unfuse_(made)
     return made
 
 
@@ -167,6 +169,7 @@ def attach_(model: nn.Module, hooks: list[tuple[str, RoundInput]]) -> None:
         wide = torch.float64 if double else torch.float32
         hook.steps = hook.steps and Steps(*(part.to(wide) for part in hook.steps))
         layer.register_forward_pre_hook(hook, with_kwargs=True)
+    unfuse_(model)
 
 
 def _whole(grid: Grid) -> None:

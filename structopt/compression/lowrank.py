@@ -93,9 +93,6 @@ def factorize(
         if not name:
             return product
         exchange_(made, name, product)
-        owner = made.get_submodule(name.rpartition(".")[0])
-        if isinstance(owner, nn.TransformerEncoderLayer):  # its fused form reads the weights itself
-            owner.activation_relu_or_gelu = 0
     return made
 
 

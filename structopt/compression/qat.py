@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from structopt.channels.exchanging import unfuse_
 from structopt.compression.codes import chosen, naming, put_
 from structopt.compression.evidence import readers
 from structopt.compression.grids import Grid, Steps
@@ -202,4 +203,5 @@ def prepare_qat(
             step = LearnedStep(grid, steps)
         qat.inputs[str(place)] = step
         made.get_submodule(name).register_forward_pre_hook(_Learned(step), with_kwargs=True)
+    unfuse_(made)
     return qat

@@ -121,26 +121,7 @@ def free_attention(model: nn.Module) -> nn.Module:
             if not name:
                 return _freed(module, "the model")
             exchange_(made, name, _freed(module, name))
-    return unfuse_(made)
-
-
-def unfuse_(model: nn.Module) -> nn.Module:
-    """Keep torch's encoders from reading weights past their layers, where one is of another kind.
-
-    In evaluation mode they look for the weights of plain layers, to compute a block in one kernel,
-    or to drop what is padding.
-    """
-    for layer in model.modules():
-        if isinstance(layer, nn.TransformerEncoderLayer):
-            parts = layer.self_attn, layer.linear1, layer.linear2
-            if not all(map(isinstance, parts, (nn.MultiheadAttention, nn.Linear, nn.Linear))):
-                layer.activation_relu_or_gelu = 0  # as for an activation that torch cannot fuse
-    for encoder in model.modules():
-        if isinstance(encoder, nn.TransformerEncoder) and not all(
-            getattr(layer, "activation_relu_or_gelu", 0) for layer in encoder.layers
-        ):
-            encoder.use_nested_tensor = False
-    return model
+    return made
 
 
 @torch.no_grad()

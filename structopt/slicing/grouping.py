@@ -15,11 +15,11 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from structopt.channels import ChannelGroup, Channels, channel_groups, take
+from structopt.channels.exchanging import exchange_
 from structopt.losses.checks import whole
 from structopt.measure.running import call
 from structopt.slicing.asking import need_values
 from structopt.slicing.assigning import Numbers, assign_groups, balanced, partition, squared
-from structopt.slicing.attention import unfuse_
 from structopt.slicing.grouped import (
     LAYERS,
     Averaged,
@@ -104,8 +104,8 @@ def group_layers(
         for key, parameter in new.named_parameters():
             like = layer.bias if key.endswith("bias") else layer.weight
             parameter.requires_grad_(like is None or like.requires_grad)
-        made.set_submodule(name, new.train(layer.training))
-    return unfuse_(made)
+        exchange_(made, name, new.train(layer.training))
+    return made
 
 
 def _passing(layer: Layer, groups: int, exchange: Exchange) -> nn.Module:

@@ -26,10 +26,16 @@ def observed(model: nn.Module, handles: Iterable[RemovableHandle]) -> Iterator[N
     >>> seen
     [torch.Size([2, 3])]
     """
+    encoders = [m for m in model.modules() if isinstance(m, nn.TransformerEncoder)]
+    nested = [encoder for encoder in encoders if encoder.use_nested_tensor]
     try:
+        for encoder in nested:  # hooks see padded tensors, as other layers do
+            encoder.use_nested_tensor = False
         with evaluating(model), torch.no_grad():
             yield
     finally:
+        for encoder in nested:
+            encoder.use_nested_tensor = True
         for handle in handles:
             handle.remove()
 
