@@ -453,6 +453,48 @@ def test_what_cannot_change_is_frozen_not_refused(device):
         )
 
 
+RECURRENT = {
+    "rnn": lambda: nn.RNN(8, 6),
+    "gru": lambda: nn.GRU(8, 6, bidirectional=True),
+    "lstm": lambda: nn.LSTM(8, 6, proj_size=4),
+    "lstm, two layers": lambda: nn.LSTM(8, 6, 2),
+}
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+@pytest.mark.parametrize("name", RECURRENT)
+def test_an_example_of_one_step_finds_what_longer_ones_find(name, device):
+    parts = {"a": nn.Linear(3, 8), "r": RECURRENT[name](), "b": nn.LazyLinear(2)}
+    model = Fn(lambda self, x: self.b(self.r(self.a(x))[0]), **parts).to(device)
+    found = []
+    for steps in (4, 1):
+        x = torch.randn(steps, 2, 3, device=device)
+        model(x)
+        groups = channel_groups(model, x)
+        found.append([(g.name, g.size, list(map(str, g.members))) for g in groups])
+    assert found[0] == found[1]
+    narrow = take(model, {g: range(0, g.size, 2) for g in groups})
+    assert narrow(torch.randn(5, 2, 3, device=device)).shape == (5, 2, 2)
+
+
+def test_an_attention_may_share_or_compute_the_weight_that_it_is_known_by(device):
+    parts = {k: nn.MultiheadAttention(8, 2, batch_first=True) for k in "abc"}
+    parts["b"].out_proj.weight = parts["a"].out_proj.weight
+    parametrize.register_parametrization(parts["c"].out_proj, "weight", nn.Identity())
+
+    def forward(self, x):
+        x = self.make(x)
+        for layer in (self.a, self.b, self.c):
+            x = x + layer(x, x, x)[0]
+        return self.read(x)
+
+    model = Fn(forward, make=nn.Linear(3, 8), read=nn.Linear(8, 2), **parts).to(device)
+    groups = channel_groups(model, torch.randn(2, 3, 3, device=device))
+    narrow = take(model, {group: range(0, group.size, 2) for group in groups})
+    assert narrow.a.out_proj.weight is narrow.b.out_proj.weight
+    assert narrow.make.out_features < 8
+
+
 def test_what_is_frozen_stays_so_when_it_is_tied_to_older_channels():
     labels = Labels()
     old, new = labels.new(3), labels.new(3)

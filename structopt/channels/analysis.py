@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from structopt.channels.mirrors import Book
 from structopt.channels.probe import Probe, settle
 from structopt.channels.shadow import to_shadow
 from structopt.channels.tracing import label_parameters, map_tensors, tensors_of, trace
+
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
 
 @torch.inference_mode(False)  # else ops are not taken apart
@@ -120,8 +123,24 @@ def _traced(model: nn.Module, example: Any) -> tuple[Book, Axes, list[torch.Size
     book, labelled = Book(), substitute(model, torch.clone)
     flatten(labelled)
     axes = label_parameters(book, labelled)
-    for path, module in model.named_modules():  # one width, inside and outside: torch insists on it
-        if isinstance(module, nn.MultiheadAttention):
-            weight = f"{path}.out_proj.weight".lstrip(".")
-            book.labels.tie(axes[weight, 0], axes[weight, 1])
+    for made, read in _insisted(model):
+        rows, columns = axes.get((made, 0)), axes.get((read, 1))
+        if rows is not None and columns is not None:
+            book.labels.tie(rows, np.tile(columns, len(rows) // len(columns)))
     return book, axes, trace(book, labelled, example)
+
+
+def _insisted(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Weights whose results are others' inputs, whatever the example shows: torch's layers insist.
+
+    An attention has one width, inside and outside; what a recurrent layer makes, for each of its
+    gates, it reads in the next step, though the example may have one step alone.
+    """
+    for path, module in model.named_modules():
+        before = f"{path}." if path else ""
+        if isinstance(module, nn.MultiheadAttention):
+            yield (f"{before}out_proj.weight",) * 2
+        for name in module._parameters if isinstance(module, _RECURRENT) else ():
+            if name.startswith("weight_hh"):
+                maker = name.replace("hh", "hr") if getattr(module, "proj_size", 0) else name
+                yield before + maker, before + name
