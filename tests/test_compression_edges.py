@@ -5,6 +5,7 @@ Each gives the exact result, or an error that names the layer and leaves the mod
 
 import copy
 import math
+import re
 
 import numpy as np
 import pytest
@@ -317,3 +318,12 @@ def test_layers_that_only_ever_read_zeros_factorise():
     made = compression.factorize(model, Energy(0.9), batches=[torch.zeros(4, 6)])
     assert isinstance(made[0], nn.Sequential)
     torch.testing.assert_close(made(x), model(x))
+
+
+@pytest.mark.parametrize("wrong", ["x", -0.1, float("nan"), None])
+def test_shares_that_are_none_are_named(wrong):
+    weight, pair = torch.randn(3, 4), nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    with pytest.raises(ValueError, match=re.escape(f"damp={wrong!r}")):
+        compression.gptq(weight, torch.eye(4), Grid(4), damp=wrong)
+    with pytest.raises(ValueError, match=re.escape(f"sparsity={wrong!r}")):
+        compression.threshold_activations(pair, [torch.randn(3, 2)], sparsity=wrong)

@@ -17,6 +17,7 @@ from structopt.compression.granularity import PerTensor
 from structopt.compression.grids import Grid
 from structopt.compression.inputs import SAMPLE
 from structopt.compression.quantize import fit
+from structopt.losses.checks import real
 from structopt.measure.running import call, tensors_of
 from structopt.training import evaluating
 from structopt.training.copying import copied
@@ -109,8 +110,8 @@ def threshold_activations(
     >>> made.model(torch.arange(1.0, 11.0))
     tensor([ 0.,  0.,  0.,  0.,  0.,  0.,  0.,  8.,  9., 10.])
     """
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity={sparsity}: a share of zeros from 0 to below 1")
+    if not 0 <= real(sparsity) < 1:
+        raise ValueError(f"sparsity={sparsity!r}: a share of zeros from 0 to below 1")
 
     def threshold(values: Tensor) -> float:
         ordered = values.sort().values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from structopt.compression.evidence import fitting
 from structopt.compression.grids import Grid, Steps
 from structopt.compression.in_turn import in_turn
 from structopt.compression.quantize import Quantized, as_finite
+from structopt.losses.checks import real
 
 BLOCK = 128  # columns whose errors are handed on at once
 
@@ -34,6 +36,8 @@ def gptq(weight: Tensor, hessian: Tensor, grid: Grid, *, damp: float = 0.01) -> 
     >>> gptq(weight, x.T @ x, Grid(3)).codes.shape
     torch.Size([4, 6])
     """
+    if not 0 <= real(damp) < math.inf:
+        raise ValueError(f"damp={damp!r}: a share of the mean diagonal, 0 or more")
     parts = fitting(hessian, weight)
     rows = as_finite(weight).flatten(1)  # (O, n)
     steps = grid.fit.steps(grid.per.split(rows.view(weight.shape)), grid)
