@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -99,6 +101,13 @@ def test_cross_entropy_by_hand() -> None:
 def test_any_integer_type_serves_as_label(dtype: torch.dtype, device: torch.device) -> None:
     x, y = logits(4, CLASSES, device=device), labels(4, device=device)
     assert losses.cross_entropy(x, y.to(dtype)) == losses.cross_entropy(x, y)
+
+
+def test_probabilities_and_weights_may_be_of_another_precision(device: torch.device) -> None:
+    x, weight = logits(4, CLASSES, device=device), torch.arange(CLASSES).to(device)
+    soft = logits(4, CLASSES, device=device).detach().softmax(1).bfloat16()
+    want = F.cross_entropy(x, soft.float(), weight.float())
+    torch.testing.assert_close(losses.cross_entropy(x, soft, weight=weight), want)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -307,6 +316,7 @@ BAD: list[tuple[str, Callable[[], Tensor]]] = [
     (r"label 5: ", lambda: losses.cross_entropy(X, Y + 2, label_smoothing=0.1)),
     (r"label 5: ", lambda: losses.focal(X, Y + 2)),
     (r"label 5: ", lambda: losses.expected_calibration_error(X, Y + 2)),
+    (r"label 9, 33: ", lambda: losses.cross_entropy(X, torch.tensor([33, 9, 9, 33]))),
     (
         r"target \(4, 1\) does not fit logits \(4, 5\).*squeeze",
         lambda: losses.cross_entropy(X, Y[:, None]),
@@ -316,12 +326,14 @@ BAD: list[tuple[str, Callable[[], Tensor]]] = [
     (r"target \(4,\).*probabilities are", lambda: losses.cross_entropy(X, Y.float())),
     (r"fit logits \(\)", lambda: losses.cross_entropy(torch.tensor(1.0), torch.tensor(0))),
     (r"torch.bool", lambda: losses.cross_entropy(X, Y > 1)),
+    (r"torch.complex64", lambda: losses.cross_entropy(X, Y.to(torch.complex64))),
     (r"ignore_index needs class", lambda: losses.cross_entropy(X, X.softmax(1), ignore_index=0)),
     (r"no target counts", lambda: losses.cross_entropy(X, torch.full((4,), -100))),
     (r"no target counts", lambda: losses.focal(X, torch.full((4,), -100))),
     (r"no target counts", lambda: losses.cross_entropy(X, Y, weight=torch.zeros(5))),
     (r"label_smoothing .* not 1.5", lambda: losses.cross_entropy(X, Y, label_smoothing=1.5)),
     (r"weight \(4,\) needs", lambda: losses.cross_entropy(X, Y, weight=torch.ones(4))),
+    (r"weight \(1, 5\) needs", lambda: losses.cross_entropy(X, Y, weight=torch.ones(1, 5))),
     (r"gamma", lambda: losses.focal(X, Y, gamma=-1)),
     (r"focal needs class indices", lambda: losses.focal(X, X)),
     (r"temperature", lambda: losses.kl_divergence(X, X, temperature=0)),
@@ -349,6 +361,8 @@ def test_every_loss_checks_its_prediction(function: Callable[..., Tensor]) -> No
         function(X.long(), target)
     with pytest.raises(ValueError, match=r"empty, shape \(0, 5\)"):
         function(X[:0], target[:0])
+    with pytest.raises(ValueError, match=r"empty, shape \(4, 0\)"):
+        function(X[:, :0], target[:, :0] if function in PAIRS else target)
     with pytest.raises(ValueError, match=r"reduction .* not 'avg'"):
         function(X, target, reduction="avg")
     with pytest.raises(FloatingPointError, match="the prediction holds 5 NaN of 20 numbers"):
@@ -403,10 +417,14 @@ def test_accelerators_give_nan_without_looking(
     (gradient,) = torch.autograd.grad(loss.sum(), x)
     assert gradient.isfinite().all()
     assert not gradient[2:].any()
-    fine = labels(4, device=device)
-    got = function(x, fine, reduction=reduction)
+    fine = [labels(4, device=device)]
+    fine[0][0] = -100
+    if function is losses.cross_entropy:
+        fine.append(x.detach().roll(1, 0).softmax(1))
+    got = [function(x, targets, reduction=reduction) for targets in fine]
     monkeypatch.undo()
-    torch.testing.assert_close(got, function(x, fine, reduction=reduction))
+    want = [function(x, targets, reduction=reduction) for targets in fine]
+    torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("function", [*PAIRS, losses.cross_entropy, losses.focal])
@@ -451,6 +469,14 @@ def test_a_temperature_is_a_number_wherever_it_is_asked_for(wrong: object) -> No
     ):
         with pytest.raises(ValueError, match=f"finite number above 0, not {wrong!r}"):
             function()
+
+
+def test_numbers_of_other_libraries_are_numbers() -> None:
+    for number in (2, np.float32(2), np.int64(2), Fraction(2), torch.tensor(2.0)):
+        checks.need_temperature(number)
+    assert [checks.whole(n) for n in (3, np.int64(3), np.uint8(3), torch.tensor(3))] == [3] * 4
+    for other in (2.5, 3.0, np.float64(3), "3", None, torch.tensor(3.0)):
+        assert math.isnan(checks.whole(other))
 
 
 def test_a_temperature_may_be_learned() -> None:
