@@ -1,5 +1,6 @@
 """The honest table: what it prints, which rows it marks, and the words it adds."""
 
+import html
 import html.parser
 import itertools
 import math
@@ -100,6 +101,7 @@ def test_a_row_that_is_not_a_number_is_never_marked(column):
 
 
 @given(st.floats(0.01, 9e14))
+@also(999_500.0)
 @also(999_600.0)
 def test_thousands_have_letters_not_exponents(number):
     text = measure.table.si(number)
@@ -294,6 +296,49 @@ def test_a_column_has_one_number_of_decimals():
     assert [line.strip() for line in str(column).splitlines()[2:]] == ["123.4", "0.5", "0.0", "–"]
     tiny = Table([{"x": 123.4}, {"x": 0.0012345}])
     assert "0.001234" in str(tiny) or "0.001235" in str(tiny)
+    for cells, shown in (
+        ([12, 0.5], ["12", "0.5000"]),  # whole numbers have no fraction to show
+        ([1000.0, 1.0], ["1,000", "1"]),
+        ([12.5, math.nan, math.inf], ["12.50", "nan", "inf"]),
+        ([-math.inf], ["-inf"]),
+    ):
+        lines = str(Table([{"x": cell} for cell in cells])).splitlines()
+        assert [line.strip() for line in lines[2:]] == shown
+
+
+def test_numbers_stand_right_and_words_left():
+    """In a column of numbers a cell may be empty; one word makes it a column of words."""
+    rows = [
+        {"a<": "b<", "n": 5, "x": Measured(1.5, 0.5), "mixed": 1, "yes": True, "list": np.ones(2)},
+        {"a<": "bb", "n": None, "x": 10, "mixed": "-", "yes": "no", "list": torch.ones(1)},
+    ]
+    table = Table(rows, notes=["first", "second"], marked=[1])
+    text = (
+        "a<    n            x  mixed  yes   list",
+        "----  -  -----------  -----  ----  ------------",
+        "b<    5  1.50 ± 0.50  1      True  [1. 1.]",
+        "bb ★  –           10  -      no    tensor([1.])",
+        "first",
+        "second",
+    )
+    assert str(table).splitlines() == [*text]
+    assert table.markdown() == (
+        "| a< | n | x | mixed | yes | list |\n"
+        "|:--|--:|--:|:--|:--|:--|\n"
+        "| b< | 5 | 1.50 ± 0.50 | 1 | True | [1. 1.] |\n"
+        "| bb ★ | – | 10 | - | no | tensor([1.]) |\n"
+        "\n"
+        "- first\n"
+        "- second"
+    )
+    _, head, first, *_ = table._repr_html_().splitlines()
+    sides = ["left", "right", "right", "left", "left", "left"]
+    for line, tag, names in ((head, "th", table.columns), (first, "td", table._cells()[0])):
+        cells = [
+            f'<{tag} style="text-align: {side}">{html.escape(name)}</{tag}>'
+            for side, name in zip(sides, names, strict=True)
+        ]
+        assert "".join(cells) in line
 
 
 def test_many_rows_are_told_apart():

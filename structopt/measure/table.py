@@ -35,13 +35,13 @@ class Measured:
 def si(number: float) -> str:
     """A number with three digits and a letter for the thousands.
 
-    >>> si(14_745_600), si(950), si(0)
-    ('14.7 M', '950', '0')
+    >>> si(14_745_600), si(950), si(12.3456)
+    ('14.7 M', '950', '12.3')
     """
     for factor, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")):
         if number >= 0.9995 * factor:  # three digits of anything below are fewer than 1000
             return f"{number / factor:.3g} {letter}"
-    return f"{number:g}"
+    return f"{number:.3g}"
 
 
 def show(value: Any, decimals: int | None = None) -> str:
@@ -57,8 +57,6 @@ def show(value: Any, decimals: int | None = None) -> str:
         return str(value)
     if isinstance(value, int):
         return f"{value:,}"
-    if not math.isfinite(value):
-        return str(value)
     return f"{value:,.{_decimals([value]) if decimals is None else decimals}f}"
 
 
