@@ -51,7 +51,8 @@ class Gated(nn.Module):
         self.answer = nn.Linear(8, 3)
 
     def forward(self, words):
-        x = 2 * self.embed(words) + self.positions
+        x = 2 * self.embed(words)
+        x += self.positions
         inner = self.norm(x)
         x = x + self.down(self.up(inner) * self.gate(inner).sigmoid())
         return self.head(x[:, 0] / 3) + self.answer(self.last(x).mean(1))
@@ -415,6 +416,8 @@ WRONG = {
     "the op relu does not treat": Wrong(lambda m, x: x.relu()),
     "the op mul does not treat": Wrong(lambda m, x: x * m.scale),
     "the op add does not treat": Wrong(lambda m, x: x + 1.0),
+    "the op sub does not treat": Wrong(lambda m, x: x - 1),
+    "the op add does not treat all axes": Wrong(lambda m, x: x + True),
     "the op slice takes the axes": Wrong(lambda m, x: torch.cat([x[..., 2:], x[..., :2]], -1)),
     "the op mean takes the axes": Wrong(lambda m, x: x - x.mean(-1, keepdim=True)),
     r"the op add adds what a norm gave": Wrong(lambda m, x: x + m.norm(x)),

@@ -62,7 +62,7 @@ class Recorder(Tracer):  # type: ignore[no-untyped-call]
         name = func._schema.name.removeprefix("aten::")
         given = [self._seen(t) for t in tensors_of((args, kwargs or {}))]
         op = Op(name.rstrip("_"), self.book.module, rules.find(func) is moving.moves, given)
-        op.plain = any(isinstance(a, int | float) and not isinstance(a, bool) for a in args[:2])
+        op.plain = any(isinstance(a, int | float) for a in args)
         self.ops.append(op)
         out = super().__torch_dispatch__(func, types, args, kwargs)
         sources = {one.source for one in given}
