@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from structopt import compression
+from structopt.channels.exchanging import exchange_
 from structopt.networks import LeNet300, ResNet20
 
 
@@ -228,6 +229,17 @@ def test_a_layer_of_two_names_is_exchanged_under_both(device):
     ):
         with pytest.raises(ValueError, match=rf"'{name}' is '{first}' under another name"):
             function(model, [name])
+
+
+def test_what_holds_the_old_layer_may_take_its_place():
+    """Under every name of every holder; another layer of that kind, or of that name, stays."""
+    old, other = nn.ReLU(), nn.ReLU()
+    model = nn.Sequential(old, other, nn.Sequential(other, old, old))
+    new = nn.Sequential(old, nn.Tanh())
+    exchange_(model, "2.1", new)
+    assert [*model] == [new, other, model[2]]
+    assert [*model[2]] == [other, new, new]
+    assert new[0] is old
 
 
 class Reused(nn.Module):
