@@ -450,6 +450,25 @@ def test_a_moving_teacher_in_16_bits_moves() -> None:
             teacher.load_state_dict(state)
         teacher(student, step)
     assert teacher.model.weight.item() == pytest.approx(1.5 - 0.5 * 0.999**3000, rel=0.005)
+    state, kept = teacher.state_dict(), teacher.halves[0].clone()
+    other = d.MovingTeacher(student, decay=0.5)
+    other.load_state_dict(state)
+    other(student, 1)
+    assert torch.equal(teacher.halves[0], kept), "its state is its own"
+
+
+def test_a_moving_teacher_of_no_memory_is_its_student(device: torch.device) -> None:
+    """Also one of complex numbers, and one that has no weights at all."""
+    numbers = torch.ones(2, dtype=torch.complex64, device=device)
+    for student in (nn.ParameterList([numbers]), nn.Flatten()):
+        teacher = d.MovingTeacher(student, decay=0)
+        with torch.no_grad():
+            for p in student.parameters():
+                p += 1
+        teacher(student, 1)
+        torch.testing.assert_close(teacher.model.state_dict(), student.state_dict())
+    with pytest.raises(ValueError, match="asked one tensor, not dict"):
+        teacher.teach({"x": torch.ones(1)}, None)
 
 
 def test_a_moving_teacher_goes_on_after_a_break(tmp_path: Path, device: torch.device) -> None:
@@ -591,6 +610,7 @@ def bad() -> list[tuple[str, Callable[[], object]]]:
         (r"same network again",
          lambda: d.born_again(lambda: student, lambda *_: None, generations=2)),
         (r"0 <= d < 1, not 1", lambda: d.MovingTeacher(student, decay=1.0)),
+        (r"0 <= d < 1, not '0.9'", lambda: d.MovingTeacher(student, decay="0.9")),
     ]  # fmt: skip
 
 

@@ -311,7 +311,7 @@ def test_an_average_in_16_bits_follows_all_the_same(dtype):
     assert average.model.weight.item() == pytest.approx(1.5 - 0.5 * 0.999**3000, rel=0.005)
     again = Average(model, 0.999)
     again.restore(*average.state())
-    assert (again.steps, again.exact) == (average.steps, average.exact)
+    assert (again.steps, again.halves) == (average.steps, average.halves)
     assert torch.equal(again.model.weight, average.model.weight)
 
 
@@ -337,7 +337,7 @@ def test_validation_sees_the_average_and_restores_training_mode():
     assert all(modes)
 
 
-@pytest.mark.parametrize("decay", [-0.1, 1.0, math.nan])
+@pytest.mark.parametrize("decay", [-0.1, 1.0, math.nan, "0.9"])
 def test_a_decay_outside_its_range_is_refused(decay):
     with pytest.raises(ValueError, match="average is the decay"):
         Average(network(), decay)
@@ -372,6 +372,47 @@ def test_batches_that_cannot_be_trained_on_are_refused(batches, words):
 def test_an_error_in_the_objective_says_where_and_on_what():
     good = (torch.zeros(2, 1, 6, 6), torch.zeros(2).long())
     bad = (torch.full((2, 3, 6, 6), math.nan), torch.zeros(2).long())
+    kept = average.halves[0].clone()
+    again.update()
+    assert torch.equal(average.halves[0], kept), "its state is its own"
+
+
+def test_an_average_follows_what_lies_in_the_model_now(device):
+    """Whoever moves or edits a model may give it other tensors; and a decay of 0 is the model."""
+    model = network().to(device)
+    average = Average(model, 0)
+    for dtype in (torch.float64, torch.float32):
+        model.to(dtype)
+        model[0].weight.data = torch.full_like(model[0].weight, 3.0)
+        model[1].running_mean.add_(1.0)
+    average.update()
+    average.model.double().float()
+    average.model[1].num_batches_tracked.add_(5)
+    average.update()
+    assert_same(weights(average.model), weights(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
+def test_an_average_has_the_numbers_of_its_model(dtype, device):
+    if dtype == torch.float64 and device.type == "mps":
+        pytest.skip("mps has no double precision")
+    model = nn.ParameterList([torch.ones(2, dtype=dtype, device=device)])
+    average = Average(model, 0.9)
+    model[0].data += math.pi
+    average.update()
+    want = 1 + 0.9 * torch.full((2,), math.pi, dtype=dtype, device=device)
+    torch.testing.assert_close(average.model[0], want)
+    assert not average.model[0].requires_grad
+
+
+def test_a_model_without_weights_has_an_average_too():
+    head = nn.Linear(36, 2)
+    objective = nn.Sequential(head)
+    objective.forward = lambda model, batch: F.cross_entropy(head(model(batch[0])), batch[1])
+    model, optimizer = nn.Flatten(), sgd(head)
+    batches = data.batches(examples(), 20)
+    history = train(model, batches, objective, optimizer, epochs=1, average=0.9)
+    assert isinstance(history.averaged, nn.Flatten)
     with pytest.raises(RuntimeError, match="channels") as caught:
         one_epoch([good, bad])
     assert caught.value.__notes__ == [

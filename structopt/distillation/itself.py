@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from structopt.distillation.builders import from_logits
 from structopt.distillation.teachers import Lesson, Teacher
+from structopt.losses.checks import real
 from structopt.training import Objective, supervised
-from structopt.training.averaging import approach_, half
+from structopt.training.averaging import follow_
 from structopt.training.copying import copied
 
 
@@ -24,22 +25,22 @@ class MovingTeacher:
         train(student, batches, from_logits(teacher), optimizer, after_step=teacher, ...)
 
     Tarvainen and Valpola, 2017, "Mean teachers are better role models". d = min(decay,
-    (1 + t)/(10 + t)) at step t; buffers of floating point are averaged alike, and 16 bits in a
-    float32 copy. ``model`` is the average itself, often the better network. A checkpoint of the
-    run keeps it.
+    (1 + t)/(10 + t)) at step t; buffers of real or complex numbers are averaged alike, and 16 bits
+    in a float32 copy. ``model`` is the average itself, often the better network. A checkpoint of
+    the run keeps it.
 
     Raises ``ValueError`` for a decay outside 0 <= d < 1.
 
     >>> student = nn.Linear(2, 3)
     >>> teacher = MovingTeacher(student, decay=0.9)
     >>> teacher(student, 1)
-    >>> torch.equal(teacher.model.weight, student.weight)
+    >>> teacher.model.weight.equal(student.weight)
     True
     """
 
     def __init__(self, student: nn.Module, decay: float = 0.99) -> None:
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay is that of the running mean, 0 <= d < 1, not {decay}")
+        if not 0 <= real(decay) < 1:
+            raise ValueError(f"decay is that of the running mean, 0 <= d < 1, not {decay!r}")
         self.model, self.decay, self.steps = copied(student), decay, 0
         self.model.requires_grad_(False)
         self.halves: dict[int, Tensor] = {}  # float32 copies, by their place among the numbers
@@ -48,43 +49,26 @@ class MovingTeacher:
 
     def teach(self, inputs: Any, targets: Any, names: Sequence[str] = ()) -> Lesson:
         """The lesson of the average, on the device of ``inputs``."""
-        self.model.to(inputs.device)
+        if isinstance(inputs, Tensor):
+            self.model.to(inputs.device)
         return self.asked.teach(inputs, targets, names)
 
-    @torch.no_grad()
     def __call__(self, student: nn.Module, step: int) -> None:
         """Take in the student's weights; ``train`` calls it after each step."""
-        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        theirs = _tensors(student)
-        if theirs:
-            self.model.to(theirs[0].device)
-        ours = _tensors(self.model)
-        whole = [b.is_floating_point() for b in theirs]
-        mine = [a for a, w in zip(ours, whole, strict=True) if w]
-        if mine:
-            halves = self.halves or {k: a.float() for k, a in enumerate(mine) if half(a)}
-            self.halves = {k: a.to(mine[k].device) for k, a in halves.items()}
-            exact = [self.halves.get(k, a) for k, a in enumerate(mine)]
-            target = [b for b, w in zip(theirs, whole, strict=True) if w]
-            approach_(mine, exact, target, 1 - decay)
-        for a, b, w in zip(ours, theirs, whole, strict=True):
-            if not w:
-                a.copy_(b)
+        for parameter in islice(student.parameters(), 1):
+            self.model.to(parameter.device)
+        follow_(self.model, student, self.halves, self.decay, self.steps)
         self.steps += 1
 
     def state_dict(self) -> dict[str, Any]:
         """The average and its number of steps."""
-        return {"model": self.model.state_dict(), "steps": self.steps, "halves": {**self.halves}}
+        return {"model": self.model.state_dict(), "steps": self.steps, "halves": self.halves}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a :meth:`state_dict`."""
         self.model.load_state_dict(state["model"])
-        self.steps, halves = state["steps"], state.get("halves", {})
-        self.halves = {k: a.clone() for k, a in halves.items()}
-
-
-def _tensors(model: nn.Module) -> list[Tensor]:
-    return [t.detach() for t in (*model.parameters(), *model.buffers())]
+        self.steps = state["steps"]
+        self.halves = {place: a.clone() for place, a in state["halves"].items()}
 
 
 def born_again(
