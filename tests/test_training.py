@@ -472,9 +472,23 @@ def test_what_stands_in_the_place_of_another_is_refused(wrong, words):
         train(batches=data.batches(examples(), 20), epochs=1, **given)
 
 
-def test_an_optimiser_of_another_model_is_refused():
+def test_an_optimiser_of_another_model_is_refused_before_anything_is_moved():
+    model = network()
     with pytest.raises(ValueError, match="no parameter of this model"):
-        train(network(), data.batches(examples(), 20), cross_entropy, sgd(network()), epochs=1)
+        train(model, data.batches(examples(), 20), cross_entropy, sgd(network()), epochs=1)
+    assert model[4].weight.is_contiguous(), "its layout has changed"
+
+
+def test_an_optimiser_may_step_without_a_closure_and_hold_weights_of_others():
+    class Plain(torch.optim.SGD):
+        def step(self):
+            super().step()
+
+    model, other = network(), nn.Linear(1, 1)
+    before = model[7].weight.detach().clone()
+    optimizer = Plain([*other.parameters(), *model.parameters()], lr=0.1)
+    train(model, data.batches(examples(), 20), cross_entropy, optimizer, epochs=1)
+    assert not torch.equal(model[7].weight, before)
 
 
 def test_an_optimiser_of_the_objective_alone_is_welcome():
@@ -570,6 +584,9 @@ def test_weights_that_are_not_finite_are_noticed_when_losses_are_not():
         if step == 4:  # the last step: no loss comes after it
             with torch.no_grad():
                 model[7].weight[0, 0] = math.inf
+    model, objective = network(), Scaled()
+    train(model, data.batches(examples(), 20), objective, sgd(model), epochs=1)
+    assert objective.scale == 1
 
     with pytest.raises(FloatingPointError, match=r"weights are NaN .* epoch 1, step 4"):
         one_epoch(data.batches(examples(), 10), model=model, after_step=after_step)

@@ -19,7 +19,7 @@ def need_kinds(model: object, objective: object, optimizer: Any) -> None:
             f"objective is a function of (model, batch), such as supervised(), not "
             f"{describe(objective)}"
         )
-    if isinstance(optimizer, type) or not hasattr(optimizer, "param_groups"):
+    if not hasattr(optimizer, "param_groups"):
         raise ValueError(
             "optimizer is made from the model's parameters, such as "
             f"torch.optim.SGD(model.parameters(), lr=0.1), not {describe(optimizer)}"

@@ -62,6 +62,8 @@ class Run:
         self.model = model.module if isinstance(model, Parallel) else model
         self.objective, self.optimizer = objective, optimizer
         self.feed, self.epochs, self.device, self.dtype = feed, epochs, device, autocast
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        need_related(self.parameters, model, objective)
         self.channels_last = wants_channels_last(model, device)
         model.to(device)
         if self.channels_last:
@@ -70,8 +72,6 @@ class Run:
             model.to(memory_format=torch.contiguous_format)
         if isinstance(objective, nn.Module):
             objective.to(device)
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        need_related(self.parameters, model, objective)
         lay_like_parameters(optimizer)
         self.whole = wrap(model, objective, self.parameters)
         self.rates = [float(group["lr"]) for group in optimizer.param_groups]
