@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.data import DataLoader, TensorDataset
 
 from structopt import data, descent, networks
 from structopt.training import Average, History, accuracy, evaluate, supervised, train
+from structopt.training.feeding import Feed
 from structopt.training.layout import wants_channels_last
 
 cross_entropy = supervised(F.cross_entropy)
@@ -115,6 +117,38 @@ def test_accumulated_batches_are_one_large_batch(count):
     second = train(two, small, cross_entropy, sgd(two), accumulate=4, **settings)
     torch.testing.assert_close(weights(one), weights(two), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(first.losses, second.losses, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3, 5])
+def test_a_schedule_knows_how_many_steps_there_will_be(accumulate):
+    """Of 5 batches an epoch; the last step may have fewer than the others."""
+    totals = []
+
+    def schedule(step, total):
+        totals.append(total)
+        return 1.0
+
+    model, batches = network(), data.batches(examples(), 8)
+    settings = {"epochs": 2, "accumulate": accumulate}
+    train(model, batches, cross_entropy, sgd(model), schedule=schedule, **settings)
+    assert set(totals) == {len(totals)}
+
+
+def test_an_epoch_is_entered_anywhere_and_looked_at_again():
+    given = examples()
+    given.inputs[17] = math.inf
+    kinds = data.batches(given, 8), DataLoader(TensorDataset(given.inputs, given.targets), 8)
+    for batches in kinds:
+        feed = Feed(batches, 1)
+        for epoch in (0, 1, 4):
+            whole = [inputs for inputs, _ in feed.epoch(epoch, 0)]
+            for start in range(6):
+                rest = [inputs for inputs, _ in feed.epoch(epoch, start)]
+                assert all(map(torch.equal, rest, whole[start:]))
+                assert len(rest) == 5 - start
+            if batches is kinds[0]:  # a loader would draw another order
+                wrong = [not inputs.isfinite().all() for inputs in whole]
+                assert [feed.spoiled(epoch, number) for number in range(5)] == wrong
 
 
 def test_losses_are_read_seldom():
@@ -243,6 +277,31 @@ def test_what_keeps_a_batch_like_a_dict_is_one(kind, device):
     assert model.weight.item() == pytest.approx(before - 0.1 * (1 + 3 * 3) / 4)
 
 
+def test_batches_may_be_walked_over_by_number_alone():
+    class Numbered:
+        def __getitem__(self, number):
+            return list(data.batches(examples(), 20))[number]
+
+    assert len(one_epoch(Numbered()).losses) == 2
+
+
+def test_images_alone_are_laid_out_as_their_network(device):
+    """In channels-last order, wherever in the batch they lie, if the network is."""
+    if device.type == "mps":
+        pytest.skip("mps gains nothing by channels-last order")
+    images, series = torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 8)
+    for model, order in (
+        (nn.Conv2d(3, 2, 3), torch.channels_last), (nn.Linear(8, 2), torch.contiguous_format)
+    ):  # fmt: skip
+
+        def objective(model, batch, order=order):
+            assert batch["x"][0].is_contiguous(memory_format=order)
+            assert batch["x"][1].is_contiguous()
+            return model(batch["x"][0]).float().mean()
+
+        train(model, [{"x": [images, series]}], objective, sgd(model), epochs=1, device=device)
+
+
 def test_a_loader_may_count_its_epochs_itself():
     class Loader(list):
         epoch = 3
@@ -313,6 +372,47 @@ def test_an_average_in_16_bits_follows_all_the_same(dtype):
     again.restore(*average.state())
     assert (again.steps, again.halves) == (average.steps, average.halves)
     assert torch.equal(again.model.weight, average.model.weight)
+    kept = average.halves[0].clone()
+    again.update()
+    assert torch.equal(average.halves[0], kept), "its state is its own"
+
+
+def test_an_average_follows_what_lies_in_the_model_now(device):
+    """Whoever moves or edits a model may give it other tensors; and a decay of 0 is the model."""
+    model = network().to(device)
+    average = Average(model, 0)
+    for dtype in (torch.float64, torch.float32):
+        model.to(dtype)
+        model[0].weight.data = torch.full_like(model[0].weight, 3.0)
+        model[1].running_mean.add_(1.0)
+    average.update()
+    average.model.double().float()
+    average.model[1].num_batches_tracked.add_(5)
+    average.update()
+    assert_same(weights(average.model), weights(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
+def test_an_average_has_the_numbers_of_its_model(dtype, device):
+    if dtype == torch.float64 and device.type == "mps":
+        pytest.skip("mps has no double precision")
+    model = nn.ParameterList([torch.ones(2, dtype=dtype, device=device)])
+    average = Average(model, 0.9)
+    model[0].data += math.pi
+    average.update()
+    want = 1 + 0.9 * torch.full((2,), math.pi, dtype=dtype, device=device)
+    torch.testing.assert_close(average.model[0], want)
+    assert not average.model[0].requires_grad
+
+
+def test_a_model_without_weights_has_an_average_too():
+    head = nn.Linear(36, 2)
+    objective = nn.Sequential(head)
+    objective.forward = lambda model, batch: F.cross_entropy(head(model(batch[0])), batch[1])
+    model, optimizer = nn.Flatten(), sgd(head)
+    batches = data.batches(examples(), 20)
+    history = train(model, batches, objective, optimizer, epochs=1, average=0.9)
+    assert isinstance(history.averaged, nn.Flatten)
 
 
 def test_validation_sees_the_average_and_restores_training_mode():
@@ -369,56 +469,35 @@ def test_batches_that_cannot_be_trained_on_are_refused(batches, words):
         one_epoch(batches)
 
 
+def test_an_empty_batch_is_refused_among_others_too():
+    batches = [(torch.zeros(n, 1, 6, 6), torch.zeros(n).long()) for n in (2, 0)]
+    with pytest.raises(ValueError, match="holds no example"):
+        one_epoch(batches, accumulate=2)
+
+
 def test_an_error_in_the_objective_says_where_and_on_what():
     good = (torch.zeros(2, 1, 6, 6), torch.zeros(2).long())
     bad = (torch.full((2, 3, 6, 6), math.nan), torch.zeros(2).long())
-    kept = average.halves[0].clone()
-    again.update()
-    assert torch.equal(average.halves[0], kept), "its state is its own"
-
-
-def test_an_average_follows_what_lies_in_the_model_now(device):
-    """Whoever moves or edits a model may give it other tensors; and a decay of 0 is the model."""
-    model = network().to(device)
-    average = Average(model, 0)
-    for dtype in (torch.float64, torch.float32):
-        model.to(dtype)
-        model[0].weight.data = torch.full_like(model[0].weight, 3.0)
-        model[1].running_mean.add_(1.0)
-    average.update()
-    average.model.double().float()
-    average.model[1].num_batches_tracked.add_(5)
-    average.update()
-    assert_same(weights(average.model), weights(model))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
-def test_an_average_has_the_numbers_of_its_model(dtype, device):
-    if dtype == torch.float64 and device.type == "mps":
-        pytest.skip("mps has no double precision")
-    model = nn.ParameterList([torch.ones(2, dtype=dtype, device=device)])
-    average = Average(model, 0.9)
-    model[0].data += math.pi
-    average.update()
-    want = 1 + 0.9 * torch.full((2,), math.pi, dtype=dtype, device=device)
-    torch.testing.assert_close(average.model[0], want)
-    assert not average.model[0].requires_grad
-
-
-def test_a_model_without_weights_has_an_average_too():
-    head = nn.Linear(36, 2)
-    objective = nn.Sequential(head)
-    objective.forward = lambda model, batch: F.cross_entropy(head(model(batch[0])), batch[1])
-    model, optimizer = nn.Flatten(), sgd(head)
-    batches = data.batches(examples(), 20)
-    history = train(model, batches, objective, optimizer, epochs=1, average=0.9)
-    assert isinstance(history.averaged, nn.Flatten)
     with pytest.raises(RuntimeError, match="channels") as caught:
         one_epoch([good, bad])
     assert caught.value.__notes__ == [
         "in epoch 1, step 2 (both count from 1); the batch is (float32 (2, 3, 6, 6), int64 (2,)), "
         "and holds NaN or infinite values"
     ]
+
+
+@pytest.mark.parametrize(
+    "odd", [torch.eye(2).to_sparse(), torch.eye(2).to(torch.float8_e4m3fn), torch.eye(2).long()]
+)
+def test_an_error_on_tensors_of_other_kinds_is_the_objectives_own(odd):
+    """Whether torch can look for NaN in them or not; one that is spoiled does not hide another."""
+    images = torch.full((2, 1, 6, 6), math.nan)
+    with pytest.raises(KeyError, match="absent") as caught:
+        one_epoch([[odd, images]], lambda model, batch: {}["absent"])
+    assert caught.value.__notes__[0].endswith("and holds NaN or infinite values")
+    with pytest.raises(KeyError, match="absent") as caught:
+        one_epoch([[odd, images[0] > 0]], lambda model, batch: {}["absent"])
+    assert "NaN" not in caught.value.__notes__[0]
 
 
 @pytest.mark.parametrize(
@@ -438,6 +517,8 @@ def test_what_an_objective_returns_is_checked(objective, words):
     ("settings", "words"),
     [
         ({"accumulate": 0}, "accumulate counts"),
+        ({"accumulate": 1.5}, "accumulate counts"),
+        ({"accumulate": "2"}, "accumulate counts"),
         ({"epochs": -1}, "epochs counts"),
         ({"epochs": 1.5}, "epochs counts"),
         ({"autocast": "bf16"}, "autocast is a torch.dtype, .* not 'bf16'"),
@@ -503,6 +584,9 @@ def test_an_optimiser_of_the_objective_alone_is_welcome():
     objective = Scaled()
     train(network(), data.batches(examples(), 20), objective, sgd(objective), epochs=1)
     assert objective.scale != 1
+    model, objective = network(), Scaled()
+    train(model, data.batches(examples(), 20), objective, sgd(model), epochs=1)
+    assert objective.scale == 1
 
 
 def test_only_convolutions_on_devices_that_gain_by_it_want_channels_last():
@@ -584,9 +668,6 @@ def test_weights_that_are_not_finite_are_noticed_when_losses_are_not():
         if step == 4:  # the last step: no loss comes after it
             with torch.no_grad():
                 model[7].weight[0, 0] = math.inf
-    model, objective = network(), Scaled()
-    train(model, data.batches(examples(), 20), objective, sgd(model), epochs=1)
-    assert objective.scale == 1
 
     with pytest.raises(FloatingPointError, match=r"weights are NaN .* epoch 1, step 4"):
         one_epoch(data.batches(examples(), 10), model=model, after_step=after_step)

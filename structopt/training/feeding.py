@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from structopt import distributed
+from structopt.losses.checks import wide
 
 Group = list[tuple[Any, float]]
 """The batches of one optimiser step, each with the weight of its loss."""
@@ -50,7 +51,7 @@ class Feed:
         """Generators that a ``DataLoader`` or its sampler draws from, besides the global ones."""
         holders = (self.batches, *distributed.samplers(self.batches))
         found = [getattr(holder, "generator", None) for holder in holders]
-        return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+        return [generator for generator in found if isinstance(generator, torch.Generator)]
 
     @property
     def draws_globally(self) -> bool:
@@ -88,8 +89,10 @@ class Feed:
 
 
 def not_finite(batch: Any) -> bool:
+    """Whether a tensor holds NaN or infinite values; of sparse and nested ones torch cannot say."""
     found = [t for t in distributed.tensors(batch) if t.is_floating_point()]
-    return not all(bool(t.isfinite().all()) for t in found)
+    plain = [t for t in found if t.layout == torch.strided and not t.is_nested]
+    return not all(bool(wide(t).isfinite().all()) for t in plain)
 
 
 def move(batch: Any, device: torch.device, channels_last: bool) -> Any:
