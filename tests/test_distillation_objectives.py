@@ -412,6 +412,10 @@ def test_born_again_each_is_taught_by_the_one_before(device: torch.device) -> No
     found = d.born_again(networks.StudentNet, fit, generations=3, objective=build)
     assert len({id(network) for network in found}) == 3
     assert [o.teacher.models[0] for o in taught[1:]] == found[:2]
+    untaught = d.born_again(networks.StudentNet, lambda *_: None)
+    assert len(untaught) == 3
+    with pytest.raises(ValueError, match="the same network again"):
+        d.born_again(iter([*untaught[:2], untaught[0]]).__next__, lambda *_: None)
     x, y = batch(device)
     want = F.mse_loss(found[1].eval()(x), found[0].eval()(x))
     torch.testing.assert_close(taught[1](found[1], (x, y)), want)
@@ -467,6 +471,10 @@ def test_a_moving_teacher_of_no_memory_is_its_student(device: torch.device) -> N
                 p += 1
         teacher(student, 1)
         torch.testing.assert_close(teacher.model.state_dict(), student.state_dict())
+    assert d.MovingTeacher(student).decay == 0.99
+    teacher = d.MovingTeacher(nn.Linear(2, 1))
+    teacher(nn.Linear(2, 1, device="meta"), 1)
+    assert teacher.model.weight.device.type == "meta", "it lies where its student does"
     with pytest.raises(ValueError, match="asked one tensor, not dict"):
         teacher.teach({"x": torch.ones(1)}, None)
 

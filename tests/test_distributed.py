@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
-from structopt import distributed, files
+from structopt import data, distributed, files
 from structopt.training.feeding import Feed
 
 SCRIPT = Path(__file__).parent / "scripts" / "train_together.py"
@@ -130,6 +130,33 @@ def test_slices_make_up_the_batch(total, world):
             owns.append(own)
     assert torch.equal(torch.cat(pieces), inputs)
     assert max(owns) - min(owns) <= 1
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("kind", [list, distributed.Shard])
+def test_each_example_of_a_step_counts_in_one_process(monkeypatch, kind, accumulate):
+    """The weights are those of a mean over the processes."""
+    batches = [torch.arange(5), torch.arange(5, 9)][:accumulate]
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    found, total = [], 0.0
+    for rank in range(3):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        feed = Feed(kind(batches), accumulate)
+        for piece, weight in feed.group(list(feed.epoch(0, 0))):
+            found += piece.tolist()
+            total += weight / 3
+    assert sorted(found) == torch.cat(batches).tolist()
+    assert total == pytest.approx(1)
+
+
+def test_what_is_dealt_out_or_numbered_needs_no_common_draw(monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    examples = data.Examples(torch.zeros(8, 1), torch.zeros(8).long())
+    dealt = DataLoader(range(8), 4, sampler=DistributedSampler(range(8), num_replicas=2, rank=0))
+    kinds = dealt, data.batches(examples, 4), DataLoader(range(8), 4, shuffle=True)
+    assert [Feed(kind, 1).draws_globally for kind in kinds] == [False, False, True]
+    batch = torch.arange(4)
+    assert Feed(dealt, 1).group([batch]) == [(batch, 1.0)]
 
 
 @pytest.mark.parametrize(
