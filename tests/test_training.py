@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from structopt import data, descent, networks
 from structopt.training import Average, History, accuracy, evaluate, supervised, train
@@ -149,6 +149,18 @@ def test_an_epoch_is_entered_anywhere_and_looked_at_again():
             if batches is kinds[0]:  # a loader would draw another order
                 wrong = [not inputs.isfinite().all() for inputs in whole]
                 assert [feed.spoiled(epoch, number) for number in range(5)] == wrong
+
+
+def test_the_generators_of_a_loader_and_of_its_order_are_known():
+    """The first seeds the workers, the second draws the order: a checkpoint has to hold both."""
+    seeds, order = torch.Generator(), torch.Generator()
+    drawn = RandomSampler(range(8), generator=order)
+    batched = BatchSampler(drawn, 2, False)
+    for loader in (
+        DataLoader(range(8), 2, sampler=drawn, generator=seeds),
+        DataLoader(range(8), batch_sampler=batched, generator=seeds),
+    ):
+        assert set(Feed(loader, 1).generators) == {seeds, order}
 
 
 def test_losses_are_read_seldom():
