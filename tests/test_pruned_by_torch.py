@@ -37,7 +37,12 @@ def test_a_copy_is_the_same_network_with_weights_of_its_own(device):
     model, x = pruned(device)
     with pytest.raises(RuntimeError, match="deepcopy protocol"):
         copy.deepcopy(model)
+    model.probe = torch.ones(1, requires_grad=True)  # of the user's own, no parameter
     made = copied(model)
+    assert made.probe is not model.probe
+    assert made.probe.requires_grad
+    assert not made[0].weight.requires_grad
+    assert made[0].weight.data_ptr() != model[0].weight.data_ptr()
     expected = model(x)
     torch.testing.assert_close(made(x), expected)
     torch.testing.assert_close(permanent(model)(x), expected)
