@@ -106,8 +106,10 @@ def test_any_integer_type_serves_as_label(dtype: torch.dtype, device: torch.devi
 def test_probabilities_and_weights_may_be_of_another_precision(device: torch.device) -> None:
     x, weight = logits(4, CLASSES, device=device), torch.arange(CLASSES).to(device)
     soft = logits(4, CLASSES, device=device).detach().softmax(1).bfloat16()
-    want = F.cross_entropy(x, soft.float(), weight.float())
-    torch.testing.assert_close(losses.cross_entropy(x, soft, weight=weight), want)
+    for target, exact in ((soft, soft.float()), (labels(4, device=device),) * 2):
+        want = F.cross_entropy(x, exact, weight.float(), label_smoothing=0.1)
+        got = losses.cross_entropy(x, target, weight=weight, label_smoothing=0.1)
+        torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
