@@ -430,6 +430,9 @@ WRONG = {
     "in rows, the op .* reads the stream, and is no nn.Linear": Wrong(
         lambda m, x: x + m.rows(x.T).T  # over positions, as an MLP-Mixer does
     ),
+    "in the model, the op .* reads the stream, and is no nn.Linear": Wrong(
+        lambda m, x: x + x @ (2 * m.past.weight).T  # what is made of a weight is none
+    ),
     r"in head\.0, .* normalises what another norm gave": Wrong(
         lambda m, x: x, head=nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 2))
     ),

@@ -72,7 +72,7 @@ class Recorder(Tracer):  # type: ignore[no-untyped-call]
 
     def _seen(self, tensor: Tensor, source: str = "") -> Seen:
         key = _key(tensor)
-        mirror = list(mirror_of(tensor) or [None] * tensor.ndim)
+        mirror = list(mirror_of(tensor) or [])
         return Seen(key, mirror, tensor.shape, self.sources.setdefault(key, source))
 
 
