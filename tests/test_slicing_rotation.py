@@ -19,6 +19,7 @@ from structopt.slicing import (
     sort_channels,
     to_rms_norm,
 )
+from structopt.slicing.recording import recorded
 from structopt.training import evaluate, supervised, train
 
 
@@ -476,6 +477,33 @@ def test_networks_of_torch_that_cannot_be_turned():
     mixed = Words(norm=nn.RMSNorm)
     with pytest.raises(ValueError, match="some norms subtract the mean"):
         to_rms_norm(mixed, words)
+
+
+class Writing(nn.Module):
+    """Writes into its buffer and its input; fails where it has no words, or too many."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self.register_buffer("calls", torch.zeros(2))
+
+    def forward(self, x, problem=None):
+        if problem is not None:
+            raise problem
+        self.calls.add_(1)
+        return self.linear(x.mul_(2)), x.sum()
+
+
+def test_recording_leaves_no_trace(device):
+    model, x = Writing().to(device), torch.ones(1, 2, device=device)
+    given = recorded(model, x)[3]
+    assert [len(mirror) for mirror in given] == [2, 0]
+    assert not model.calls.any()
+    assert (x == 1).all()
+    assert [vars(tensor) for tensor in (x, *model.parameters(), *model.buffers())] == [{}] * 4
+    for problem, said in ((RuntimeError("one\ntwo"), "one"), (AssertionError(), "")):
+        with pytest.raises(ValueError, match=rf"does not accept the example: {said}$"):
+            recorded(model, {"x": x, "problem": problem})
 
 
 def test_what_is_wrong_is_named():

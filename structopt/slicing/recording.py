@@ -98,10 +98,10 @@ def recorded(
     ops, sources = list[Op](), {_key(tensor): name for name, tensor in named}
     follow_modules(book, labelled)
     mark(labelled)
-    recorder = Recorder(book, ops, sources)
+    recorder, own = Recorder(book, ops, sources), map_tensors(example, torch.clone)
     try:
         with plain_kernels(), Attributes(book), recorder:
-            given = call(labelled, map_tensors(example, torch.clone))
+            given = call(labelled, own)
     except Exception as problem:
         first = (str(problem).splitlines() or [""])[0]
         raise ValueError(f"the model does not accept the example: {first}") from problem
