@@ -525,12 +525,16 @@ HOMOGENEOUS = {
 }
 
 
+def between(bend, device):
+    """A model with this between two layers, and the group of channels that go through it."""
+    parts = {"a": nn.Linear(6, 5), "b": nn.Linear(5, 3)}
+    model = Fn(lambda self, x: self.b(bend(self.a(x))), **parts).to(device)
+    return model, channel_groups(model, torch.rand(4, 6, device=device))["a"]
+
+
 @pytest.mark.parametrize("name", BENDING)
 def test_no_scale_goes_through_a_bend_that_the_example_does_not_reach(name, device):
-    model = Fn(
-        lambda self, x: self.b(BENDING[name](self.a(x))), a=nn.Linear(6, 5), b=nn.Linear(5, 3)
-    ).to(device)
-    group = channel_groups(model, torch.rand(4, 6, device=device))["a"]
+    model, group = between(BENDING[name], device)
     with pytest.raises(ValueError, match="not positively homogeneous"):
         take(model, {group: range(5)}, scale={group: [1, 1, 0.5, 1, 1]})
     take(model, {group: range(5)}, scale={group: [1.0] * 5})
@@ -540,10 +544,7 @@ def test_no_scale_goes_through_a_bend_that_the_example_does_not_reach(name, devi
 
 @pytest.mark.parametrize("name", HOMOGENEOUS)
 def test_a_scale_goes_through_what_is_homogeneous(name, device):
-    model = Fn(
-        lambda self, x: self.b(HOMOGENEOUS[name](self.a(x))), a=nn.Linear(6, 5), b=nn.Linear(5, 3)
-    ).to(device)
-    group = channel_groups(model, torch.rand(4, 6, device=device))["a"]
+    model, group = between(HOMOGENEOUS[name], device)
     scaled = take(model, {group: range(5)}, scale={group: [1, 2, 0.5, 1, 4]})
     x = 1e3 * torch.randn(50, 6, device=device)
     torch.testing.assert_close(scaled(x), model(x), rtol=1e-4, atol=1e-2)

@@ -86,10 +86,9 @@ def _scaled(channels: Channels, model: nn.Module, edit: Edit) -> Reals:
         group, powers = channels.every[number], _powers(channels, number)
         by_channel = np.ones(group.size)
         by_channel[edit.choice[number]] = values
-        axes = [axis for axis, _ in channels.book.bent if number in channels.along(axis)]
-        for axis in axes if (by_channel != 1).any() else ():
-            why = channels.bends(axis[(channels.along(axis)[number] >= 0) & (powers[axis] > 0)])
-            if why:
+        for axis, why in channels.book.bent if (by_channel != 1).any() else ():
+            channel = channels.along(axis).get(number)
+            if channel is not None and ((channel >= 0) & (powers[axis] > 0)).any():
                 raise Refused(f"what is scaled meets {why}")
         for member in group.members:
             if member.parameter in parameters:

@@ -120,3 +120,8 @@ def unfused() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+def first_of(given: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+    """The first of what a layer is called with, by place or by keyword."""
+    return next(iter((*given, *named.values())))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from structopt.measure.running import Example, call, undisturbed
+from structopt.measure.running import Example, call, first_of, undisturbed
 from structopt.measure.timing import latency
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -30,7 +30,7 @@ def free_widths(model: nn.Module, example: Example, *, rounds: int = 20) -> list
     inputs: dict[nn.Module, Tensor] = {}
 
     def remember(module: nn.Module, args: Any, named: Any) -> None:
-        inputs.setdefault(module, next(iter((*args, *named.values()))).detach())
+        inputs.setdefault(module, first_of(args, named).detach())
 
     layers: dict[nn.Module, str] = {
         m: name for name, m in model.named_modules() if isinstance(m, _LAYERS)

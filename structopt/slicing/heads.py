@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from structopt.slicing.tracing import first_line
 from structopt.training.observing import observed
 
 
@@ -31,8 +32,9 @@ def outputs_of(
         try:
             final = model(example)
         except (RuntimeError, TypeError) as problem:
-            first = (str(problem).splitlines() or [""])[0]
-            raise ValueError(f"the model does not accept the example: {first}") from problem
+            raise ValueError(
+                f"the model does not accept the example: {first_line(problem)}"
+            ) from problem
     for name in names:
         if name not in found:
             raise ValueError(f"{name} is not called by itself when the model runs: no exit there")
