@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -63,12 +64,17 @@ def save(model: nn.Module, path: str | Path) -> None:
     tensors: dict[str, Tensor] = {}
     names: dict[int, str] = {}  # each tensor object's first name
     structure: dict[str, Any] = {}
-    for name, module in model.named_modules():
+    places: dict[nn.Module, str] = {}  # each module's first name
+    for name, module in model.named_modules(remove_duplicate=False):
+        if (place := places.setdefault(module, name)) != name:
+            if "class" in structure.get(name.rpartition(".")[0], {}):  # not below another twin
+                structure[name] = {"same": place}
+            continue
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise ValueError(f"{name or 'the model'} has an extra state, which needs pickle")
         kept = {key: value for key, value in vars(module).items() if key not in INTERNAL}
         attributes = {key: _packed(value) for key, value in kept.items() if _is_plain(value)}
-        record: dict[str, Any] = {"class": type(module).__name__, "attributes": attributes}
+        record: dict[str, Any] = {"class": _kind(module), "attributes": attributes}
         for kind, slots in KINDS.items():
             record[kind] = dict.fromkeys(slots(module))
             for key, tensor in slots(module).items():
@@ -95,6 +101,8 @@ def load(path: str | Path, into: nn.Module) -> nn.Module:
     cannot be built from plain numbers, a tensor of other dimensions), and for files that are
     truncated, corrupt or hostile. The model is then as it was.
     """
+    if not isinstance(into, nn.Module):  # its class, say: the file is not to blame
+        raise ValueError(f"into={into!r} is no model: give a fresh one, such as Net()")
     tensors, notes = files.load_tensors(path)
     if notes.get("kind") != KIND:
         raise ValueError(f"{path} is not a network that checkpoint.save wrote ({KIND})")
@@ -127,7 +135,7 @@ class _Plan:
         for name, record in structure.items():
             self._module(name, record)
         for name, module in self.modules.items():
-            if name not in structure and not self._is_replaced(name):
+            if "class" not in structure.get(name, {}) and not self._is_replaced(name):
                 self.problems.append(f"the file has no {name} ({type(module).__name__})")
 
     def _is_replaced(self, name: str) -> bool:
@@ -136,21 +144,27 @@ class _Plan:
         return any(".".join(parts[:end]) in self.replaced for end in range(1, len(parts)))
 
     def _module(self, name: str, record: dict[str, Any]) -> None:
-        below = self._is_replaced(name)
+        below, (above, _, key) = self._is_replaced(name), name.rpartition(".")
         module = None if below else self.modules.get(name)
-        kind, (above, _, key) = str(record["class"]), name.rpartition(".")
-        taken = hasattr(self.replaced.get(above), key)  # by a method, say
+        kind = str(record.get("class", "a twin"))
+        # Not a method's name, say.
+        free = (key.isidentifier() or key.isdigit()) and not hasattr(self.replaced.get(above), key)
+        if "same" in record and not below:
+            return  # here the model itself says which of its modules are one
         if module is None and not below:
             self.problems.append(f"this model has no {name} ({kind})")
-        elif module is not None and type(module).__name__ == kind:
+        elif module is not None and _kind(module) == kind:
             self._attributes(name, module, record)
             self._tensors(name, module, record)
-        elif kind not in BUILDABLE or taken or not (key.isidentifier() or key.isdigit()):
-            here = type(module).__name__ if module else "nothing"
-            self.problems.append(f"{name or 'the model'} is {kind} there, {here} here")
-        else:
-            self.replaced[name] = self._built(name, record)
+        elif free and "same" in record:
+            self.replaced[name] = {**self.modules, **self.replaced}[record["same"]]
+        elif free and kind in BUILDABLE:
+            mode = (self.replaced[above] if below else self.modules[name]).training
+            self.replaced[name] = self._built(name, record).train(mode)
             self._tensors(name, self.replaced[name], record)
+        else:
+            here = _kind(module) if module is not None else "nothing"
+            self.problems.append(f"{name or 'the model'} is {kind} there, {here} here")
 
     def _built(self, name: str, record: dict[str, Any]) -> nn.Module:
         """A torch layer from its plain attributes: no constructor has to guess its arguments."""
@@ -215,12 +229,19 @@ class _Plan:
 
     def _put(self, name: str, layer: nn.Module) -> None:
         parent, _, key = name.rpartition(".")
-        if (old := self.modules.get(name)) is None:
+        if self._is_replaced(name):
             self.into.get_submodule(parent).add_module(key, layer)
             return
+        old = self.modules[name]
         for module in list(self.into.modules()):  # wherever the old one stands
             for child in [k for k, v in module._modules.items() if v is old]:
                 module._modules[child] = layer
+
+
+def _kind(module: nn.Module) -> str:
+    """Its class; one that only bears a torch layer's name must never be built as that layer."""
+    name = type(module).__name__
+    return name if BUILDABLE.get(name, type(module)) is type(module) else f"another {name}"
 
 
 def _is_plain(value: Any) -> bool:
@@ -228,7 +249,12 @@ def _is_plain(value: Any) -> bool:
         return all(type(key) is str and _is_plain(item) for key, item in value.items())
     if type(value) in (tuple, list, torch.Size):
         return all(map(_is_plain, value))
-    return value is None or type(value) in (bool, int, float, str)
+    return value is None or type(_python(value)) in (bool, int, float, str)
+
+
+def _python(value: Any) -> Any:
+    """A size that numpy computed as Python's number."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _packed(value: Any) -> Any:
@@ -237,7 +263,7 @@ def _packed(value: Any) -> Any:
         return {"dict": {key: _packed(item) for key, item in value.items()}}
     if isinstance(value, (tuple, list)):
         return {type(value).__name__: [_packed(item) for item in value]}
-    return value
+    return _python(value)
 
 
 def _unpacked(packed: Any) -> Any:

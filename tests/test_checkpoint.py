@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -208,6 +209,51 @@ def test_layers_that_became_others_are_built_anew(tmp_path, change, device):
     fresh.train()(x).sum().backward()
 
 
+@pytest.mark.parametrize("mode", [True, False])
+def test_layers_that_are_built_run_in_the_mode_of_those_they_replace(tmp_path, mode):
+    saved = filled(block())
+    other_units(saved)
+    checkpoint.save(saved.train(not mode), tmp_path / "x")
+    fresh = block().train(mode)
+    fresh[0].train(not mode)  # frozen, say
+    checkpoint.load(tmp_path / "x", into=fresh)
+    assert {m.training for m in fresh[0].modules()} == {not mode}
+    assert {m.training for child in fresh[1:] for m in child.modules()} == {mode}
+
+
+def test_sizes_that_numpy_computed_are_sizes(tmp_path):
+    def network(width):
+        width = np.int64(width)
+        return nn.Sequential(
+            nn.Conv2d(8, 8, 3), nn.Conv2d(width, width, 1, groups=width), nn.LayerNorm(width)
+        )
+
+    saved, fresh = network(4), network(8)
+    saved[0] = fresh[0] = nn.LayerNorm(np.int64(4))
+    checkpoint.save(saved, tmp_path / "x")
+    fresh[0] = nn.Identity()  # becomes a LayerNorm again
+    checkpoint.load(tmp_path / "x", into=fresh)
+    x = torch.randn(2, 4, 4, 4)
+    assert torch.equal(fresh(x), saved(x))
+
+
+def test_a_class_that_bears_the_name_of_a_torch_layer_is_not_taken_for_it(tmp_path):
+    class Linear(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    saved = nn.Sequential(Linear(2, 2))
+    checkpoint.save(saved, tmp_path / "x")
+    for other in (nn.Identity(), nn.Linear(2, 2)):
+        with pytest.raises(ValueError, match=r"0 is another Linear there, (Identity|Linear) here"):
+            checkpoint.load(tmp_path / "x", into=nn.Sequential(other))
+    x = torch.randn(3, 2)
+    own = checkpoint.load(tmp_path / "x", into=nn.Sequential(Linear(2, 2)))
+    assert torch.equal(own(x), saved(x))
+    checkpoint.save(nn.Sequential(nn.Linear(2, 2)), tmp_path / "x")
+    assert type(checkpoint.load(tmp_path / "x", into=own)[0]) is nn.Linear
+
+
 def test_a_layer_that_stands_twice_is_replaced_twice(tmp_path):
     def twice():
         layer = nn.Linear(4, 4)
@@ -220,6 +266,44 @@ def test_a_layer_that_stands_twice_is_replaced_twice(tmp_path):
     assert fresh[0] is fresh[2]
     x = torch.randn(3, 4)
     assert torch.equal(saved(x), fresh(x))
+
+
+def test_a_layer_that_stands_twice_in_one_that_is_built_stands_there_twice(tmp_path):
+    def network():
+        return nn.Sequential(nn.Tanh(), nn.Conv1d(1, 1, 1), nn.Linear(4, 4))
+
+    saved, unit = network(), nn.Sequential(nn.Linear(4, 4), nn.Sigmoid())
+    saved[1] = nn.Sequential(unit, saved[0], unit, nn.Linear(4, 4), saved[0], nn.Sequential(unit))
+    saved[2] = nn.Sequential(saved[0], nn.Linear(4, 4), unit)
+    checkpoint.save(saved, tmp_path / "x")
+    fresh = checkpoint.load(tmp_path / "x", into=network())
+    assert str(fresh) == str(saved)
+    assert fresh[1][0] is fresh[1][2] is fresh[1][5][0] is fresh[2][2]
+    assert fresh[1][1] is fresh[1][4] is fresh[0] is fresh[2][0]
+    x = torch.randn(3, 4)
+    assert torch.equal(saved(x), fresh(x))
+
+
+def test_a_layer_that_is_built_has_all_its_layers_whatever_stood_below_its_name(tmp_path):
+    class Block(nn.Sequential):  # children 0 and 1, as those of the file
+        pass
+
+    saved, fresh = nn.Sequential(filled(block())), nn.Sequential(Block(*block()))
+    checkpoint.save(saved, tmp_path / "x")
+    checkpoint.load(tmp_path / "x", into=fresh)
+    assert_same_network(saved, fresh)
+    x = torch.randn(2, 3, 5, 5)
+    assert torch.equal(saved.eval()(x), fresh.eval()(x))
+
+
+def test_layers_that_are_one_in_the_file_alone_are_a_mismatch(tmp_path):
+    one = nn.Linear(2, 2)
+    checkpoint.save(nn.Sequential(one, one), tmp_path / "x")
+    with pytest.raises(ValueError, match=r"the file has no 1 \(Linear\)"):
+        checkpoint.load(tmp_path / "x", into=nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+    checkpoint.save(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), tmp_path / "x")
+    with pytest.raises(ValueError, match=r"this model has no 1 \(Linear\)"):
+        checkpoint.load(tmp_path / "x", into=nn.Sequential(one, one))
 
 
 SCRIPT = """
@@ -305,6 +389,12 @@ def test_what_needs_pickle_or_has_no_shape_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_class_in_the_place_of_a_model_is_not_the_fault_of_the_file(tmp_path):
+    checkpoint.save(nn.ReLU(), tmp_path / "x")
+    with pytest.raises(ValueError, match=r"into=<class .*ReLU'> is no model: give a fresh one"):
+        checkpoint.load(tmp_path / "x", into=nn.ReLU)
+
+
 def test_another_file_is_refused(tmp_path):
     files.save_tensors(tmp_path / "x", {"weight": torch.zeros(2, 2)}, {})
     with pytest.raises(ValueError, match=r"not a network that checkpoint\.save wrote"):
@@ -364,6 +454,14 @@ EDITS = {
             in_features={"Size": [2**70]}
         ),
         r"is no size of a tensor",
+    ),
+    "a twin named as a method": (
+        lambda structure, tensors: structure.update({"1.forward": {"same": "1"}}),
+        r"1\.forward is a twin there, nothing here",
+    ),
+    "a twin of nothing": (
+        lambda structure, tensors: structure.update({"1.a": {"same": "7"}}),
+        r"describes no network: KeyError",
     ),
     "a child that is no name": (
         lambda structure, tensors: structure.update({"1.for ward": structure["1"]}),
