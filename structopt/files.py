@@ -7,6 +7,7 @@ runs no code, whoever wrote it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -31,7 +32,7 @@ def write_atomically(path: str | Path, writer: Callable[[BinaryIO], object]) -> 
 
     A reader finds the old file or the new one, never a half; when the writer fails, or the disk is
     full, the old file stays and no other is left. Missing folders are made. Raises ``OSError``
-    (with ``path`` in it) where the folder cannot be written.
+    (with ``path`` in it) where the folder cannot be written, and for a folder, device or pipe.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "note.txt"
@@ -42,13 +43,14 @@ def write_atomically(path: str | Path, writer: Callable[[BinaryIO], object]) -> 
     path = Path(path).expanduser().resolve()  # a link stays a link, its target is replaced
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise OSError(errno.EINVAL, "a device or pipe")  # which a renaming would replace
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("xb") as file:
             writer(file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        _sync_folder(path.parent)
     except OSError as error:
         reason = error.strerror or str(error)
         what = "nothing was written, and an older file there is as it was"
@@ -56,6 +58,8 @@ def write_atomically(path: str | Path, writer: Callable[[BinaryIO], object]) -> 
     finally:
         with contextlib.suppress(OSError):  # renamed, or its folder could not be made
             temporary.unlink()
+    with contextlib.suppress(OSError):  # a folder that may not be listed; the file is there
+        _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -72,8 +76,8 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], notes: Notes) 
     """Write named tensors and JSON-able notes to one safetensors file, atomically.
 
     Dense tensors of any shape, stride and device; those that share memory are stored once each.
-    Takes as much memory again as the tensors. Raises ``ValueError`` for tensors without data
-    (``meta``), layouts that are not dense and types that the format has not (complex128),
+    Takes three times as much memory again as the tensors. Raises ``ValueError`` for tensors without
+    data (``meta``), layouts that are not dense and types that the format has not (complex128),
     ``TypeError`` for notes that JSON cannot hold, ``OSError`` for a disk that is full or read-only.
 
     >>> import tempfile
@@ -114,13 +118,15 @@ def load_tensors(
 ) -> tuple[dict[str, Tensor], Notes]:
     """Read what :func:`save_tensors` wrote: (tensors, notes), bit for bit, on ``device``.
 
-    Raises ``FileNotFoundError``, and ``ValueError`` for a file that is truncated, corrupt or of
-    another format. A safetensors file from elsewhere has empty notes and no checksum to compare.
+    Raises ``FileNotFoundError``, ``PermissionError``, and ``ValueError`` for a file that is
+    truncated, corrupt or of another format. A safetensors file from elsewhere has empty notes and
+    no checksum to compare.
     """
     path = Path(path).expanduser()
     if not path.is_file():
         folder = ": it is a folder, name a file in it" if path.is_dir() else ""
         raise FileNotFoundError(f"there is no file {path}{folder}")
+    path.open("rb").close()  # safetensors calls a file that may not be read missing
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}

@@ -209,6 +209,35 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, call):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_folder_that_may_be_written_but_not_listed_gets_its_file(tmp_path, monkeypatch):
+    def closed(*arguments):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "open", closed)
+    write_atomically(tmp_path / "x", lambda file: file.write(b"new"))
+    assert (tmp_path / "x").read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [tmp_path / "x"]
+
+
+def test_a_pipe_or_a_device_is_not_replaced_by_a_file(tmp_path):
+    os.mkfifo(tmp_path / "x")
+    with pytest.raises(OSError, match=r"a device or pipe.*as it was.*x"):
+        write_atomically(tmp_path / "x", lambda file: file.write(b"new"))
+    assert (tmp_path / "x").is_fifo()
+    assert list(tmp_path.iterdir()) == [tmp_path / "x"]
+
+
+def test_a_file_that_may_not_be_read_is_not_called_missing(tmp_path, monkeypatch):
+    save_tensors(tmp_path / "x", {}, {})
+
+    def closed(*arguments, **keywords):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "open", closed)  # the tests may run as root, who may read
+    with pytest.raises(PermissionError):
+        load_tensors(tmp_path / "x")
+
+
 def test_a_read_only_folder_says_so(tmp_path, monkeypatch):
     def read_only(*arguments, **keywords):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
