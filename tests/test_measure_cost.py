@@ -121,6 +121,8 @@ def test_without_a_batch_dimension_one_says_so():
     assert macs(layer, signal, batch=1) == 8 * 2 * 3 * 3
     with pytest.raises(ValueError, match="batch=0"):
         measure.cost(layer, signal, batch=0)
+    with pytest.raises(ValueError, match="batch=0"):
+        measure.per_layer(layer, signal, batch=0)
     with pytest.raises(ValueError, match="empty"):
         measure.cost(layer, torch.zeros(0, 2, 10))
 
@@ -159,6 +161,44 @@ def test_nonzeros_are_those_of_the_weight_in_use():
     assert "(50.0 % zero)" in str(found)
 
 
+@pytest.mark.parametrize("shape", [(3, 5), (5,), (5, 5, 1)])
+def test_a_mask_of_another_shape_is_no_mask_of_the_weight(shape):
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.position = nn.Parameter(torch.ones(5, 5))
+            self.register_buffer("position_mask", torch.zeros(shape))
+
+        def forward(self, x):
+            return x @ self.position
+
+    assert measure.cost(Positions(), torch.zeros(1, 5)).nonzeros == 25
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CS. tensor support is in beta")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc])
+def test_a_sparse_buffer_has_the_bytes_of_its_parts(layout):
+    class Graph(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+            self.register_buffer("near", torch.eye(5).to_sparse(layout=layout))
+
+        def forward(self, x):
+            near = self.near
+            (near._values() if layout == torch.sparse_coo else near.values()).add_(1)
+            return self.layer(near @ x)
+
+    model, x = Graph(), torch.randn(5, 4)
+    near = model.near  # another number is added to it at each call, and taken back
+    indices = 10 if layout == torch.sparse_coo else 6 + 5
+    assert measure.cost(model, x).bytes == 4 * 15 + 8 * indices + 4 * 5
+    assert measure.per_layer(model, x).rows[-1]["MACs"] == 12
+    assert float(measure.latency(model, x, rounds=1)) > 0
+    assert model.near is near
+    assert torch.equal(near.to_dense(), torch.eye(5))
+
+
 def test_a_model_without_values_has_a_cost_too():
     model = nn.Conv2d(3, 8, 3, device="meta")
     found = measure.cost(model, torch.zeros(1, 3, 8, 8, device="meta"))
@@ -166,18 +206,22 @@ def test_a_model_without_values_has_a_cost_too():
 
 
 class Restless(nn.Module):
-    """Draws random numbers, counts its calls in a buffer, and holds a frozen part in eval mode."""
+    """Draws random numbers, also for a weight; counts its calls; a frozen part in eval mode."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout())
         self.frozen = nn.BatchNorm1d(4).eval()
+        self.normed = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
+        self.noisy = nn.Linear(4, 4)
+        parametrize.register_parametrization(self.noisy, "weight", nn.Dropout())
+        parametrize.register_parametrization(self.noisy, "weight", nn.RReLU())
         self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, x):
         self.calls += 1
         self.frozen.running_mean = self.frozen.running_mean + 1  # another tensor in its place
-        return self.frozen(self.layers(x + torch.randn_like(x)))
+        return self.frozen(self.layers(self.noisy(self.normed(x + torch.randn_like(x)))))
 
 
 MEASURES = {
@@ -215,8 +259,13 @@ def test_a_model_that_fails_is_left_as_it_was():
     assert torch.backends.mha.get_fastpath_enabled()
 
 
-def test_a_compiled_model_is_counted():
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_compiled_or_traced_model_is_counted():
     assert macs(torch.compile(nn.Linear(3, 4)), torch.zeros(2, 3)) == 12
+    traced = torch.jit.trace(nn.Linear(3, 4), torch.zeros(2, 3))
+    assert measure.cost(traced, torch.zeros(2, 3)) == measure.cost(
+        nn.Linear(3, 4), torch.zeros(2, 3)
+    )
 
 
 class Functional(nn.Module):

@@ -118,6 +118,18 @@ def test_memory_made_before_and_freed_inside_does_not_go_below_zero():
     assert measure.peak_memory(release) == 40
 
 
+def test_sparse_tensors_live_in_their_indices_and_values():
+    eye = torch.eye(5)
+    parts = 8 * 10 + 4 * 5
+    assert parts <= measure.peak_memory(eye.to_sparse) <= 2 * parts
+    many = measure.peak_memory(lambda: [eye.to_sparse() for _ in range(10)])
+    assert 10 * parts <= many <= 11 * parts
+    model = nn.Linear(2, 2)
+    model.register_buffer("near", eye.to_sparse())
+    with pytest.raises(ValueError, match=r"'near' is of layout torch\.sparse_coo"):
+        measure.file_bytes(model)
+
+
 def test_a_file_is_as_large_as_it_is_on_disk(tmp_path, device):
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)).to(device)
     files.save_tensors(tmp_path / "m.safetensors", dict(model.state_dict()), {})

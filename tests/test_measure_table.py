@@ -172,6 +172,12 @@ def test_fewer_macs_but_not_faster_is_said(times):
     assert "timed on a clock, 20 interleaved rounds" in table.notes
 
 
+def test_a_model_without_macs_has_not_fewer_than_itself(times):
+    times.update(relu=1.0, tanh=1.0)
+    table = compare({"relu": nn.ReLU(), "tanh": nn.Tanh()}, EXAMPLE, batch=1)
+    assert not [note for note in table.notes if "fewer" in note]
+
+
 def test_a_count_that_is_incomplete_is_said():
     class Two(nn.Module):
         def __init__(self):
@@ -212,6 +218,19 @@ def test_a_width_tied_to_groups_is_left_alone(device):
 def test_a_layer_whose_weight_a_mask_owns_is_left_alone(device):
     model = nn.Sequential(nn.Linear(4, 13), nn.Linear(13, 3)).to(device)
     prune.l1_unstructured(model[0], "weight", 0.5)
+    assert measure.free_widths(model, torch.zeros(2, 4, device=device), rounds=1) == []
+
+
+def test_a_layer_of_another_class_is_left_alone(device):
+    class Adapted(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 13)
+            self.down, self.up = nn.Parameter(torch.ones(4, 2)), nn.Parameter(torch.ones(2, 13))
+
+        def forward(self, x):
+            return super().forward(x) + x @ self.down @ self.up
+
+    model = nn.Sequential(Adapted(), nn.Linear(13, 8), nn.Linear(8, 3)).to(device)
     assert measure.free_widths(model, torch.zeros(2, 4, device=device), rounds=1) == []
 
 

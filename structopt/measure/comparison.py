@@ -180,7 +180,8 @@ def _words(costs: Mapping[str, Cost], timings: Mapping[int, Mapping[str, Timing]
     reference = next(iter(costs))
     for size, group in timings.items():
         for name, timing in group.items():
-            fewer = 1 - costs[name].macs / max(1, costs[reference].macs)
+            whole = costs[reference].macs
+            fewer = 1 - costs[name].macs / whole if whole else 0.0
             if fewer > 0.1 and timing.lower >= 0.97 * group[reference].median:
                 words.append(
                     f"{name}: {100 * fewer:.0f} % fewer MACs than {reference}, "

@@ -12,7 +12,15 @@ from torch.nn.utils import parametrize
 
 from structopt.measure.flops import Unknown, family
 from structopt.measure.flops import counter as new_counter
-from structopt.measure.running import Example, Model, batch_of, call, undisturbed, unfused
+from structopt.measure.running import (
+    Example,
+    Model,
+    batch_of,
+    call,
+    dense_parts,
+    undisturbed,
+    unfused,
+)
 from structopt.measure.table import si
 
 
@@ -72,13 +80,13 @@ def cost(model: Model, example: Example, *, batch: int | None = None) -> Cost:
         >>> print(cost(nn.Conv2d(3, 8, 3, bias=False), torch.zeros(2, 3, 6, 6)))
         216 parameters, 0.9 KB, 3.46 K MACs: convolution 3.46 K
     """
-    size = batch_of(example) if batch is None else batch
-    if size < 1:
-        raise ValueError(f"batch={batch}: an example holds at least one")
+    size = batch_of(example, batch)
     counter, unknown = new_counter(), Unknown()
-    with undisturbed(model, example), unfused(), unknown, counter:
-        unknown.known = set(counter.flop_registry)
-        call(model, example)
+    with undisturbed(model, example):
+        with unfused(), unknown, counter:
+            unknown.known = set(counter.flop_registry)
+            call(model, example)
+        nonzeros = count_nonzeros(model)  # computing a weight may draw numbers or move a buffer
     flops: dict[str, int] = defaultdict(int)
     for packet, count in counter.get_flop_counts().get("Global", {}).items():
         flops[family(packet)] += count
@@ -86,9 +94,9 @@ def cost(model: Model, example: Example, *, batch: int | None = None) -> Cost:
     found = list(model.parameters()) if isinstance(model, nn.Module) else []
     return Cost(
         parameters=sum(parameter.numel() for parameter in found),
-        nonzeros=count_nonzeros(model),
+        nonzeros=nonzeros,
         macs=sum(by_operator.values()),
-        bytes=sum(tensor.nbytes for tensor in _state(model)),
+        bytes=sum(part.nbytes for tensor in _state(model) for part in dense_parts(tensor)),
         by_operator=by_operator,
         uncounted=tuple(sorted(unknown.names)),
     )
@@ -112,11 +120,15 @@ def _weights_in_use(model: Model) -> Iterator[Tensor]:
                 if isinstance(original, Tensor) and original.shape == used.shape:
                     seen.add(original)
                     yield used
+        buffers = dict(module._buffers.items())  # a script has no `get`
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter not in seen:
                 seen.add(parameter)
-                mask = module._buffers.get(name.removesuffix("_orig") + "_mask")
-                yield parameter.detach() if mask is None else parameter.detach() * mask
+                mask = buffers.get(name.removesuffix("_orig") + "_mask")
+                if mask is None or mask.shape != parameter.shape:  # attention's mask, say
+                    yield parameter.detach()
+                else:
+                    yield parameter.detach() * mask
 
 
 def _state(model: Model) -> list[Tensor]:

@@ -28,7 +28,7 @@ def per_layer(model: nn.Module, example: Example, *, batch: int | None = None) -
         -----  ------  ------  ----------  ----  -----------------
         0      Linear  1×3             15    12              100.0
     """
-    size = batch_of(example) if batch is None else batch
+    size = batch_of(example, batch)
     names = {module: name for name, module in model.named_modules()}
     own: dict[nn.Module, int] = defaultdict(int)
     shapes: dict[nn.Module, str] = {}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from structopt import devices, files
-from structopt.measure.running import tensors_of
+from structopt.measure.running import dense_parts, tensors_of
 
 
 def peak_memory(function: Callable[[], Any]) -> int:
@@ -59,7 +59,7 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def _meet(self, tree: Any, *, new: bool) -> None:
-        for tensor in tensors_of(tree):
+        for tensor in (part for found in tensors_of(tree) for part in dense_parts(found)):
             storage = tensor.untyped_storage()
             key = storage._cdata
             if key not in self._known:
@@ -88,11 +88,12 @@ def file_bytes(model: nn.Module) -> int:
         True
     """
     state: dict[str, Tensor] = {}
-    seen: set[tuple[int, tuple[int, ...], tuple[int, ...]]] = set()
+    seen: set[Any] = set()
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name!r} is of type {type(tensor).__name__}, not a tensor")
-        place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+        dense = tensor.layout == torch.strided  # save_tensors refuses what is not
+        place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride()) if dense else name
         if not tensor.numel() or place not in seen:
             seen.add(place)
             state[name] = tensor

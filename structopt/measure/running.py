@@ -37,12 +37,31 @@ def device_of(model: Model, example: Example) -> torch.device:
     return found[0].device if found else torch.device("cpu")
 
 
-def batch_of(example: Example) -> int:
-    """Size of the first dimension of the example's first tensor that has one, else 1.
+def dense_parts(tensor: Tensor) -> list[Tensor]:
+    """What holds the numbers: the tensor itself; of a sparse one its indices and values.
+
+    >>> [part.numel() for part in dense_parts(torch.eye(3).to_sparse())]
+    [6, 3]
+    """
+    if tensor.layout == torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return [tensor]
+
+
+def batch_of(example: Example, given: int | None = None) -> int:
+    """The number given; else the first dimension of the first tensor that has one, else 1.
 
     >>> batch_of((torch.zeros(5, 3), torch.zeros(2)))
     5
     """
+    if given is not None:
+        if given < 1:
+            raise ValueError(f"batch={given}: an example holds at least one")
+        return given
     sizes = [len(tensor) for tensor in tensors_of(example) if tensor.ndim]
     if sizes and sizes[0] == 0:
         raise ValueError("the example is empty: its first tensor has no entries")
@@ -91,8 +110,13 @@ def undisturbed(model: Model, example: Example) -> Iterator[None]:
                 module.training = training
             for module, name, buffer, before in buffers:
                 module._buffers[name] = buffer
-                if not buffer.is_meta and not torch.equal(buffer, before):
+                if not buffer.is_meta and not _same(buffer, before):
                     buffer.copy_(before)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    parts = zip(dense_parts(one), dense_parts(other), strict=True)
+    return all(torch.equal(mine, its) for mine, its in parts)
 
 
 @contextlib.contextmanager

@@ -32,8 +32,8 @@ def free_widths(model: nn.Module, example: Example, *, rounds: int = 20) -> list
     def remember(module: nn.Module, args: Any, named: Any) -> None:
         inputs.setdefault(module, first_of(args, named).detach())
 
-    layers: dict[nn.Module, str] = {
-        m: name for name, m in model.named_modules() if isinstance(m, _LAYERS)
+    layers: dict[nn.Module, str] = {  # what another class does with its weights is its own
+        m: name for name, m in model.named_modules() if type(m) in _LAYERS
     }
     handles = [module.register_forward_pre_hook(remember, with_kwargs=True) for module in layers]
     try:
