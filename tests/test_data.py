@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import Dataset, IterableDataset, TensorDataset
+from torch.utils.data import ChainDataset, Dataset, IterableDataset, TensorDataset
 
 from structopt import data
 from structopt.data import Batches, Examples, Flip, Shift
@@ -29,12 +29,15 @@ def numbers(batches: Iterator[tuple[Tensor, Tensor]]) -> list[list[int]]:
 # Examples
 
 
+THREE = torch.tensor(3)  # as `for index in torch.randperm(5)` gives it
+
+
 def test_length_index_and_names(device: torch.device) -> None:
     examples = Examples(torch.rand(5, 3, device=device), torch.arange(5, device=device), ("a",) * 5)
     assert len(examples) == 5
-    for index in (2, -1, slice(1, 4), slice(None, None, 2), torch.tensor([3, 0]), [4, 4]):
+    for index in (2, -1, slice(1, 4), slice(None, None, 2), torch.tensor([3, 0]), [4, 4], THREE):
         part = examples[index]
-        rows = [index] if isinstance(index, int) else index
+        rows = [int(index)] if isinstance(index, int) or index is THREE else index
         assert torch.equal(part.inputs, examples.inputs[rows])
         assert torch.equal(part.targets, examples.targets[rows])
         assert part.classes == examples.classes
@@ -150,6 +153,11 @@ class Streamed(IterableDataset[object]):
         yield from ((torch.full((2,), float(i)), float(i)) for i in range(3))
 
 
+class Counted(Streamed):
+    def __len__(self) -> int:  # for the progress bar of a loader
+        return 3
+
+
 def test_any_dataset_fits() -> None:
     inputs, targets = torch.rand(5, 2), torch.arange(5)
     examples = data.from_dataset(TensorDataset(inputs, targets))
@@ -163,9 +171,10 @@ def test_any_dataset_fits() -> None:
         for classes in (None, 2):
             counted.classes = classes
             assert data.from_dataset(counted).targets.tolist() == [0, 1]
-    streamed = data.from_dataset(Streamed())
-    assert streamed.targets.tolist() == [0.0, 1.0, 2.0]
-    assert streamed.inputs.shape == (3, 2)
+    for stream in (Streamed(), Counted(), ChainDataset([Streamed()])):
+        streamed = data.from_dataset(stream)
+        assert streamed.targets.tolist() == [0.0, 1.0, 2.0]
+        assert streamed.inputs.shape == (3, 2)
 
 
 def test_torchvisions_datasets_fit() -> None:
@@ -292,6 +301,11 @@ def test_a_number_of_numpy_is_a_number() -> None:
     given = numbered(10)
     found = [y.tolist() for _, y in data.batches(given, np.int64(4), seed=np.int64(3))]
     assert found == [y.tolist() for _, y in data.batches(given, 4, seed=3)]
+    seeded = [given.split(2, seed=seed)[1].targets.tolist() for seed in (3, np.int64(3))]
+    assert seeded[0] == seeded[1]
+    images = torch.arange(16.0).view(1, 1, 4, 4)
+    moved = [Shift(most)(images, torch.Generator().manual_seed(1)) for most in (2, np.int64(2))]
+    assert torch.equal(*moved)
     for share in (np.int64(2), np.float32(0.2), np.float64(0.2)):
         assert given.split(share)[1].targets.tolist() == given.split(2)[1].targets.tolist()
 

@@ -224,6 +224,19 @@ def test_calibration_equals_a_slow_count(n: int, bins: int, seed: int) -> None:
     assert got == pytest.approx(total, abs=1e-9)
 
 
+def test_calibration_names_a_nan() -> None:
+    with pytest.raises(FloatingPointError, match="the prediction holds 1 NaN of 4 numbers"):
+        losses.expected_calibration_error(torch.tensor([[0.0, 1], [math.nan, 0]]), labels(2) * 0)
+
+
+def test_the_weighted_mean_divides_by_the_weights_or_the_number_of_targets() -> None:
+    x, y, weight = logits(6, 3).detach(), torch.arange(6) % 3, torch.tensor([1.0, 2, 5])
+    total = (weight[y] * -x.log_softmax(1)[torch.arange(6), y]).sum()
+    torch.testing.assert_close(losses.cross_entropy(x, y, weight=weight), total / weight[y].sum())
+    soft = F.one_hot(y).float()
+    torch.testing.assert_close(losses.cross_entropy(x, soft, weight=weight), total / 6)
+
+
 def test_calibration_runs_where_the_logits_are(device: torch.device) -> None:
     x, y = logits(50, CLASSES, device=device), labels(50, device=device)
     got = losses.expected_calibration_error(x, y)

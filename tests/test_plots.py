@@ -1,6 +1,7 @@
 """Figures: the palette is sound for every eye, and what is drawn is what was given."""
 
 import itertools
+import math
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -166,6 +167,15 @@ def test_the_front_holds_exactly_what_nothing_beats(drawn, higher):
     }
     plt.close("all")
     assert front == best
+
+
+@pytest.mark.parametrize("lost", [{"cost": math.nan}, {"good": math.nan}])
+def test_a_run_that_diverged_hides_no_front(lost):
+    rows = [{"model": str(c), "cost": c, "good": g} for c, g in ((2.0, 1.0), (3.0, 2.0))]
+    rows += [{"model": "lost", "cost": 1.0, "good": 9.0, **lost}]
+    front = plots.tradeoff(rows, "cost", "good").lines[0]
+    assert [list(side) for side in front.get_data()] == [[2.0, 3.0], [1.0, 2.0]]
+    assert not len(plots.tradeoff(rows[2:], "cost", "good").lines[0].get_xdata())
 
 
 def test_the_front_bounds_what_was_reached():

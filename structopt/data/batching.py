@@ -147,7 +147,8 @@ class Shift:
     pixels: int = 2
 
     def __post_init__(self) -> None:
-        if isinstance(self.pixels, bool) or not isinstance(self.pixels, int) or self.pixels < 0:
+        whole = isinstance(self.pixels, (int, np.integer)) and not isinstance(self.pixels, bool)
+        if not whole or self.pixels < 0:
             raise ValueError(f"pixels={self.pixels!r}: give a whole number, 0 or more")
 
     def __call__(self, inputs: Tensor, generator: torch.Generator) -> Tensor:

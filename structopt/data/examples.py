@@ -70,6 +70,8 @@ class Examples:
 
     def __getitem__(self, index: int | slice | Tensor | Sequence[int]) -> Examples:
         """Some of the examples; a single whole number gives one example, still with its N."""
+        if isinstance(index, Tensor) and not index.ndim:
+            index = index.item()  # type: ignore[assignment]
         if isinstance(index, Integral):
             index = range(len(self))[int(index)]  # negative numbers, and IndexError beyond the end
             index = slice(index, index + 1)
@@ -98,7 +100,7 @@ class Examples:
                 f"split({validation!r}) of {len(self)} examples: each part needs at least one; "
                 "give a number of examples or a fraction between 0 and 1"
             )
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(int(seed)))
         order = order.to(self.inputs.device)
         return self[order[count:]], self[order[:count]]
 
@@ -122,7 +124,9 @@ def from_dataset(dataset: torch.utils.data.Dataset[Any]) -> Examples:
     >>> from_dataset(TensorDataset(torch.zeros(3, 5), torch.arange(3)))
     Examples(3 of (5,))
     """
-    sized = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    # Of an iterable one `__getitem__` is there, and only raises.
+    listed = not isinstance(dataset, torch.utils.data.IterableDataset)
+    sized = listed and hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
     items = (dataset[i] for i in range(len(dataset))) if sized else iter(dataset)  # type: ignore
     inputs: list[Tensor] = []
     targets: list[Tensor] = []

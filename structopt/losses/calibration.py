@@ -19,7 +19,8 @@ def expected_calibration_error(logits: Tensor, targets: Tensor, *, bins: int = 1
         bins: how many; few bins hide errors that cancel, many are noisy.
 
     Raises:
-        ValueError: shapes that do not fit, labels out of range, bins < 1, a NaN (on a CPU).
+        ValueError: shapes that do not fit, labels out of range, bins < 1.
+        FloatingPointError: NaN (on a CPU).
 
     Example:
         >>> import torch

@@ -39,7 +39,8 @@ def cross_entropy(
         prediction: logits, (B, C, ...).
         target: class indices (B, ...) of any integer type, or probabilities (B, C, ...).
         label_smoothing: s, from 0 to 1.
-        weight: (C,), counts class c that often. The mean divides by the weights of the targets.
+        weight: (C,), counts class c that often. The mean divides by the weights of the targets;
+            where they are probabilities, by their number, as torch does.
         ignore_index: targets of this index do not count.
         reduction: "mean" or "sum" over everything, or "none".
 

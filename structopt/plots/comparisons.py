@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ def tradeoff(
     """Cost against quality: one point a row, and the front of those that none other beats.
 
     A point is on the front if no other costs less (or the same) and is better (or the same),
-    one of the two strictly.
+    one of the two strictly. One with a NaN, of a run that diverged, neither is nor beats another.
 
     Args:
         rows: `Table.rows`, or any dicts. A value with an attribute `spread` gets an error bar.
@@ -73,10 +74,11 @@ def tradeoff(
 def _front(points: list[tuple[float, float]], axes: Axes, higher_is_better: bool) -> None:
     sign = 1 if higher_is_better else -1
     best: list[tuple[float, float]] = []
-    for cost, quality in sorted(points, key=lambda p: (p[0], -sign * p[1])):
+    known = [point for point in points if not any(map(math.isnan, point))]
+    for cost, quality in sorted(known, key=lambda p: (p[0], -sign * p[1])):
         if not best or sign * quality > sign * best[-1][1]:
             best.append((cost, quality))
-    costs, qualities = zip(*best, strict=True)
+    costs, qualities = zip(*best, strict=True) if best else ((), ())
     axes.step(costs, qualities, where="post", color=FAINT, linewidth=1.2, zorder=1)
 
 
