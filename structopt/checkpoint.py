@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -73,7 +72,9 @@ def save(model: nn.Module, path: str | Path) -> None:
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise ValueError(f"{name or 'the model'} has an extra state, which needs pickle")
         kept = {key: value for key, value in vars(module).items() if key not in INTERNAL}
-        attributes = {key: _packed(value) for key, value in kept.items() if _is_plain(value)}
+        attributes = {
+            key: files.pack(value) for key, value in kept.items() if files.is_plain(value)
+        }
         record: dict[str, Any] = {"class": _kind(module), "attributes": attributes}
         for kind, slots in KINDS.items():
             record[kind] = dict.fromkeys(slots(module))
@@ -128,6 +129,7 @@ class _Plan:
         self.into, self.tensors, self.problems = into, tensors, list[str]()
         self.modules: dict[str, nn.Module] = dict(into.named_modules())
         self.replaced: dict[str, nn.Module] = {}  # name -> the layer that is built for it
+        self.twins: set[str] = set()  # layers that stand again in one that is built
         self.attributes: list[tuple[nn.Module, str, Any]] = []
         self.slots: list[tuple[nn.Module, str, str, Any]] = []
         devices = {t.device for t in (*into.parameters(), *into.buffers())} - {torch.device("meta")}
@@ -140,15 +142,15 @@ class _Plan:
 
     def _is_replaced(self, name: str) -> bool:
         """Whether a layer above ``name`` is built anew."""
-        parts = name.split(".")
-        return any(".".join(parts[:end]) in self.replaced for end in range(1, len(parts)))
+        return any(above in self.replaced for above in _above(name))
 
     def _module(self, name: str, record: dict[str, Any]) -> None:
         below, (above, _, key) = self._is_replaced(name), name.rpartition(".")
         module = None if below else self.modules.get(name)
         kind = str(record.get("class", "a twin"))
-        # Not a method's name, say.
+        # Not a method's name, say; and a layer is complete before it stands elsewhere again.
         free = (key.isidentifier() or key.isdigit()) and not hasattr(self.replaced.get(above), key)
+        free = free and not self.twins.intersection(_above(name))
         if "same" in record and not below:
             return  # here the model itself says which of its modules are one
         if module is None and not below:
@@ -156,8 +158,9 @@ class _Plan:
         elif module is not None and _kind(module) == kind:
             self._attributes(name, module, record)
             self._tensors(name, module, record)
-        elif free and "same" in record:
+        elif free and "same" in record and record["same"] not in ("", *_above(name)):
             self.replaced[name] = {**self.modules, **self.replaced}[record["same"]]
+            self.twins.add(record["same"])
         elif free and kind in BUILDABLE:
             mode = (self.replaced[above] if below else self.modules[name]).training
             self.replaced[name] = self._built(name, record).train(mode)
@@ -174,7 +177,7 @@ class _Plan:
         for key, value in record["attributes"].items():
             if key in INTERNAL or hasattr(layer, key):
                 self.problems.append(f"{name}.{key} is no attribute of {layer.__name__}")
-            vars(module)[key] = _unpacked(value)
+            vars(module)[key] = files.unpack(value)
         for key in record["parameters"]:
             module.register_parameter(key, None)
         for key in record["buffers"]:
@@ -184,8 +187,8 @@ class _Plan:
     def _attributes(self, name: str, module: nn.Module, record: dict[str, Any]) -> None:
         for key, packed in record["attributes"].items():
             # An attribute that the class does not set (a size noted in forward) is not its state.
-            if key in vars(module) and key not in INTERNAL and _is_plain(vars(module)[key]):
-                self.attributes.append((module, key, _unpacked(packed)))
+            if key in vars(module) and key not in INTERNAL and files.is_plain(vars(module)[key]):
+                self.attributes.append((module, key, files.unpack(packed)))
 
     def _tensors(self, name: str, module: nn.Module, record: dict[str, Any]) -> None:
         for kind, slots in KINDS.items():
@@ -244,35 +247,6 @@ def _kind(module: nn.Module) -> str:
     return name if BUILDABLE.get(name, type(module)) is type(module) else f"another {name}"
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(type(key) is str and _is_plain(item) for key, item in value.items())
-    if type(value) in (tuple, list, torch.Size):
-        return all(map(_is_plain, value))
-    return value is None or type(_python(value)) in (bool, int, float, str)
-
-
-def _python(value: Any) -> Any:
-    """A size that numpy computed as Python's number."""
-    return value.item() if isinstance(value, np.generic) else value
-
-
-def _packed(value: Any) -> Any:
-    """JSON has no tuples, so containers say what they are."""
-    if isinstance(value, dict):
-        return {"dict": {key: _packed(item) for key, item in value.items()}}
-    if isinstance(value, (tuple, list)):
-        return {type(value).__name__: [_packed(item) for item in value]}
-    return _python(value)
-
-
-def _unpacked(packed: Any) -> Any:
-    if not isinstance(packed, dict):
-        return packed
-    ((kind, items),) = packed.items()
-    if kind == "dict":
-        return {str(key): _unpacked(item) for key, item in items.items()}
-    made = [_unpacked(item) for item in items]
-    if kind == "Size" and not all(type(n) is int and 0 <= n < 2**63 for n in made):
-        raise ValueError(f"{made} is no size of a tensor")
-    return {"tuple": tuple, "list": list, "Size": torch.Size}[kind](made)
+def _above(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]

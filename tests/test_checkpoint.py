@@ -459,6 +459,20 @@ EDITS = {
         lambda structure, tensors: structure.update({"1.forward": {"same": "1"}}),
         r"1\.forward is a twin there, nothing here",
     ),
+    "a layer that holds itself": (
+        lambda structure, tensors: structure.update({"1.a": {"same": "1"}}),
+        r"1\.a is a twin there, nothing here",
+    ),
+    "a layer that holds the model": (
+        lambda structure, tensors: structure.update({"1.a": {"same": ""}}),
+        r"1\.a is a twin there, nothing here",
+    ),
+    "layers that hold each other": (
+        lambda structure, tensors: structure.update(
+            {"2": structure["1"], "1.a": {"same": "2"}, "2.a": {"same": "1"}}
+        ),
+        r"2\.a is a twin there, nothing here",
+    ),
     "a twin of nothing": (
         lambda structure, tensors: structure.update({"1.a": {"same": "7"}}),
         r"describes no network: KeyError",

@@ -72,6 +72,14 @@ def test_seeds_give_mean_and_spread():
     assert "one model each" in table.notes[0]
 
 
+@pytest.mark.parametrize("lost", [math.nan, math.inf])
+def test_a_seed_that_diverged_is_shown(lost):
+    found = iter([0.5, lost, 0.75, 0.5, 0.25])
+    models = {"lost": [net(), net(), net()], "good": [net(8), net(8)]}
+    table = compare(models, EXAMPLE, metric=lambda model: next(found), rounds=0)
+    assert [str(row["metric"]) for row in table.rows] == [str(lost), "0.38 ± 0.18"]
+
+
 def test_models_of_one_name_may_differ_in_size():
     (row,) = compare({"pruned": [net(4), net(6)]}, EXAMPLE, rounds=0).rows
     assert row["parameters"] == Measured(103.0, 2**0.5 * 20)

@@ -163,6 +163,8 @@ def _mean(values: Sequence[float]) -> float | Measured | None:
         return None
     if len(set(values)) == 1 and (len(values) == 1 or isinstance(values[0], int)):
         return values[0]
+    if not all(map(math.isfinite, values)):  # a run that diverged
+        return Measured(sum(values) / len(values), math.nan)
     return Measured(statistics.mean(values), statistics.stdev(values))
 
 
