@@ -1,6 +1,7 @@
 """Counts on paper: against the formulas, against torch's counter, and nothing is disturbed."""
 
 import copy
+from collections import UserDict
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from structopt import measure
 from structopt.measure import flops
+from structopt.measure.running import with_batch
 
 
 def macs(model, *example, **options):
@@ -110,10 +112,14 @@ def test_macs_are_for_one_example(device):
 
 
 def test_an_example_is_a_tensor_a_tuple_or_a_dict():
-    model = nn.Bilinear(3, 4, 5)
+    def model(input1, input2):
+        return input1 @ input2.new_ones(3, 4) + input2
+
     tensors = torch.zeros(2, 3), torch.zeros(2, 4)
     named = dict(zip(("input1", "input2"), tensors, strict=True))
-    assert measure.cost(model, tensors) == measure.cost(model, named)
+    for mapping in (named, UserDict(named)):  # the second is what tokenisers hand over
+        assert macs(model, *tensors) == measure.cost(model, mapping).macs == 12
+        assert {len(t) for t in with_batch(mapping, 5).values()} == {5}
 
 
 def test_without_a_batch_dimension_one_says_so():

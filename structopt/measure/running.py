@@ -27,7 +27,12 @@ def call(model: Model, example: Example) -> Any:
 
 def tensors_of(tree: Any) -> list[Tensor]:
     """All tensors in nested tuples, lists and dicts, in their order."""
-    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
+    return [leaf for leaf in tree_flatten(_opened(tree))[0] if isinstance(leaf, Tensor)]
+
+
+def _opened(example: Example) -> Example:
+    """What torch knows how to look into, where a tokeniser hands over a mapping of its own."""
+    return dict(example) if isinstance(example, Mapping) else example
 
 
 def device_of(model: Model, example: Example) -> torch.device:
@@ -83,7 +88,7 @@ def with_batch(example: Example, size: int) -> Example:
             return leaf[torch.arange(size, device=leaf.device) % batch]
         return leaf
 
-    return tree_map(resize, example)
+    return tree_map(resize, _opened(example))
 
 
 @contextlib.contextmanager
