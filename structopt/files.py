@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = ["load_tensors", "save_tensors", "write_atomically"]
 
@@ -90,8 +91,10 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], notes: Notes) 
     text = json.dumps(notes)
     apart: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
+        packed = is_traceable_wrapper_subclass(tensor)  # torchao's weights, say
+        if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized or packed:
             kind = "on the meta device" if tensor.is_meta else f"of layout {tensor.layout}"
+            kind = type(tensor).__name__ if packed else kind
             raise ValueError(f"tensor {name!r} is {kind}: only dense tensors with data are stored")
         # The format knows neither strides nor shared memory, so each tensor gets its own.
         apart[name] = tensor.detach().resolve_conj().resolve_neg().cpu()

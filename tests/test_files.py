@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.testing._internal.two_tensor import TwoTensor
 
 from structopt.files import load_tensors, save_tensors, write_atomically
 
@@ -82,6 +83,7 @@ def test_loaded_tensors_do_not_follow_the_file(tmp_path):
     [
         (torch.empty(2, device="meta"), "meta"),
         (torch.eye(2).to_sparse(), "dense"),
+        (TwoTensor(torch.ones(2), torch.ones(2)), "'w' is TwoTensor: only dense"),
         (torch.ones(2, dtype=torch.complex128), r"'w' is torch\.complex128, which safetensors"),
     ],
 )

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from structopt import measure
@@ -203,6 +204,14 @@ def test_a_sparse_buffer_has_the_bytes_of_its_parts(layout):
     assert float(measure.latency(model, x, rounds=1)) > 0
     assert model.near is near
     assert torch.equal(near.to_dense(), torch.eye(5))
+
+
+def test_a_packed_weight_has_the_bytes_of_its_parts():
+    double = nn.Linear(4, 3)
+    weight = torch.randn(3, 4)
+    double.weight = nn.Parameter(TwoTensor(weight, weight.clone()), requires_grad=False)
+    found = measure.cost(double, torch.randn(2, 4))
+    assert (found.bytes, found.nonzeros) == (4 * (2 * 12 + 3), None)
 
 
 def test_a_model_without_values_has_a_cost_too():

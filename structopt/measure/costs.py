@@ -31,7 +31,8 @@ class Cost:
     `by_operator` splits the MACs into "convolution", "matmul" (linear layers and recurrent
     networks too) and "attention" (the two products of scaled dot-product attention; its
     projections are matmuls). `uncounted` names operators that may hold arithmetic but for which
-    no formula is known: their MACs are missing. `nonzeros` is None on the meta device.
+    no formula is known: their MACs are missing. `nonzeros` is None on the meta device, and where
+    weights are packed (by torchao, say).
     """
 
     parameters: int
@@ -103,9 +104,9 @@ def cost(model: Model, example: Example, *, batch: int | None = None) -> Cost:
 
 
 def count_nonzeros(model: Model) -> int | None:
-    """Non-zero entries of all weights in use; None where there are no values (meta device)."""
+    """Non-zero entries of all weights in use; None where there are no plain values."""
     weights = list(_weights_in_use(model))
-    if any(weight.is_meta for weight in weights):
+    if any(weight.is_meta or dense_parts(weight)[0] is not weight for weight in weights):
         return None
     return sum(int(torch.count_nonzero(weight)) for weight in weights)
 

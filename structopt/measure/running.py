@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten, tree_map
 
 Model = Callable[..., Any]
@@ -43,7 +44,7 @@ def device_of(model: Model, example: Example) -> torch.device:
 
 
 def dense_parts(tensor: Tensor) -> list[Tensor]:
-    """What holds the numbers: the tensor itself; of a sparse one its indices and values.
+    """What holds the numbers: the tensor itself, or what a sparse or packed one is made of.
 
     >>> [part.numel() for part in dense_parts(torch.eye(3).to_sparse())]
     [6, 3]
@@ -54,6 +55,10 @@ def dense_parts(tensor: Tensor) -> list[Tensor]:
         return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
     if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
         return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    packed: Any = tensor  # as torchao's weights are
+    if is_traceable_wrapper_subclass(packed):
+        names, _ = packed.__tensor_flatten__()
+        return [part for name in names for part in dense_parts(getattr(packed, name))]
     return [tensor]
 
 
