@@ -102,6 +102,23 @@ def test_changed_structure_ties_types_and_odd_numbers(tmp_path, device):
     same(small, checkpoint_of(small, tmp_path))
 
 
+def test_a_layer_that_stands_twice_is_stored_once(tmp_path):
+    def network():
+        layer = nn.Sequential(nn.Linear(50, 50), nn.Tanh())
+        return nn.Sequential(layer, nn.Linear(50, 50), layer)
+
+    model = network()
+    model[1] = nn.Sequential(model[0][0], nn.Linear(50, 50), model[0][0])  # built anew
+    report = compression.save(model, tmp_path / "x")
+    assert len(report.rows) == 4
+    fresh = compression.load(tmp_path / "x", network())
+    same(model, fresh)
+    assert fresh[0] is fresh[2]
+    assert fresh[1][0] is fresh[1][2] is fresh[0][0]
+    x = torch.randn(3, 50)
+    assert torch.equal(model(x), fresh(x))
+
+
 def test_complex_numbers_of_128_bits_which_checkpoint_has_not(tmp_path):
     def build():
         model = nn.Linear(2, 2)

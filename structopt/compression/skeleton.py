@@ -35,6 +35,7 @@ def stored_names(structure: dict[str, Any]) -> list[str]:
     places = {
         f"{name}.{key}".lstrip("."): slot[0]
         for name, record in structure.items()
+        if "same" not in record  # a layer that stands a second time
         for kind in checkpoint.KINDS
         for key, slot in record[kind].items()
         if slot is not None
