@@ -58,15 +58,35 @@ def test_vectors_that_belong_together_cost_fewer_bits(device):
 
 
 def test_spread_starts_are_near_the_optimum():
-    """Sixteen tight clouds: a start that misses one loses far more than the clouds are wide."""
-    centres = torch.cartesian_prod(torch.arange(4.0), torch.arange(4.0))
+    """Sixteen tight clouds: a start that misses one loses far more than the clouds are wide.
+
+    One of them lies at zero exactly: its place is taken before any other is drawn. What lies far
+    off is drawn, wherever it stands.
+    """
+    centres = torch.cartesian_prod(torch.arange(4.0), torch.arange(4.0)).flip(0)
     missed = 0
     for seed in range(8):
         draw = torch.Generator().manual_seed(seed)
         x = centres.repeat(12, 1) + 0.01 * torch.randn(192, 2, generator=draw)
-        made = compression.share_vectors(x.view(24, 16), 16, 2).dequantize()
+        x[15::16], x[-1] = 0, 50
+        made = compression.share_vectors(x.view(24, 16), 17, 2).dequantize()
         missed += int((made.view(-1, 2) - x).abs().max() > 0.1)
     assert missed <= 4
+
+
+@pytest.mark.parametrize("power", [-30, 12])
+def test_another_unit_of_weights_or_inputs_changes_no_choice(power, device):
+    """Powers of two, which round nothing: the same places, and vectors as many times as large."""
+    weight, times = torch.randn(30, 8, device=device), 2.0**power
+    x = torch.randn(50, 4, device=device).repeat_interleave(2, 1)
+    x *= torch.tensor([1, -1] * 4, device=device)  # what is always opposite weighs no sum
+    for hessian in (None, x.T @ x):
+        plain = compression.share_vectors(weight, 6, 2, hessian=hessian)
+        scaled = compression.share_vectors(weight * times, 6, 2, hessian=hessian)
+        assert torch.equal(scaled.index, plain.index)
+        assert torch.equal(scaled.table, plain.table * times)
+    other = compression.share_vectors(weight, 6, 2, hessian=times**2 * hessian.double())
+    assert torch.equal(other.dequantize(), plain.dequantize())
 
 
 @given(UNITS, st.integers(2, 9), st.sampled_from([torch.float16, torch.float32, torch.float64]))
@@ -78,14 +98,26 @@ def test_few_distinct_vectors_are_kept_exactly_and_zeros_stay(per, values, dtype
     assert shared.table.dtype == dtype
     assert torch.equal(shared.dequantize(), x)
     mixed = torch.randn(6, 4, 3).to(dtype) * (torch.rand(6, 4, 1) < 0.5)
-    made = compression.share_vectors(mixed.flatten(1), 2, 3, per).dequantize().view(6, 4, 3)
-    assert (made[(mixed == 0).all(2)] == 0).all()
+    for rounds in (0, 50):
+        made = compression.share_vectors(mixed.flatten(1), 2, 3, per, rounds=rounds).dequantize()
+        assert (made.view(6, 4, 3)[(mixed == 0).all(2)] == 0).all()
+
+
+def test_means_of_half_precision_are_of_float32(device):
+    """Thousands of numbers whose sum float16 does not reach."""
+    weight = 30 + torch.rand(9000, 2, device=device).half()
+    shared = compression.share_vectors(weight, 2, 2)
+    for made in (shared.table, shared.moved(weight)):
+        assert made.dtype == torch.float16
+        for place in range(2):
+            mean = weight.double()[shared.index[:, 0] == place].mean(0)
+            torch.testing.assert_close(made[0, place].double(), mean, rtol=1e-3, atol=0)
 
 
 def test_errors_are_weighed_as_outputs_see_them(device):
     """With the hessian: the nearest of the table by what the layer makes of one vector's error."""
     x = torch.randn(500, 8, device=device).double()
-    x *= 0.01 * torch.tensor([1, 9.0] * 4, device=device)
+    x *= 0.01 * torch.tensor([1, 9.0, 9, 1] * 2, device=device)
     weight, hessian = torch.randn(30, 8, device=device).double(), x.T @ x
     seeing = compression.share_vectors(weight, 6, 2, PerAxis(1), hessian=hessian, rounds=300)
     plain = compression.share_vectors(weight, 6, 2, PerAxis(1), rounds=300)
@@ -98,6 +130,10 @@ def test_errors_are_weighed_as_outputs_see_them(device):
         cost = torch.einsum("rvi,ij,rvj->rv", off, block, off)
         picked = cost.gather(1, seeing.index[:, place, None].long())[:, 0]
         torch.testing.assert_close(picked, cost.amin(1), rtol=1e-6, atol=1e-9)
+    blocks = [hessian[n : n + 2, n : n + 2] for n in range(0, 8, 2)]
+    mean = torch.block_diag(*[sum(blocks) / 4] * 4)  # of the places that have a table in common
+    one, same = (compression.share_vectors(weight, 6, 2, hessian=h) for h in (hessian, mean))
+    torch.testing.assert_close(one.dequantize(), same.dequantize())
     grouped = torch.stack([hessian, 9 * hessian.flip(0, 1)])  # another one for the lower rows
     made = compression.share_vectors(weight, 6, 2, PerBlock(15, 4), hessian=grouped)
     for part, own in enumerate((slice(0, 15), slice(15, 30))):
@@ -197,15 +233,29 @@ def test_bad_input_and_the_edge():
         compression.share_vectors(torch.ones(2, 4, 2), 4, 3)
     with pytest.raises(ValueError, match="size=0"):
         compression.share_vectors(torch.ones(2, 4), 4, 0)
-    with pytest.raises(ValueError, match="1 to 256 vectors, not 257"):
-        compression.share_vectors(torch.ones(2, 4), 257, 2)
+    for values in (257, 0, 2.5, True, "3"):
+        with pytest.raises(ValueError, match=f"1 to 256 vectors, not {values!r}"):
+            compression.share_vectors(torch.ones(2, 4), values, 2)
+    assert len(compression.share_vectors(torch.randn(300, 1), 256, 1).index.unique()) == 256
+    with pytest.raises(ValueError, match="size='2' does not divide"):
+        compression.share_vectors(torch.ones(2, 4), 4, "2")
     with pytest.raises(ValueError, match="1 of 8 numbers are NaN"):
         compression.share_vectors(torch.tensor([[torch.nan] + [1.0] * 7]), 4, 2)
     with pytest.raises(ValueError, match="cannot stand for zeros"):
         compression.share_vectors(torch.tensor([[0.0, 0, 1, 1]]), 1, 2)
     with pytest.raises(ValueError, match=r"shape \(3, 3\) does not fit a weight of shape \(2, 4\)"):
         compression.share_vectors(torch.ones(2, 4), 4, 2, hessian=torch.eye(3))
-    assert compression.share_vectors(torch.ones(0, 4), 4, 2).dequantize().shape == (0, 4)
+    zero = compression.share_vectors(torch.tensor([[0.0, 1, 0, 3]]), 1, 2)  # no vector of zeros
+    assert zero.dequantize().tolist() == [[0, 2, 0, 2]]
+    hessian = torch.tensor([[1.0, 2], [2, 1]])
+    with pytest.raises(ValueError, match="the hessian is no sum of x xᵀ"):
+        compression.share_vectors(torch.randn(9, 2), 4, 2, hessian=hessian)
+    for per in (PerTensor(), PerAxis(0), PerAxis(1)):
+        none = compression.share_vectors(torch.ones(0, 4), 4, 2, per)
+        assert none.dequantize().shape == (0, 4)
+        assert none.table.shape == (len(members(none)), 4, 2)
+    tiny = 1e-200 * torch.randn(6, 4).double()  # its squares are zero
+    assert compression.share_vectors(tiny, 3, 2).dequantize().isfinite().all()
     assert compression.share_vectors(torch.ones(6), 4, 2).dequantize().tolist() == [1] * 6
-    same = compression.share_vectors(torch.full((3, 4), 0.1), 1, 2)
-    assert torch.equal(same.dequantize(), torch.full((3, 4), 0.1))
+    same = compression.share_vectors(torch.full((300, 4), 0.1), 1, 2)  # a mean would be rounded
+    assert torch.equal(same.dequantize(), torch.full((300, 4), 0.1))

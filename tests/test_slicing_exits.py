@@ -229,8 +229,28 @@ def test_the_threshold_is_the_best_of_all(device):
             choose_threshold(network, nothing, macs=1)
     with pytest.raises(ValueError, match=r"targets of shape \(25, 3\) for 25 inputs"):
         choose_threshold(network, [(x, F.one_hot(y, 3))], macs=1)
-    some = choose_threshold(network, [*batches, (x[:0], y[:0])], accuracy=best - 1e-6)
+    with_none = [batches[0], (x[:0], y[:0]), batches[1]]
+    some = choose_threshold(network, with_none, accuracy=best - 1e-6)
     assert some == choose_threshold(network, batches, accuracy=best - 1e-6)
+
+
+def test_of_very_many_thresholds_evenly_chosen_ones_are_tried(device):
+    """The exit is always wrong, the end always right: as many stay as the budget allows."""
+    body = nn.Sequential(nn.Identity(), nn.Linear(1, 2)).to(device)
+    network = EarlyExits(body, torch.zeros(1, 1, device=device), ["0"])
+    for layer, slope, offset in (
+        (network.heads[0][-1], [0.0, 1], [0.0, 0]),
+        (body[1], [0.0, 0], [1.0, 0]),
+    ):
+        layer.weight.data = torch.tensor(slope, device=device)[:, None]
+        layer.bias.data = torch.tensor(offset, device=device)
+    x = 1 + torch.rand(1500, 1, device=device)
+    batches, (first, whole) = [(x, torch.zeros(1500).long())], network.macs(x[:1])
+    for share in (0.0, 0.9, 1.0):
+        found = choose_threshold(network, batches, macs=first + share * (whole - first))
+        assert share - 0.002 <= found.accuracy <= share
+        assert found.left == pytest.approx((1 - found.accuracy, found.accuracy))
+    assert found == choose_threshold(network, batches, accuracy=1.0)
 
 
 def test_no_examples_get_no_answers(device):
@@ -312,9 +332,11 @@ def test_what_is_wrong_is_named():
             network.leave(x, rule)
     with pytest.raises(ValueError, match="for EarlyExits, not for a Sequential"):
         choose_threshold(network.model, [(x, y)], macs=1)
-    for wrong in (y - 1, y + 3):
+    for wrong in (y - 1, y + 3, torch.full_like(y, 3)):
         with pytest.raises(ValueError, match="with 3 logits labels run from 0 to 2"):
             choose_threshold(network, [(x, y), (x, wrong)], macs=1)
+    with pytest.raises(ValueError, match="is a pair"):
+        choose_threshold(network, [x], macs=1)
     some = x.clone()
     some[0] = torch.nan
     with pytest.raises(ValueError, match="logits of exit 0, 1, 2 are NaN or infinite"):
