@@ -140,7 +140,7 @@ class Probed(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.layer, self.probe, self.last = (nn.Linear(4, 4) for _ in range(3))
+        self.layer, self.probe, self.last = (nn.Linear(4, size) for size in (4, 5, 4))
 
     def forward(self, x):
         x = self.layer(x)
@@ -152,6 +152,7 @@ def test_the_last_of_the_places_that_a_value_passes_is_the_cut(device):
     model, x = Probed().to(device), torch.randn(3, 4, device=device)
     (point,) = cut_points(model, x)
     assert point.names == ("layer", "probe")
+    assert (point.shape, point.bytes) == ((3, 4), 48)
     first, last = split_stages(model, x, [point])
     assert (len(list(first.parameters())), len(list(last.parameters()))) == (4, 2)
     assert torch.equal(last(first(x)), model(x))
@@ -346,6 +347,8 @@ def test_arguments_of_any_number_are_left_to_export():
 def test_an_example_that_does_not_fit_is_told_in_a_line():
     with pytest.raises(ValueError, match=r"does not accept the example: mat1 and mat2 [^\n]*$"):
         cut_points(small(), torch.zeros(2, 5))
+    with pytest.raises(ValueError, match=r"does not accept the example: .* not str$"):
+        cut_points(small(), "words")
 
 
 def test_bad_cuts_are_refused_by_name():
@@ -363,8 +366,9 @@ def test_bad_cuts_are_refused_by_name():
         cut_points(model, x, whole="1")
     with pytest.raises(ValueError, match=r"cuts is a list of names: \['1'\]"):
         split_stages(model, x, "1")
-    with pytest.raises(ValueError, match="does one thing alone"):
-        cut_points(nn.Linear(4, 4), torch.zeros(2, 4))
+    for short, does in ((nn.Linear(4, 4), "Linear"), (nn.Identity(), "Identity")):
+        with pytest.raises(ValueError, match=f"{does} has no cut point: it does one thing alone"):
+            cut_points(short, x)
     with pytest.raises(ValueError, match="inplace=True"):
         cut_points(nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True)), torch.zeros(2, 4))
 
