@@ -141,6 +141,40 @@ def test_a_turned_stream_keeps_the_function_and_lies_on_its_principal_axes(name,
         assert_close(rotated.narrow(7 / 8)(x), model(x))
 
 
+def test_weights_that_are_buffers_are_turned_as_parameters_are(device):
+    model, x = made("TinyTransformer", device)
+    expected = rotate(model, x[:1], [x])
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            delattr(module, name)
+            module.register_buffer(name, weight.detach())
+    found = rotate(model, x[:1], [x])
+    assert_close(found.model(x), model(x))
+    assert_close(found.narrow(0.5)(x), expected.narrow(0.5)(x))
+
+
+class Viewing(nn.Module):
+    """One number is the width of the stream and of what lies between two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.size, self.embed, self.norm = 4, nn.Linear(3, 4), nn.RMSNorm(4)
+        self.up, self.down, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.embed(x).view(-1, self.size)
+        inner = self.up(self.norm(x)).view(-1, self.size)
+        return self.head(self.norm(x + self.down(inner.relu())))
+
+
+def test_widths_that_change_together_stand_in_the_way_of_narrowing_alone(device):
+    model, x = filled(Viewing().double()).to(device), torch.randn(6, 3, device=device).double()
+    rotated = rotate(model, x, [x])
+    assert_close(rotated.model(x), model(x))
+    with pytest.raises(ValueError, match="cannot be narrowed"):
+        rotated.narrow(0.5)
+
+
 VITS = {  # size of a patch, layers, heads: all of torchvision's networks with one stream
     "vit_b_16": (16, 12, 12),
     "vit_b_32": (32, 12, 12),

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from structopt.channels import moving, rules
-from structopt.channels.attributes import Attributes, mark
 from structopt.channels.copying import flatten, substitute
 from structopt.channels.labels import Labels, Vector
 from structopt.channels.mirrors import Book, Mirror, mirror_of
@@ -97,10 +96,9 @@ def recorded(
     named = [*labelled.named_parameters(), *labelled.named_buffers()]
     ops, sources = list[Op](), {_key(tensor): name for name, tensor in named}
     follow_modules(book, labelled)
-    mark(labelled)
     recorder, own = Recorder(book, ops, sources), map_tensors(example, torch.clone)
     try:
-        with plain_kernels(), Attributes(book), recorder:
+        with plain_kernels(), recorder:
             given = call(labelled, own)
     except Exception as problem:
         first = (str(problem).splitlines() or [""])[0]

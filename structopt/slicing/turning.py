@@ -39,7 +39,7 @@ def fold_norms_(model: nn.Module, stream: Stream) -> nn.Module:
         shift = getattr(norm, "bias", None)
         if shift is not None and shift.any():
             added = wide(layer.weight) @ wide(shift)
-            if "bias" not in dict(layer.named_parameters()):
+            if layer.bias is None:
                 new = torch.zeros_like(layer.weight[:, 0])
                 layer.bias = nn.Parameter(new, layer.weight.requires_grad)
             _set(layer.bias, wide(layer.bias) + added)
@@ -51,15 +51,11 @@ def fold_norms_(model: nn.Module, stream: Stream) -> nn.Module:
             values = wide(tensors[writer])
             _set(tensors[writer], values - values.mean(dim, keepdim=True))
     for name, norm in norms.items():
-        like = _like(model)
+        like = named(model)[stream.writers[0][0]]
         made = nn.RMSNorm(stream.size, norm.eps).to(like).train(norm.training)
         made.requires_grad_(norm.weight is None or norm.weight.requires_grad)
         exchange_(model, name, made)
     return model
-
-
-def _like(model: nn.Module) -> Tensor:
-    return next(p for p in model.parameters() if p.is_floating_point())
 
 
 @torch.no_grad()
