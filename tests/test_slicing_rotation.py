@@ -498,6 +498,8 @@ def test_networks_of_torch_that_cannot_be_turned():
         to_rms_norm(Words(norm_first=False), words)
     with pytest.raises(ValueError, match="no residual stream"):
         to_rms_norm(tv.resnet18(num_classes=2), image)
+    with pytest.raises(ValueError, match="no residual stream"):  # what no weight makes is none
+        to_rms_norm(nn.Sequential(nn.LayerNorm(3), nn.Linear(3, 2)), torch.randn(2, 3))
     swin = tv.SwinTransformer([4, 4], 8, [1, 1], [1, 1], [4, 4])  # its stream changes its width
     with pytest.raises(ValueError, match=r"in features\.3\.0\.attn, the op constant_pad_nd"):
         to_rms_norm(swin, image)

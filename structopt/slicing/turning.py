@@ -39,7 +39,7 @@ def fold_norms_(model: nn.Module, stream: Stream) -> nn.Module:
         shift = getattr(norm, "bias", None)
         if shift is not None and shift.any():
             added = wide(layer.weight) @ wide(shift)
-            if layer.bias is None:
+            if getattr(layer, "bias", None) is None:
                 new = torch.zeros_like(layer.weight[:, 0])
                 layer.bias = nn.Parameter(new, layer.weight.requires_grad)
             _set(layer.bias, wide(layer.bias) + added)
