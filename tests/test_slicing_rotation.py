@@ -153,6 +153,18 @@ def test_weights_that_are_buffers_are_turned_as_parameters_are(device):
     assert_close(found.narrow(0.5)(x), expected.narrow(0.5)(x))
 
 
+@pytest.mark.parametrize("name", ["TinyTransformer", "encoder"])
+def test_in_inference_mode_too_and_what_comes_out_trains(name, device):
+    model, x = made(name, device)
+    with torch.inference_mode():
+        rotated = rotate(model, x[:1], [x])
+        made_there = [to_rms_norm(model, x[:1]), rotated.model]
+        made_there += [rotated.narrow(width) for width in (1.0, 0.5)]
+    for one in made_there:
+        one(x).sum().backward()
+    assert_close(rotated.model(x), model(x))
+
+
 class Viewing(nn.Module):
     """One number is the width of the stream and of what lies between two layers."""
 
@@ -173,6 +185,28 @@ def test_widths_that_change_together_stand_in_the_way_of_narrowing_alone(device)
     assert_close(rotated.model(x), model(x))
     with pytest.raises(ValueError, match="cannot be narrowed"):
         rotated.narrow(0.5)
+
+
+class Between(nn.Module):
+    """Another norm stands between the two layers of the residual block."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Linear(3, 4), nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 2))
+        self.block = nn.Sequential(
+            nn.LayerNorm(4), nn.Linear(4, 6), nn.LayerNorm(6), nn.ReLU(), nn.Linear(6, 4)
+        )
+
+    def forward(self, x):
+        x = self.embed(x)
+        return self.head(x + self.block(x))
+
+
+def test_the_stream_is_what_the_most_norms_normalise(device):
+    model, x = filled(Between().double()).to(device), torch.randn(6, 3, device=device).double()
+    rotated = rotate(model, x, [x])
+    assert len(rotated.shares) == 4
+    assert_close(rotated.model(x), model(x))
 
 
 VITS = {  # size of a patch, layers, heads: all of torchvision's networks with one stream
@@ -447,6 +481,15 @@ class Doubled(nn.Module):
         return x + x
 
 
+def test_copies_of_the_stream_are_the_stream(device):
+    def act(_, x):
+        x = torch.cat([x[:1].clone(), x[1:].detach()]).to(torch.float64, copy=True)
+        return torch.ops.aten.alias(torch.native_dropout(x, 0.0, True)[0])
+
+    model, x = filled(Wrong(act).double()).to(device), torch.randn(3, 3, device=device).double()
+    assert_close(rotate(model, x, [x]).model(x), model(x))
+
+
 WRONG = {
     "the op relu does not treat": Wrong(lambda m, x: x.relu()),
     "the op mul does not treat": Wrong(lambda m, x: x * m.scale),
@@ -458,6 +501,7 @@ WRONG = {
     r"the op add adds what a norm gave": Wrong(lambda m, x: x + m.norm(x)),
     "in inner, reads the stream through two norms": Wrong(lambda m, x: x + m.inner(x)),
     "no residual stream is found": Wrong(lambda m, x: x, norm=OwnNorm(4)),
+    "no residual stream is found: an": Wrong(lambda m, x: x, norm=nn.LayerNorm((2, 4))),
     "in head.1, the op convolution reads the stream, and is no nn.Linear": Wrong(
         lambda m, x: x, head=nn.Sequential(nn.Unflatten(-1, (4, 1)), nn.Conv1d(4, 2, 1))
     ),

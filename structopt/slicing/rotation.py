@@ -42,6 +42,7 @@ class Rotated:
         """The part of the variance that :meth:`narrow` of this width leaves out."""
         return float(self.shares[self._kept(width) :].sum())
 
+    @torch.inference_mode(False)
     def narrow(self, width: float) -> nn.Module:
         """A copy with the first axes of the stream alone: the share `width` of them, rounded.
 
@@ -94,6 +95,7 @@ class Rotated:
         return kept
 
 
+@torch.inference_mode(False)  # else ops are not taken apart, and the copy could not be trained
 def to_rms_norm(model: nn.Module, example: Any) -> nn.Module:
     """A copy with the same function whose residual stream is normalised by ``nn.RMSNorm`` alone.
 
@@ -111,6 +113,7 @@ def to_rms_norm(model: nn.Module, example: Any) -> nn.Module:
     return _converted(model, example)[0]
 
 
+@torch.inference_mode(False)
 def rotate(model: nn.Module, example: Any, batches: Iterable[Any]) -> Rotated:
     """Turn the residual stream of a transformer to its principal axes. The function stays.
 
