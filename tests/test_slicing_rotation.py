@@ -476,6 +476,11 @@ class OwnNorm(nn.LayerNorm):
     pass
 
 
+class OwnLinear(nn.Linear):
+    def forward(self, x):
+        return super().forward(x)
+
+
 class Doubled(nn.Module):
     def forward(self, x):
         return x + x
@@ -511,6 +516,12 @@ WRONG = {
     ),
     "in the model, the op .* reads the stream, and is no nn.Linear": Wrong(
         lambda m, x: x + x @ (2 * m.past.weight).T  # what is made of a weight is none
+    ),
+    r"in head\.0, the op .* reads the stream, and is no nn.Linear": Wrong(
+        lambda m, x: x, head=nn.Sequential(OwnLinear(4, 2))
+    ),
+    "in the model, the op addmm reads the stream, and is no nn.Linear": Wrong(
+        lambda m, x: torch.addmm(x, torch.ones(2, 4), m.past.weight)  # adds to it
     ),
     r"in head\.0, .* normalises what another norm gave": Wrong(
         lambda m, x: x, head=nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 2))
