@@ -486,9 +486,10 @@ class Doubled(nn.Module):
         return x + x
 
 
-def test_copies_of_the_stream_are_the_stream(device):
+def test_copies_of_the_stream_and_zeros_are_the_stream(device):
     def act(_, x):
-        x = torch.cat([x[:1].clone(), x[1:].detach()]).to(torch.float64, copy=True)
+        none = [x.new_zeros(1, 4), torch.zeros_like(x[:1])]
+        x = torch.cat([x[:1].clone(), x[1:].detach(), *none]).to(torch.float64, copy=True)
         return torch.ops.aten.alias(torch.native_dropout(x, 0.0, True)[0])
 
     model, x = filled(Wrong(act).double()).to(device), torch.randn(3, 3, device=device).double()

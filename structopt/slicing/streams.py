@@ -162,10 +162,10 @@ class _Follower:
     def _linear(self, op: Op, before: Sequence[Seen]) -> str:
         """What may be done to the stream on the way: nothing that prefers some of its axes."""
         states = self._states(before)
-        if not before:
-            if not op.name.endswith(("zeros", "zeros_like")):
-                _refuse(op, "makes a part of the stream that no weight makes")
+        if op.name.endswith(("zeros", "zeros_like")):  # of the size of the stream, or a part of it
             return ""
+        if not before:
+            _refuse(op, "makes a part of the stream that no weight makes")
         state = next(iter(states))
         if len(states) > 1 or (state and op.name in ("add", "sub", "rsub")):
             _refuse(op, "adds what a norm gave to the stream (post-norm?)")
