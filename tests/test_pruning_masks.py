@@ -229,6 +229,16 @@ def test_what_is_gone_goes_before_zeros_that_are_left(device, scope):
     assert torch.equal(again["w"], before["w"])
 
 
+def test_a_floor_holds_no_place_for_what_is_gone(device):
+    """Of eight weights that went before a floor was asked for, none goes once more."""
+    scores = {"a": torch.rand(10, device=device), "b": torch.rand(10, device=device) + 1}
+    before = {"a": torch.arange(10, device=device) > 7, "b": torch.ones(10).to(device) > 0}
+    for sparsity in (0.4, 0.5, 0.65):  # to five of "b", half of it
+        masks = pruning.find_masks(scores, sparsity, scope=Global(floor=0.5), within=before)
+        assert pruning.sparsity_of(masks) == pytest.approx(sparsity)
+        assert torch.equal(masks["a"], before["a"])
+
+
 @pytest.mark.parametrize("pattern", [Filters(), Block(2, 2)])
 def test_masks_of_patterns_nest(device, pattern):
     first = pruning.find_masks(scores_of((8, 8), device=device), 0.25, pattern=pattern)

@@ -124,8 +124,8 @@ def _gone(ranks: dict[str, Tensor], sparsity: float, scope: Scope) -> dict[str, 
 
 
 def _guarded(key: Tensor, count: int) -> Tensor:
-    """The same keys, the `count` highest above all others."""
-    rest = lowest([key], key.numel() - count)[0]
+    """The same keys, the `count` highest above all others; of those that live."""
+    rest = lowest([key], key.numel() - count)[0] | (key == 0)
     return torch.where(rest, key, torch.iinfo(key.dtype).max)
 
 
