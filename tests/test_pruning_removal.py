@@ -401,6 +401,10 @@ def test_block_influence_equals_its_definition(device):
     features = (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1))
     found = pruning.block_influence(sequence, [x], ["0"])
     assert found["0"] == pytest.approx(1 - float(features.mean()), abs=1e-5)
+    parts = [x[:1], torch.cat([x[1:], x])]  # the mean is over positions, however they are batched
+    assert pruning.block_influence(sequence, parts, ["0"])["0"] == pytest.approx(
+        pruning.block_influence(sequence, [torch.cat([x, x])], ["0"])["0"], abs=1e-6
+    )
     nn.init.zeros_(model.stage2[1].bn2.weight)
     nn.init.zeros_(model.stage2[1].bn2.bias)
     after = pruning.block_influence(model, batches)

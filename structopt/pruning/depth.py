@@ -92,7 +92,7 @@ def block_influence(
             if not isinstance(output, Tensor) or getattr(x, "shape", None) != output.shape:
                 raise ValueError(f"{name} does not make one tensor like its first argument")
             dim = 1 if output.ndim == 4 else -1
-            sums[name].append(torch.cosine_similarity(x, output, dim=dim).mean())
+            sums[name].append(torch.cosine_similarity(x, output, dim=dim).flatten())
 
         handles.append(model.get_submodule(name).register_forward_hook(note, with_kwargs=True))
     with observed(model, handles):
@@ -100,7 +100,7 @@ def block_influence(
             call(model, placed(inputs_of(batch), model))
     if idle := [name for name, found in sums.items() if not found]:
         raise ValueError(f"{idle[0]!r} never ran on these batches: leave it out of names")
-    return {name: max(0.0, 1 - float(torch.stack(found).mean())) for name, found in sums.items()}
+    return {name: max(0.0, 1 - float(torch.cat(found).mean())) for name, found in sums.items()}
 
 
 def _need_modules(model: nn.Module, names: Sequence[str]) -> None:
