@@ -59,6 +59,15 @@ def test_the_border_is_that_of_a_full_sort(sparsity, dtype):
     assert torch.equal(mask.flatten(), expected)
 
 
+def test_counts_are_exact_where_single_precision_no_longer_counts(device):
+    """2²⁴ + 1 is no number of float32: of so many zeros all go, and of the two ones the first."""
+    many = {"zeros": torch.zeros(2**24 + 1), "ones": torch.ones(2)}
+    ranks = [pruning.ranking.keys(one.to(device)) for one in many.values()]
+    zeros, ones = pruning.ranking.lowest(ranks, 2**24 + 2)
+    assert zeros.all()
+    assert ones.tolist() == [True, False]
+
+
 @given(n=st.integers(1, 3), kernel=st.sampled_from([(), (3,), (2, 2)]), ties=st.booleans())
 def test_n_of_m_holds_in_each_group_of_input_channels(n, kernel, ties):
     scores = scores_of((6, 8, *kernel), ties=ties)

@@ -65,8 +65,6 @@ def lowest(ranks: Sequence[Tensor], count: int) -> list[Tensor]:
     Equal keys go in their order. A histogram of the leading 16 bits finds where the border lies,
     then one of the next 16: linear in the number of entries, with no sorting.
     """
-    if count <= 0 or not ranks:
-        return [torch.zeros_like(k, dtype=torch.bool) for k in ranks]
     border, below = 0, 0
     for shift in range(8 * ranks[0].dtype.itemsize - 16, -1, -16):
         histogram = torch.zeros(1 << 16, dtype=torch.int64, device=ranks[0].device)
