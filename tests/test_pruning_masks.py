@@ -336,14 +336,17 @@ def test_bad_input_is_a_clear_error(call, words):
     begin=st.integers(0, 20),
     length=st.integers(1, 90),
     every=st.integers(1, 30),
+    initial=st.floats(0, 0.1),
 )
-def test_gradual_is_the_formula_of_the_paper(final, begin, length, every):
-    schedule = Gradual(final, begin, begin + length, every)
+def test_gradual_is_the_formula_of_the_paper(final, begin, length, every, initial):
+    schedule = Gradual(final, begin, begin + length, every, initial)
     values = [schedule.sparsity(step) for step in range(begin + length + 5)]
     assert values == sorted(values)
     assert values[-1] == final
+    assert not any(values[:begin])
     for step in range(begin, begin + length, every):
-        assert values[step] == pytest.approx(final - final * (1 - (step - begin) / length) ** 3)
+        left = (1 - (step - begin) / length) ** 3
+        assert values[step] == pytest.approx(final + (initial - final) * left)
     steps = range(1, len(values))
     assert all(schedule.changes(s) for s in steps if values[s] != values[s - 1])
 
