@@ -302,6 +302,36 @@ def test_groups_without_a_score_have_to_be_left_alone():
     assert torch.equal(small[1].weight, model[1].weight[expected])
 
 
+class Bare(nn.Module):
+    """Matrices that no layer owns: one between two layers, two by themselves."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 6), nn.Linear(6, 4)
+        self.between, self.up, self.down = (
+            nn.Parameter(torch.randn(shape)) for shape in ((6, 6), (4, 8), (8, 2))
+        )
+        self.bias = nn.Parameter(torch.zeros(8))
+
+    def forward(self, x):
+        x = self.last((self.first(x).relu() @ self.between).relu())
+        return (x @ self.up + self.bias).relu() @ self.down
+
+
+def test_matrices_that_no_layer_owns_count_where_nothing_else_does(device):
+    model, example = Bare().to(device), torch.randn(4, 3, device=device)
+    own = (model.up.abs().sum(0) + model.down.abs().sum(1)).detach()
+    made, read = model.first.weight.abs().sum(1), model.last.weight.abs().sum(0)
+    with torch.no_grad():  # what would turn the order round, if it counted
+        model.bias[own.argmin()] = 99.0
+        model.between[made.argmin()] = 99.0
+        model.between[:, read.argmin()] = 99.0
+    small = pruning.prune_channels(model, example, 0.5, limits=Limits(leave=("last",)))
+    assert torch.equal(small.bias, model.bias[own.topk(4).indices.sort().values])
+    assert torch.equal(small.first.bias, model.first.bias[made.topk(3).indices.sort().values])
+    assert torch.equal(small.last.weight, model.last.weight[:, read.topk(3).indices.sort().values])
+
+
 def test_a_pruned_network_is_saved_loaded_pruned_again_and_trained(tmp_path, device):
     model, example = (
         trained(networks.ResNet20(width=8)).to(device),
