@@ -242,6 +242,10 @@ def test_a_budget_out_of_reach_names_the_nearest():
         (lambda m, x: pruning.prune_channels(m, x, -0.5), "fraction removed"),
         (lambda m, x: pruning.prune_channels(m, x, 0.5, scope=PerRow()), "no rows"),
         (lambda m, x: pruning.prune_channels(m, x, 0.5, limits=Limits(leave=("conv9",))), "conv9"),
+        (
+            lambda m, x: pruning.prune_channels(m, x, 0.5, limits=Limits(ratios={"conv9": 0.5})),
+            "no group is called 'conv9'",
+        ),
         (lambda m, x: pruning.prune_channels(m, x, 0.5, scores={}), "no weight of group conv1"),
         (
             lambda m, x: pruning.prune_channels(nn.Linear(2, 2), x[0, 0, 0, :2], 0.5),
@@ -300,6 +304,15 @@ def test_groups_without_a_score_have_to_be_left_alone():
     small = pruning.prune_channels(model, example, 0.5, scores=scores, limits=limits)
     expected = model[1].weight.detach().topk(4).indices.sort().values
     assert torch.equal(small[1].weight, model[1].weight[expected])
+
+
+def test_budgets_on_paper_are_met_where_the_model_reads_values(device):
+    """Such a model does not run without any."""
+    model = nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 2)).to(device)
+    model.register_forward_pre_hook(lambda _, args: float(args[0].sum()) and None)
+    example = torch.ones(1, 3, device=device)
+    small = pruning.prune_channels(model, example, MACs(at_most=5 * 7))
+    assert small[0].out_features == 7
 
 
 class Bare(nn.Module):

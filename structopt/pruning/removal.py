@@ -136,7 +136,7 @@ def _coster(
             same = {n: g.size for n, g in groups.items()} == {g.name: g.size for g in channels}
             if same and budget.cost(bare, away) == budget.cost(model, example):
                 stand_in = (bare, away, groups)
-        except (RuntimeError, ValueError, NotImplementedError):
+        except (RuntimeError, ValueError):
             pass
     known: dict[tuple[tuple[str, int], ...], float] = {}
 
