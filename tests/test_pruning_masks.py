@@ -347,8 +347,8 @@ def test_gradual_is_the_formula_of_the_paper(final, begin, length, every, initia
     for step in range(begin, begin + length, every):
         left = (1 - (step - begin) / length) ** 3
         assert values[step] == pytest.approx(final + (initial - final) * left)
-    steps = range(1, len(values))
-    assert all(schedule.changes(s) for s in steps if values[s] != values[s - 1])
+    changes = [step for step in range(len(values)) if schedule.changes(step)]
+    assert changes == [*range(begin, begin + length, every), begin + length]
 
 
 @given(final=st.floats(0.1, 0.95), rounds=st.integers(1, 6), every=st.integers(1, 9))
@@ -367,9 +367,17 @@ def test_one_shot_and_constant():
     assert [OneShot(0.5, at=3).sparsity(s) for s in (0, 2, 3, 9)] == [0, 0, 0.5, 0.5]
     assert [s for s in range(9) if OneShot(0.5, at=3).changes(s)] == [3]
     assert [s for s in range(9) if Constant(0.5).changes(s)] == [1]
-    for make in (lambda: Constant(1.0), lambda: OneShot(0.5, at=0), lambda: Gradual(0.5, 9, 9)):
-        with pytest.raises(ValueError, match=r"Constant|OneShot|Gradual"):
+    for make in (
+        lambda: Constant(1.0),
+        lambda: OneShot(0.5, at=0),
+        lambda: Gradual(0.5, 9, 9),
+        lambda: Gradual(0.5, 0, 9.5),
+        lambda: Gradual(0.5, 0, 9, every=0),
+        lambda: Iterative(1.0, rounds=2, every=9),
+    ):
+        with pytest.raises(ValueError, match=r"Constant|OneShot|Gradual|Iterative"):
             make()
+    assert Gradual(0.5, 0, 9, initial=0.5).sparsity(0) == 0.5  # may be as sparse from the first
     with pytest.raises(ValueError, match="initial <= final"):
         Gradual(0.5, 0, 9, initial=0.6)
 
@@ -380,6 +388,17 @@ def test_applying_a_mask_multiplies_by_it(device):
     assert pruning.apply_masks_(model, {n: m.cpu() for n, m in masks.items()}) is model
     for name, p in plain.named_parameters():
         assert torch.equal(model.get_parameter(name), p * masks[name] if name in masks else p)
+
+
+@pytest.mark.parametrize("apply", [pruning.apply_masks_, lambda m, k: pruning.hold(k)(m)])
+def test_what_is_removed_is_zero_even_where_it_was_no_number(device, apply):
+    model = network(device)
+    masks = pruning.find_masks(pruning.score(model), 0.7)
+    with torch.no_grad():
+        for name, mask in masks.items():
+            model.get_parameter(name)[~mask] = torch.nan
+    apply(model, masks)
+    assert all(not model.get_parameter(name)[~mask].any() for name, mask in masks.items())
 
 
 OPTIMIZERS = {
@@ -624,6 +643,8 @@ def test_masks_of_torch_are_taken_and_handed_back(device):
     torch.testing.assert_close(plain.eval()(example), model.eval()(example))
     with pytest.raises(ValueError, match=r"no mask of torch\.nn\.utils\.prune"):
         pruning.from_torch_(model)
+    layer = prune.l1_unstructured(nn.Linear(4, 2), "weight", amount=0.5)
+    assert set(pruning.from_torch_(layer)) == {"weight"}  # of the model itself
 
 
 @pytest.mark.parametrize(
