@@ -315,6 +315,15 @@ def test_budgets_on_paper_are_met_where_the_model_reads_values(device):
     assert small[0].out_features == 7
 
 
+@pytest.mark.parametrize("budget", [MACs(share=0.5), Parameters(share=0.5)])
+def test_candidates_of_a_budget_on_paper_hold_no_values(device, budget):
+    model = nn.Sequential(nn.Linear(3, 64), nn.ReLU(), nn.Linear(64, 2)).to(device)
+    bare = []
+    model.register_forward_pre_hook(lambda _, args: bare.append(args[0].is_meta))
+    pruning.prune_channels(model, torch.ones(1, 3, device=device), budget)
+    assert bare.count(True) > 2 * bare.count(False)
+
+
 class Bare(nn.Module):
     """Matrices that no layer owns: one between two layers, two by themselves."""
 

@@ -74,13 +74,15 @@ def test_a_weight_in_two_layers_reads_what_both_read(device):
     close(found["first.weight"], model.first.weight.detach().abs() * both.norm(dim=0))
 
 
+@pytest.mark.parametrize("places", [1, 2, 3])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_a_transposed_convolution_reads_the_channels_of_its_rows(device, groups):
-    layer = nn.ConvTranspose2d(4, 6, 2, groups=groups).to(device)
-    x = torch.randn(3, 4, 5, 5, device=device)
+def test_a_transposed_convolution_reads_the_channels_of_its_rows(device, groups, places):
+    kind = getattr(nn, f"ConvTranspose{places}d")
+    layer = kind(4, 6, 2, groups=groups).to(device)
+    x = torch.randn(3, 4, *[5] * places, device=device)
     found = pruning.score(layer, pruning.wanda, [x], objective=lambda m, b: m(b).sum())["weight"]
     norms = x.movedim(1, 0).flatten(1).norm(dim=1)
-    close(found, layer.weight.detach().abs() * norms[:, None, None, None])
+    close(found, layer.weight.detach().abs() * norms.view(-1, 1, *[1] * places))
 
 
 def test_batches_that_can_be_read_once_serve_two_kinds_of_evidence(device):
