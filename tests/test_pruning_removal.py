@@ -397,12 +397,13 @@ class Stack(nn.ModuleDict):
     def forward(self, x):
         x = self["twice"](self["twice"](self["plain"](x)))
         x = self["scaled"](self["more"](x, x), scale=2.0)
+        x = self["both"](self["both"](x, x))
         x = self["relu"](self["listed"]([x]))
         return self["tupled"](x)[0]
 
 
 def test_a_block_is_called_with_one_tensor_and_nothing_else_as_an_identity_would_be():
-    names = ("plain", "twice", "scaled", "more", "listed", "tupled")
+    names = ("plain", "twice", "scaled", "more", "both", "listed", "tupled")
     model = Stack({n: Residual(n) for n in names} | {"relu": nn.Sequential(nn.ReLU())})
     assert pruning.residual_blocks(model, torch.randn(3, 4)) == ["plain", "twice"]
     with pytest.raises(ValueError, match="tupled does not make one tensor"):
@@ -410,6 +411,11 @@ def test_a_block_is_called_with_one_tensor_and_nothing_else_as_an_identity_would
     model["idle"] = nn.ReLU()
     with pytest.raises(ValueError, match="'idle' never ran"):
         pruning.block_influence(model, [torch.randn(3, 4)], ["idle"])
+
+
+def test_blocks_are_named_in_the_order_of_the_model():
+    model = nn.Sequential(*[Residual("plain") for _ in range(11)])
+    assert pruning.residual_blocks(model, torch.ones(1, 4)) == [str(i) for i in range(11)]
 
 
 def test_a_block_of_several_places_is_removed_from_all(device):
