@@ -92,6 +92,19 @@ def test_recover_is_train_with_calibrated_norms_and_held_masks(device):
     assert all(not model.get_parameter(n)[~m].any() for n, m in masks.items())
 
 
+def test_statistics_are_taken_anew_before_the_first_step(device):
+    norm = nn.BatchNorm1d(3, affine=False)
+    model = nn.Sequential(norm, nn.Linear(3, 2)).to(device)
+    x, seen = torch.randn(8, 3, device=device) + 5, []
+
+    def objective(model, batch):
+        seen.append(norm.running_mean.clone())
+        return model(batch[0]).square().mean()
+
+    pruning.recover(model, [(x, x)], epochs=1, objective=objective)
+    torch.testing.assert_close(seen[0], x.mean(0))
+
+
 def test_recover_refuses_what_it_cannot_do(device):
     model = network(device)
     before = copy.deepcopy(model.state_dict())
