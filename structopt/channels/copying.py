@@ -14,58 +14,58 @@ from torch.nn.modules.conv import _ConvNd
 _ATOMS = frozenset((bool, int, float, str, type(None)))
 _HELD = ("_parameters", "_buffers", "_modules")
 _STORES = (dict, OrderedDict, set)
+_USUAL = _ATOMS.union(_STORES)
 _WAYS = ("__reduce_ex__", "__reduce__", "__new__")
 
 
 def substitute(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
     """A copy of the model in which each parameter and buffer is what `change` makes of it."""
     memo: dict[int, Any] = {}
-    stores = [s for m in model.modules() for s in (m._parameters, m._buffers, vars(m))]
+    modules = list(model.modules())
     with torch.no_grad():
-        for store in stores:
+        for store in (s for m in modules for s in (m._parameters, m._buffers, vars(m))):
             for value in store.values():
-                if isinstance(value, Tensor) and id(value) not in memo:
-                    made = change(value).detach()
-                    if isinstance(value, nn.Parameter):
-                        made = nn.Parameter(made, requires_grad=value.requires_grad)
-                    memo[id(value)] = made
-    return _deepcopy(model, memo)
+                if type(value) not in _USUAL and isinstance(value, Tensor):
+                    if id(value) not in memo:
+                        made = change(value).detach()
+                        if isinstance(value, nn.Parameter):
+                            made = nn.Parameter(made, requires_grad=value.requires_grad)
+                        memo[id(value)] = made
+    return _deepcopy(model, modules, memo)
 
 
-def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+def _deepcopy(model: nn.Module, modules: list[nn.Module], memo: dict[int, Any]) -> nn.Module:
     """As `copy.deepcopy`, which spends most of its time on the ten empty dicts of each module."""
-    plain = [module for module in model.modules() if _is_plain(module)]
+    kinds = {kind: _is_plain(kind) for kind in set(map(type, modules))}
+    plain = [module for module in modules if kinds[type(module)]]
     for module in plain:
         memo[id(module)] = object.__new__(type(module))
     for module in plain:
         twin = vars(memo[id(module)])
-        for name, value in module.__getstate__().items():  # type: ignore[no-untyped-call]
-            if _is_atom(value):
-                twin[name] = value
-            elif type(value) is dict and name in _HELD and id(value) not in memo:
+        twin.update(module.__getstate__())  # type: ignore[no-untyped-call]
+        for name, value in twin.items():
+            kind = type(value)
+            if kind in _ATOMS:
+                continue
+            if kind in _STORES and not value:
+                twin[name] = memo.setdefault(id(value), kind())
+            elif kind is dict and name in _HELD and id(value) not in memo:
                 twin[name] = memo[id(value)] = {
                     key: memo[id(held)] if id(held) in memo else copy.deepcopy(held, memo)
                     for key, held in value.items()
                 }
-            elif type(value) in _STORES and not value:
-                twin[name] = memo.setdefault(id(value), type(value)())
-            else:
+            elif kind is not tuple or not _ATOMS.issuperset(map(type, value)):
                 twin[name] = copy.deepcopy(value, memo)
     return copy.deepcopy(model, memo)
 
 
-def _is_atom(value: Any) -> bool:
-    return type(value) in _ATOMS or (type(value) is tuple and _ATOMS.issuperset(map(type, value)))
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether its class leaves it to Python to say what belongs to a copy."""
-    own = type(module)
-    mends = own.__setstate__ is not nn.Module.__setstate__  # convolutions do, for old pickles alone
+def _is_plain(kind: type[nn.Module]) -> bool:
+    """Whether a class leaves it to Python to say what belongs to a copy."""
+    mends = kind.__setstate__ is not nn.Module.__setstate__  # convolutions do, for old pickles alone
     return not (
-        hasattr(own, "__deepcopy__")
-        or (mends and not isinstance(module, _ConvNd))
-        or any(getattr(own, way) is not getattr(object, way) for way in _WAYS)
+        hasattr(kind, "__deepcopy__")
+        or (mends and not issubclass(kind, _ConvNd))
+        or any(getattr(kind, way) is not getattr(object, way) for way in _WAYS)
     )
 
 
