@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from structopt.channels.copying import flatten, substitute
@@ -39,14 +39,14 @@ def channel_groups(model: nn.Module, example: Any) -> Channels:
     0.weight[dim 0], 0.bias[dim 0], 1.weight[dim 0]
     """
     _check(model, example)
-    bare = _copied(model)
+    bare, labelled = True, _copied(model, to_shadow)
     try:  # no values are needed, unless the model's own control flow asks for some
         inputs = map_tensors(example, to_shadow)
-        book, axes, shapes = _traced(bare, inputs)
+        book, axes, shapes = _traced(labelled, inputs)
     except Exception:
-        bare, inputs = model, example
+        bare, inputs = False, example
         try:
-            book, axes, shapes = _traced(bare, inputs)
+            book, axes, shapes = _traced(_copied(model, torch.clone), inputs)
         except Exception as problem:
             first = (str(problem).splitlines() or [""])[0]
             raise ValueError(
@@ -55,7 +55,7 @@ def channel_groups(model: nn.Module, example: Any) -> Channels:
             ) from problem
     channels = Channels(model, example, book, axes)
     _beware(channels)
-    settle(Probe(channels, bare, inputs, shapes))
+    settle(Probe(channels, model, inputs, shapes, bare))
     return channels
 
 
@@ -87,10 +87,9 @@ def _check(model: nn.Module, example: Any) -> None:
             )
 
 
-def _copied(model: nn.Module) -> nn.Module:
-    """A copy without values."""
+def _copied(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
     try:
-        return substitute(model, to_shadow).eval()
+        return substitute(model, change)
     except Exception as problem:
         raise ValueError(
             f"the model cannot be copied: {type(problem).__name__}: {problem}. Make "
@@ -119,11 +118,11 @@ def _beware(channels: Channels) -> None:
         channels.regroup()
 
 
-def _traced(model: nn.Module, example: Any) -> tuple[Book, Axes, list[torch.Size]]:
-    book, labelled = Book(), substitute(model, torch.clone)
+def _traced(labelled: nn.Module, example: Any) -> tuple[Book, Axes, list[torch.Size]]:
+    book = Book()
     flatten(labelled)
     axes = label_parameters(book, labelled)
-    for made, read in _insisted(model):
+    for made, read in _insisted(labelled):
         rows, columns = axes.get((made, 0)), axes.get((read, 1))
         if rows is not None and columns is not None:
             book.labels.tie(rows, np.tile(columns, len(rows) // len(columns)))

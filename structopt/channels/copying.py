@@ -25,12 +25,12 @@ def substitute(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Modul
     with torch.no_grad():
         for store in (s for m in modules for s in (m._parameters, m._buffers, vars(m))):
             for value in store.values():
-                if type(value) not in _USUAL and isinstance(value, Tensor):
-                    if id(value) not in memo:
-                        made = change(value).detach()
-                        if isinstance(value, nn.Parameter):
-                            made = nn.Parameter(made, requires_grad=value.requires_grad)
-                        memo[id(value)] = made
+                if type(value) in _USUAL or id(value) in memo or not isinstance(value, Tensor):
+                    continue
+                made = change(value).detach()
+                if isinstance(value, nn.Parameter):
+                    made = nn.Parameter(made, requires_grad=value.requires_grad)
+                memo[id(value)] = made
     return _deepcopy(model, modules, memo)
 
 
@@ -61,7 +61,7 @@ def _deepcopy(model: nn.Module, modules: list[nn.Module], memo: dict[int, Any]) 
 
 def _is_plain(kind: type[nn.Module]) -> bool:
     """Whether a class leaves it to Python to say what belongs to a copy."""
-    mends = kind.__setstate__ is not nn.Module.__setstate__  # convolutions do, for old pickles alone
+    mends = kind.__setstate__ is not nn.Module.__setstate__  # convolutions: for old pickles
     return not (
         hasattr(kind, "__deepcopy__")
         or (mends and not issubclass(kind, _ConvNd))

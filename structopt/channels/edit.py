@@ -20,10 +20,12 @@ def build(
     model: nn.Module,
     edit: Edit,
     widen: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    start: Callable[[Tensor], Tensor] | None = None,
 ) -> nn.Module:
     """A copy of the model that has only the chosen channels, verified by nobody yet.
 
-    `widen` is what becomes of weights before they are multiplied by anything.
+    `widen` is what becomes of weights before they are multiplied by anything; `start` is what
+    each tensor of the model is taken for.
     """
     choice = edit.choice
     factors = keeping.factors(channels, model, edit)
@@ -31,7 +33,7 @@ def build(
     names = {id(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
 
     def change(tensor: Tensor, name: str = "", scaled: bool = True) -> Tensor:
-        name, made = name or names.get(id(tensor), ""), tensor
+        name, made = name or names.get(id(tensor), ""), start(tensor) if start else tensor
         for dim in range(tensor.ndim):
             labels = channels.axes.get((name, dim))
             taken = None

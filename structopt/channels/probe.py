@@ -18,18 +18,20 @@ from structopt.channels.labels import Vector
 from structopt.channels.members import ChannelGroup
 from structopt.channels.mirrors import Book
 from structopt.channels.rows import Edit
-from structopt.channels.shadow import Shadow, plain_kernels
+from structopt.channels.shadow import Shadow, plain_kernels, to_shadow
 from structopt.channels.tracing import call, follow_modules, tensors_of
 
 Shapes = list[torch.Size]
 
 
 class Probe:
-    """Runs edited copies of a model whose weights have shapes but no values."""
+    """Runs edited copies of a model whose weights, if `bare`, have shapes but no values."""
 
-    def __init__(self, channels: Channels, bare: nn.Module, example: Any, expected: Shapes) -> None:
-        self.channels, self.bare, self.example, self.expected = channels, bare, example, expected
-        self.exact_shapes = bare is not channels.model()
+    def __init__(
+        self, channels: Channels, model: nn.Module, example: Any, expected: Shapes, bare: bool
+    ) -> None:
+        self.channels, self.model, self.example, self.expected = channels, model, example, expected
+        self.bare = bare
         self.problem = self.where = ""
 
     def works(self, groups: Iterable[ChannelGroup]) -> bool:
@@ -41,19 +43,22 @@ class Probe:
         choice = {self.channels.number[id(g)]: _some(g, n) for n, g in enumerate(groups)}
         watch, edit = Book(), Edit(choice, guessed=None if guesses else frozenset())
         try:
-            found = self._shapes(build(self.channels, self.bare, edit))
+            found = self._shapes(self._built(edit))
         except Exception as problem:
             self.problem = str(problem)
             with contextlib.suppress(Exception):  # once more, to see where
-                made = build(self.channels, self.bare, edit)
+                made = self._built(edit)
                 follow_modules(watch, made)
                 self._shapes(made)
             self.where = watch.module
             return False
         self.problem, self.where = "the shape of the output changes", ""
-        if not self.exact_shapes:  # how many objects are found may change with the values
+        if not self.bare:  # how many objects are found may change with the values
             return [len(s) for s in found] == [len(s) for s in self.expected]
         return found == self.expected
+
+    def _built(self, edit: Edit) -> nn.Module:
+        return build(self.channels, self.model, edit, start=to_shadow if self.bare else None)
 
     def _shapes(self, made: nn.Module) -> Shapes:
         with plain_kernels(), Shadow():
@@ -74,7 +79,7 @@ def settle(probe: Probe) -> None:
     """
     channels = probe.channels
     while channels.groups and not probe.works(channels.groups):
-        kind = type(probe.bare.get_submodule(_owner(probe)))
+        kind = type(probe.model.get_submodule(_owner(probe)))
         if not (_silence(probe, kind) or _tie_sides(probe, kind, 1) or _tie_sides(probe, kind, 3)):
             _freeze(probe, _culprit(probe))
         channels.regroup()
@@ -84,7 +89,7 @@ def _owner(probe: Probe) -> str:
     """The module that failed: the nearest that is not one of torch's plain layers."""
     path = probe.where
     while True:
-        module = probe.bare.get_submodule(path)
+        module = probe.model.get_submodule(path)
         if not path or own(module) or isinstance(module, nn.MultiheadAttention):
             return path
         path = path.rpartition(".")[0]
@@ -95,7 +100,7 @@ def _silence(probe: Probe, kind: type) -> bool:
     channels = probe.channels
     if kind in channels.book.silent:
         return False
-    paths = {n for n, m in probe.bare.named_modules() if type(m) is kind}
+    paths = {n for n, m in probe.model.named_modules() if type(m) is kind}
     sizes = [e for e in channels.extents if not e.name and e.module in paths]
     touched = {n for e in sizes if e.labels is not None for n in channels.along(e.labels)}
     for group in channels.groups:
@@ -117,7 +122,7 @@ def _tie_sides(probe: Probe, kind: type, times: int) -> bool:
     verdicts: dict[frozenset[int], bool] = {}  # of sets of groups: do they work alone?
     both = (*channels.groups, *channels.frozen)
     groups = {channels.number[id(g)]: g for g in both if not g.frozen}
-    paths = tuple(n + "." if n else "" for n, m in probe.bare.named_modules() if type(m) is kind)
+    paths = tuple(n + "." if n else "" for n, m in probe.model.named_modules() if type(m) is kind)
     fails = ""
     for (name, dim), rows in channels.axes.items():
         columns = channels.axes.get((name, 1))
@@ -156,8 +161,8 @@ def _culprit(probe: Probe) -> ChannelGroup:
 def _freeze(probe: Probe, culprit: ChannelGroup) -> None:
     """Freeze a group, and those that stand in its place in other modules of the same class."""
     channels = probe.channels
-    kind = type(probe.bare.get_submodule(_owner(probe)))
-    paths = tuple(f"{p}." for p, m in probe.bare.named_modules() if p and type(m) is kind)
+    kind = type(probe.model.get_submodule(_owner(probe)))
+    paths = tuple(f"{p}." for p, m in probe.model.named_modules() if p and type(m) is kind)
     place = _place(culprit)
     why = f"the model fails without some: {probe.problem}".splitlines()[0]
     for group in channels.groups:

@@ -11,13 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-META = torch.device("meta")
+from structopt.channels.shortcuts import META, shortcut
+
 # What these get beside the tensor they work on are places, which have to be known.
 _PLACED = ("index", "index_put", "index_put_", "_unsafe_index", "_unsafe_index_put")
-
-# Torch composes these of up to twenty operators on `meta`; sizes it has checked before.
-_POINTWISE = ("hardtanh", "relu", "hardswish", "hardsigmoid", "silu", "gelu", "sigmoid")
-_BATCH_NORMS = ("native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm")
 
 
 def to_shadow(tensor: Tensor) -> Tensor:
@@ -50,7 +47,7 @@ class Shadow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         }
         if True in device:
             name = name_of(func)
-            short = _shortcut(name, args)
+            short = shortcut(name, args, kwargs)
             if short is not None:
                 return short
             if len(device) > 1 and name not in _PLACED:
@@ -120,54 +117,6 @@ def multiply(tokens: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 def name_of(func: Any) -> str:
     name: str = func._schema.name
     return name.removeprefix("aten::")
-
-
-def _shortcut(name: str, args: Sequence[Any]) -> Any:
-    """What comes out of the most frequent layers, or `None` where torch has to say."""
-    x = args[0] if args else None
-    if not isinstance(x, Tensor):
-        return None
-    if name in _BATCH_NORMS:
-        return _alike(x), torch.empty(0, device=META), torch.empty(0, device=META)
-    if name.rstrip("_") in _POINTWISE and x.is_floating_point():
-        return x if name.endswith("_") else _alike(x)
-    return _convolved(*args) if name == "convolution" else None
-
-
-def _alike(x: Tensor) -> Tensor:
-    """As `empty_like`, which takes twenty times as long on `meta`."""
-    if x.is_contiguous():
-        return torch.empty(x.shape, dtype=x.dtype, device=META)
-    return torch.empty_like(x)
-
-
-def _convolved(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    *more: Any,
-) -> Tensor | None:
-    transposed, _, groups = more
-    rows, columns = weight.shape[:2]
-    fits = x.shape[1] == columns * groups and rows % groups == 0 and x.dtype == weight.dtype
-    fits = fits and (bias is None or bias.shape == (rows,))
-    fits = fits and len(stride) == len(padding) == len(dilation) == x.ndim - 2 == weight.ndim - 2
-    if transposed or not (fits and x.is_contiguous() and weight.is_contiguous()):
-        return None
-    sizes = [
-        (size + 2 * p - d * (k - 1) - 1) // s + 1
-        for size, p, d, k, s in zip(
-            x.shape[2:], padding, dilation, weight.shape[2:], stride, strict=True
-        )
-    ]
-    return (
-        torch.empty((x.shape[0], rows, *sizes), dtype=x.dtype, device=META)
-        if min(sizes) > 0
-        else None
-    )
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:

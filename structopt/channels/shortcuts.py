@@ -1,0 +1,200 @@
+"""What comes out of the most frequent operators on `meta`: a shape, and nothing else.
+
+Torch works out many of these in Python, in milliseconds. Here are the plain cases: contiguous
+tensors of one type, shapes that fit. `None` means that torch has to say, errors as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+META = torch.device("meta")
+# Torch checks the sizes of these before it takes them apart, on `meta`, into up to twenty.
+_BATCH_NORMS = ("native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm")
+_UNARY = ("hardtanh", "relu", "hardswish", "hardsigmoid", "silu", "gelu", "sigmoid")
+_EXACT = (torch.float32, torch.float64)  # others are computed in a wider type in between
+
+
+def shortcut(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The result of an operator of this name, or `None` where torch has to say."""
+    known = _KNOWN.get(name) or _KNOWN.get(name.rstrip("_"))
+    if known is None or not (args and isinstance(args[0], Tensor | list)) or "out" in kwargs:
+        return None
+    return known(name.endswith("_"), *args, **kwargs)
+
+
+def _empty(shape: Sequence[int], like: Tensor) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=META)
+
+
+def _is_plain(*tensors: Any) -> bool:
+    """Whether all are contiguous tensors of one floating type on `meta`."""
+    first = tensors[0]
+    return isinstance(first, Tensor) and all(
+        isinstance(t, Tensor)
+        and t.is_meta
+        and t.dtype == first.dtype
+        and t.is_floating_point()
+        and t.is_contiguous()
+        for t in tensors
+    )
+
+
+def _unary(inplace: bool, x: Tensor, *_: Any, **__: Any) -> Tensor | None:
+    if not x.is_floating_point():
+        return None
+    return x if inplace else _alike(x)
+
+
+def _alike(x: Tensor) -> Tensor:
+    """As `empty_like`, which takes twenty times as long on `meta`."""
+    return _empty(x.shape, x) if x.is_contiguous() else torch.empty_like(x)
+
+
+def _binary(inplace: bool, x: Any, y: Any = None, **options: Any) -> Tensor | None:
+    if not _is_plain(x) or options.keys() - {"alpha"}:
+        return None
+    if type(y) in (int, float):
+        return x if inplace else _empty(x.shape, x)
+    if not _is_plain(x, y) or not x.ndim or not y.ndim:
+        return None
+    shape = _broadcast(x.shape, y.shape)
+    if shape is None or (inplace and shape != x.shape):
+        return None
+    return x if inplace else _empty(shape, x)
+
+
+def _broadcast(a: torch.Size, b: torch.Size) -> torch.Size | None:
+    if a == b:
+        return a
+    longer, shorter = (a, b) if len(a) >= len(b) else (b, a)
+    shape = list(longer)
+    for d in range(1, len(shorter) + 1):
+        if shape[-d] == 1:
+            shape[-d] = shorter[-d]
+        elif shorter[-d] not in (1, shape[-d]):
+            return None
+    return torch.Size(shape)
+
+
+def _batch_norm(_: bool, x: Tensor, *__: Any, **___: Any) -> Any:
+    return _alike(x), torch.empty(0, device=META), torch.empty(0, device=META)
+
+
+def _layer_norm(
+    _: bool, x: Tensor, shape: Sequence[int], weight: Any, bias: Any, *__: Any, **___: Any
+) -> Any:
+    last = x.ndim - len(shape)
+    learned = [t for t in (weight, bias) if t is not None]
+    fits = len(shape) and x.shape[max(last, 0) :] == torch.Size(shape) and 0 not in x.shape
+    if x.dtype not in _EXACT or not fits or any(t.shape != torch.Size(shape) for t in learned):
+        return None
+    if any(t.dtype != x.dtype or t.is_meta != x.is_meta for t in learned):
+        return None
+    some = (*x.shape[:last], *(1 for _ in shape))
+    return _empty(x.shape, x), _empty(some, x), _empty(some, x)
+
+
+def _product(a: Tensor, b: Tensor, ndim: int) -> Tensor | None:
+    """(n, k) times (k, m), or batches of them; however these lie in memory, what comes out is."""
+    fits = a.ndim == b.ndim == ndim and a.shape[-1] == b.shape[-2] and a.shape[:-2] == b.shape[:-2]
+    if not (fits and a.is_meta and b.is_meta and a.dtype == b.dtype and a.is_floating_point()):
+        return None
+    return _empty((*a.shape[:-1], b.shape[-1]), a)
+
+
+def _mm(_: bool, a: Tensor, b: Tensor, *rest: Any) -> Tensor | None:
+    return None if rest else _product(a, b, 2)
+
+
+def _bmm(_: bool, a: Tensor, b: Tensor, *rest: Any) -> Tensor | None:
+    return None if rest else _product(a, b, 3)
+
+
+def _addmm(_: bool, bias: Tensor, a: Tensor, b: Tensor, *rest: Any, **__: Any) -> Tensor | None:
+    out = None if rest else _product(a, b, 2)
+    alike = out is not None and bias.is_meta and bias.dtype == out.dtype
+    return out if out is not None and alike and bias.shape in (out.shape, out.shape[1:]) else None
+
+
+def _cat(_: bool, parts: Sequence[Any], dim: int = 0) -> Tensor | None:
+    if not parts or not _is_plain(*parts) or not parts[0].ndim:
+        return None
+    first = parts[0]
+    if not -first.ndim <= dim < first.ndim:
+        return None
+    dim %= first.ndim
+    rest = {(t.ndim, t.shape[:dim], t.shape[dim + 1 :]) for t in parts}
+    if len(rest) > 1:
+        return None
+    return _empty(
+        (*first.shape[:dim], sum(t.shape[dim] for t in parts), *first.shape[dim + 1 :]), first
+    )
+
+
+def _mean(
+    _: bool, x: Tensor, dim: Any = None, keepdim: bool = False, **options: Any
+) -> Tensor | None:
+    if not _is_plain(x) or not isinstance(dim, list | tuple) or not dim or options:
+        return None
+    over = {d % x.ndim for d in dim if -x.ndim <= d < x.ndim}
+    if len(over) < len(dim):
+        return None
+    shape = [1 if d in over else n for d, n in enumerate(x.shape) if keepdim or d not in over]
+    return _empty(shape, x)
+
+
+def _roll(_: bool, x: Tensor, shifts: Any, dims: Any = (), **__: Any) -> Tensor | None:
+    fits = 0 < len(shifts) == len(dims) and all(-x.ndim <= d < x.ndim for d in dims)
+    return _empty(x.shape, x) if fits and x.numel() else None
+
+
+def _softmax(_: bool, x: Tensor, dim: int, *rest: Any, **options: Any) -> Tensor | None:
+    plain = _is_plain(x) and not any(rest) and not options
+    return _empty(x.shape, x) if plain and -x.ndim <= dim < x.ndim else None
+
+
+def _convolution(
+    _: bool,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    *more: Any,
+) -> Tensor | None:
+    transposed, _, groups = more
+    rows, columns = weight.shape[:2]
+    fits = x.shape[1] == columns * groups and rows % groups == 0 and x.dtype == weight.dtype
+    fits = fits and (bias is None or bias.shape == (rows,))
+    fits = fits and len(stride) == len(padding) == len(dilation) == x.ndim - 2 == weight.ndim - 2
+    if transposed or not (fits and x.is_contiguous() and weight.is_contiguous()):
+        return None
+    sizes = [
+        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        for size, p, d, k, s in zip(
+            x.shape[2:], padding, dilation, weight.shape[2:], stride, strict=True
+        )
+    ]
+    return _empty((x.shape[0], rows, *sizes), x) if min(sizes) > 0 else None
+
+
+_KNOWN: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(_UNARY, _unary),
+    **dict.fromkeys(("add", "sub", "mul", "div"), _binary),
+    **dict.fromkeys(_BATCH_NORMS, _batch_norm),
+    **dict.fromkeys(("_softmax", "_safe_softmax"), _softmax),
+    "addmm": _addmm,
+    "bmm": _bmm,
+    "cat": _cat,
+    "convolution": _convolution,
+    "mean": _mean,
+    "mm": _mm,
+    "native_layer_norm": _layer_norm,
+    "roll": _roll,
+}
