@@ -13,7 +13,7 @@ import numpy.typing as npt
 from torch import nn
 
 from structopt.channels.attributes import keeper
-from structopt.channels.labels import Vector
+from structopt.channels.labels import Labels, Vector
 from structopt.channels.members import ChannelGroup, Member
 from structopt.channels.mirrors import Book, Extent
 
@@ -159,8 +159,8 @@ def _extents(modules: Mapping[str, nn.Module], book: Book) -> list[Extent]:
 
 def _collect(channels: Channels) -> list[ChannelGroup]:
     """Channels with the same signature, the axes they lie on and how often, form a group."""
-    labels, axes = channels.book.labels, channels.axes
-    every = [*axes.values(), *channels.book.pieces]
+    labels = channels.book.labels
+    every = _apart(labels, [*channels.axes.values(), *channels.book.pieces])
     if not every:
         return []
     owner = np.repeat(np.arange(len(every)), [len(vector) for vector in every])
@@ -180,6 +180,20 @@ def _collect(channels: Channels) -> list[ChannelGroup]:
     starts = np.flatnonzero(np.r_[True, root[1:] != root[:-1]])
     signature = np.add.reduceat(mark, starts) + _mix(labels.reason[root[starts]])
     return _build(channels, root[starts], signature, place[starts])
+
+
+def _apart(labels: Labels, axes: list[Vector]) -> list[Vector]:
+    """The roots of these axes, each row once: a norm has five axes of the same channels."""
+    if not axes:
+        return []
+    roots = labels.find(np.concatenate(axes))
+    ends = itertools.accumulate(len(axis) for axis in axes)
+    return list(
+        {
+            (row := roots[end - len(axis) : end]).tobytes(): row
+            for axis, end in zip(axes, ends, strict=True)
+        }.values()
+    )
 
 
 def _mix(values: Vector) -> Vector:

@@ -59,7 +59,7 @@ class Labels:
         roots = self.parent[labels]
         while True:
             above = self.parent[roots]
-            if (above == roots).all():
+            if not np.count_nonzero(above != roots):
                 return roots
             self.parent[labels] = above  # shortens the path for the next search
             roots = above
@@ -74,7 +74,7 @@ class Labels:
             while True:
                 a, b = self.find(a), self.find(b)
                 apart = a != b
-                if not apart.any():
+                if not np.count_nonzero(apart):
                     break
                 a, b = a[apart], b[apart]
                 if self.paired:
@@ -86,7 +86,7 @@ class Labels:
         if not len(new) or new[-1] - new[0] != len(new) - 1:
             return False
         row = slice(new[0], new[-1] + 1)
-        if not self.fresh[row].all() or (new[1:] - new[:-1] != 1).any():
+        if np.count_nonzero(self.fresh[row]) < len(new) or np.count_nonzero(np.diff(new) != 1):
             return False
         roots = self.find(old)
         if roots.max() >= new[0]:  # the least label is the root
