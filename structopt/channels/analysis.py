@@ -55,7 +55,8 @@ def channel_groups(model: nn.Module, example: Any) -> Channels:
             ) from problem
     channels = Channels(model, example, book, axes)
     _beware(channels)
-    settle(Probe(channels, model, inputs, shapes, bare))
+    if book.insists:  # else nothing but the labels says which widths belong together
+        settle(Probe(channels, model, inputs, shapes, bare))
     return channels
 
 

@@ -31,6 +31,18 @@ class Known(int):
 _SHAPED = ("view", "reshape", "expand", "unflatten", "_unsafe_view")
 _SIZED = (*_SHAPED, "split", "split_with_sizes", "narrow")  # operators that are given sizes
 
+# What torch's layers call, and much of what others do: no width is handed to these as a number.
+# fmt: off
+_WIDTHLESS = {
+    "batch_norm", "linear", "relu", "relu6", "hardtanh", "hardswish", "hardsigmoid", "silu", "gelu",
+    "sigmoid", "tanh", "leaky_relu", "elu", "mish", "dropout", "dim", "flatten", "mean", "cat",
+    "add", "add_", "sub", "mul", "mul_", "permute", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
+    "adaptive_avg_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d", "max_pool2d",
+    "max_pool3d",
+}
+# fmt: on
+_CONVOLUTIONS = tuple(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3))
+
 
 def own(module: nn.Module) -> bool:
     """Whether the module is of the model's own making, not one of torch's layers."""
@@ -49,7 +61,10 @@ def mark(model: nn.Module) -> None:
 
 
 class Attributes(TorchFunctionMode):
-    """Notes which marked numbers arrive as sizes of dimensions."""
+    """Notes which marked numbers arrive as sizes of dimensions, and whether any number could.
+
+    A convolution is given its number of groups, which torch's layers keep where it can be set.
+    """
 
     def __init__(self, book: Book) -> None:
         super().__init__()
@@ -58,10 +73,14 @@ class Attributes(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
+        name, book = getattr(func, "__name__", ""), self.book
+        book.widthless = name in _WIDTHLESS or (not book.own and name in _CONVOLUTIONS)
+        book.insists |= not book.widthless
         out = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") not in _SIZED:
+        book.widthless = False
+        if name not in _SIZED:
             return out
-        for number, tensor, dim in _sizes(getattr(func, "__name__", ""), args, kwargs or {}, out):
+        for number, tensor, dim in _sizes(name, args, kwargs or {}, out):
             if isinstance(number, Known) and number > 1 and tensor.shape[dim] == number:
                 self._claim(number.key, tensor, dim)
         return out

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from structopt.channels import debts, rules
-from structopt.channels.attributes import Attributes, mark
+from structopt.channels.attributes import Attributes, mark, own
 from structopt.channels.calls import Call
 from structopt.channels.labels import Vector
 from structopt.channels.mirrors import MIRROR, Axis, Book, Mirror, mirror_of
@@ -46,6 +46,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.book.met.add(id(tensor))
             self._note(call, id(tensor), vars(tensor))
         self.book.op = name_of(func)
+        self.book.insists |= not self.book.widthless
         passed = debts.carried(call, given)
         self.book.decided |= bool(call.values) and self.book.op in _DECIDES
         call.out = out = self.compute(func, call.args, call.kwargs)
@@ -205,16 +206,17 @@ def follow_modules(book: Book, model: nn.Module) -> None:
     What a layer of torch's is given to multiply is data to it, parameters too: learned queries.
     """
     names = {id(module): name for name, module in model.named_modules()}
-    stack: list[tuple[str, str, frozenset[int]]] = []
+    stack: list[tuple[str, str, bool, frozenset[int]]] = []
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-        stack.append((book.module, book.kind, book.given))
+        stack.append((book.module, book.kind, book.own, book.given))
         book.module, book.kind, book.given = names[id(module)], type(module).__name__, frozenset()
+        book.own = own(module)
         if type(module).__module__ in _LAYERS:
             book.given = frozenset(id(tensor) for tensor in tensors_of((args, kwargs)))
 
     def leave(module: nn.Module, _: Any, __: Any) -> None:
-        book.module, book.kind, book.given = stack.pop()
+        book.module, book.kind, book.own, book.given = stack.pop()
 
     for module in model.modules():
         module.register_forward_pre_hook(enter, with_kwargs=True)
