@@ -1,0 +1,238 @@
+"""What is done by a shorter way gives what the longer way gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from channel_networks import Fn, conv, filled
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from structopt.channels import analysis, channel_groups, take
+from structopt.channels.shortcuts import shortcut
+from structopt.channels.widening import _depthwise, _is_depthwise
+
+A = torch.ops.aten
+TYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+# ------------------------------------------------------------------ shapes on `meta`
+
+
+class Draw:
+    """Tensors without values, of any order in memory, that mostly fit together."""
+
+    def __init__(self, data: st.DataObject) -> None:
+        self.draw = data.draw
+
+    def one(self, *options: Any) -> Any:
+        return self.draw(st.sampled_from(options))
+
+    def shape(self, least: int = 0, most: int = 4) -> list[int]:
+        return self.draw(st.lists(st.sampled_from([0, 1, 2, 3, 4]), min_size=least, max_size=most))
+
+    def rarely(self, other: Any, usual: Any) -> Any:
+        return self.one(other, *[usual] * 5)
+
+    def tensor(self, shape: Any, dtype: torch.dtype | None = None) -> Tensor:
+        how = self.one("plain", "plain", "reversed", "channels last", "expanded")
+        make = lambda sizes: torch.empty(sizes, dtype=dtype or self.one(*TYPES), device="meta")  # noqa: E731
+        if how == "reversed":
+            return make(shape[::-1]).permute([*range(len(shape))][::-1])
+        if how == "channels last" and len(shape) == 4:
+            return make(shape).contiguous(memory_format=torch.channels_last)
+        if how == "expanded" and shape:
+            return make([1, *shape[1:]]).expand(shape)
+        return make(shape)
+
+
+def unary(d: Draw) -> Any:
+    return d.one(A.relu, A.relu_, A.silu, A.gelu, A.sigmoid).default, d.tensor(d.shape())
+
+
+def binary(d: Draw) -> Any:
+    op, x = d.one(A.add, A.add_, A.sub, A.mul, A.mul_, A.div, A.div_), d.tensor(d.shape())
+    shape = [d.one(n, n, 1, d.rarely(2, n)) for n in x.shape][d.one(0, 0, 1) :]
+    y = d.tensor([*d.one([], [], [2], [1]), *shape], d.rarely(torch.float64, x.dtype))
+    number = d.rarely(True, 2.5) if d.one(True, False) else 2
+    return d.one((op.Tensor, x, y), (op.Tensor, x, y), (op.Scalar, x, number))
+
+
+def softmax(d: Draw) -> Any:
+    x, dim = d.tensor(d.shape()), d.one(-3, -2, -1, 0, 1, 2)
+    last = d.rarely(torch.float32, None)
+    return d.one(
+        (A._softmax.default, x, dim, d.rarely(True, False)), (A._safe_softmax.default, x, dim, last)
+    )
+
+
+def mean(d: Draw) -> Any:
+    dims = d.draw(st.lists(st.integers(-3, 3), max_size=3))
+    return A.mean.dim, d.tensor(d.shape()), dims, d.one(True, False)
+
+
+def roll(d: Draw) -> Any:
+    places = d.draw(st.lists(st.integers(-2, 2), max_size=2))
+    return A.roll.default, d.tensor(d.shape()), d.rarely([1], [1] * len(places)), places
+
+
+def layer_norm(d: Draw) -> Any:
+    x = d.tensor(d.shape())
+    shape = [d.rarely(n + 1, n) for n in x.shape[d.one(0, 1, 2) :]]
+    learned = [
+        d.one(None, d.tensor(d.rarely([*shape, 1], shape), d.rarely(torch.float64, x.dtype)))
+        for _ in range(2)
+    ]
+    return A.native_layer_norm.default, x, shape, *learned, 1e-5
+
+
+def product(d: Draw) -> Any:
+    (n, k, m), dtype = d.shape(3, 3), d.one(*TYPES)
+    other, inner = d.rarely(torch.float64, dtype), d.rarely(5, k)
+    batch = d.one([], [2]), d.one([], [2], [3])
+    a, b = d.tensor([*batch[0], n, k], dtype), d.tensor([*batch[1], inner, m], other)
+    bias = d.tensor(d.one([m], [n, m], [1, m], [m + 1], []), d.rarely(torch.float64, dtype))
+    return d.one((A.mm.default, a, b), (A.bmm.default, a, b), (A.addmm.default, bias, a, b))
+
+
+def cat(d: Draw) -> Any:
+    shape, dtype, dim = d.shape(), d.one(*TYPES), d.one(-2, -1, 0, 1, 2)
+    parts = []
+    for _ in range(d.one(1, 2, 3)):
+        sizes = [
+            d.one(0, 1, 3) if n == dim % max(len(shape), 1) else s for n, s in enumerate(shape)
+        ]
+        parts.append(d.tensor(d.rarely(d.one([0], [2]), sizes), d.rarely(torch.float64, dtype)))
+    return A.cat.default, parts, dim
+
+
+def convolution(d: Draw) -> Any:
+    n, groups = d.one(1, 2, 3), d.one(1, 1, 2)
+    channels, rows = groups * d.one(1, 2), d.rarely(3, groups * d.one(1, 2))
+    x = d.tensor([d.one(0, 1, 2), d.rarely(channels + 1, channels), *d.shape(n, n)])
+    weight = d.tensor([rows, channels // groups, *d.shape(n, n)], d.rarely(torch.float64, x.dtype))
+    bias = d.one(None, d.tensor([d.rarely(rows + 1, rows)], x.dtype))
+    how = [d.one(1, 2)] * n, [d.one(0, 1)] * n, [d.one(1, 2)] * n
+    return A.convolution.default, x, weight, bias, *how, d.rarely(True, False), [0] * n, groups
+
+
+def told(tensors: Any) -> list[Any]:
+    """All that matters of a tensor without values; the stride of a dimension of size 1 does not."""
+    tensors = [tensors] if isinstance(tensors, Tensor) else tensors
+    strides = [[s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1] for t in tensors]
+    return [
+        (t.shape, t.dtype, t.device.type, stride if t.numel() else None)
+        for t, stride in zip(tensors, strides, strict=True)
+    ]
+
+
+OPERATORS = [unary, binary, softmax, mean, roll, layer_norm, product, cat, convolution]
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_shortcut_says_what_torch_says_or_nothing(operator):
+    taken = 0
+
+    @settings(max_examples=200)
+    @given(st.data())
+    def law(data):
+        nonlocal taken
+        op, *args = operator(Draw(data))
+        short = shortcut(op._schema.name.removeprefix("aten::"), args, {})
+        taken += short is not None
+        if short is not None:
+            assert told(short) == told(op(*args))  # which raises where nothing fits
+
+    law()
+    assert taken > 20
+
+
+def test_a_batch_norm_and_arguments_by_name():
+    x, out = torch.empty(2, 3, 4, 4, device="meta"), torch.empty(2, 3, 4, 4, device="meta")
+    y, *_ = shortcut("native_batch_norm", (x, None, None, None, None, True, 0.1, 1e-5), {})
+    assert told(y) == told(x)
+    assert shortcut("add", (x, x), {"alpha": 2}) is not None
+    assert shortcut("mean", (x, [1]), {"dtype": torch.float64}) is None
+    assert shortcut("mul", (x, x), {"out": out}) is None
+    assert shortcut("div", (x, x), {"rounding_mode": "floor"}) is None
+    assert shortcut("cumsum", (x, 1), {}) is None
+
+
+# ------------------------------------------------------------------ depthwise, in double precision
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_a_depthwise_layer_is_the_sum_over_its_kernel(data):
+    n = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
+    channels = n(1, 5)
+    how = [[n(1, 3), n(1, 3)], [n(0, 2), n(0, 2)], [n(1, 2), n(1, 2)]]
+    x = torch.randn(n(1, 2), channels, n(5, 9), n(5, 9), dtype=torch.float64)
+    weight = torch.randn(channels, 1, n(1, 3), n(1, 3), dtype=torch.float64)
+    bias = torch.randn(channels, dtype=torch.float64) if n(0, 1) else None
+    assert _is_depthwise(x, weight, bias, *how, False, [0, 0], channels)
+    want = torch.convolution(x, weight, bias, *how, False, [0, 0], channels)
+    torch.testing.assert_close(_depthwise(x, weight, bias, *how), want, rtol=1e-13, atol=1e-13)
+
+
+def test_other_convolutions_are_left_to_torch():
+    x, weight = torch.randn(1, 4, 5, 5).double(), torch.randn(4, 1, 3, 3).double()
+    how = [1, 1], [1, 1], [1, 1]
+    assert _is_depthwise(x, weight, None, *how, False, [0, 0], 4)
+    assert not _is_depthwise(x, weight, None, *how, True, [0, 0], 4)
+    assert not _is_depthwise(x.float(), weight.float(), None, *how, False, [0, 0], 4)
+    assert not _is_depthwise(x, weight.repeat(2, 1, 1, 1), None, *how, False, [0, 0], 4)
+    assert not _is_depthwise(x, weight.repeat(1, 2, 1, 1), None, *how, False, [0, 0], 2)
+    assert not _is_depthwise(x, weight, None, [1], [1], [1], False, [0], 4)
+    assert not _is_depthwise(x[..., 0], weight[..., 0], None, [1], [1], [1], False, [0], 4)
+    assert not _is_depthwise(x.repeat(1, 1, 9, 9), weight, None, *how, False, [0, 0], 4)
+
+
+# ------------------------------------------------------------------ whether groups have to be tried
+
+
+class Seen(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view(2, 8, 25).sum(2)
+
+
+INSISTING = {
+    "a view": lambda s, x: s.b(s.a(x).view(len(x), 8, -1).mean(2)),
+    "an operator of torch.ops": lambda s, x: s.b(A.view.default(s.a(x), [2, 8, 25]).mean(2)),
+    "a function of its own": lambda s, x: s.b(Seen.apply(s.a(x))),
+    "a reading of the shape": lambda s, x: s.b(s.a(x)[:, : s.a(x).shape[1]].mean((2, 3))),
+    "a mask of its own": lambda s, x: s.b((s.a(x) * torch.ones(8, 1, 1)).mean((2, 3))),
+    "a convolution with groups": lambda s, x: s.b(
+        F.conv2d(s.a(x), s.c.weight, groups=s.count).mean((2, 3))
+    ),
+}
+
+
+def network(forward):
+    torch.manual_seed(0)
+    return filled(Fn(forward, a=conv(3, 8, 3), b=nn.Linear(8, 4), c=nn.Conv2d(8, 8, 3, groups=8)))
+
+
+@pytest.mark.parametrize("name", INSISTING)
+def test_groups_are_tried_where_python_may_insist_on_a_width(name, monkeypatch):
+    model, tried = network(INSISTING[name]), []
+    model.count = 8
+    settle = analysis.settle
+    monkeypatch.setattr(analysis, "settle", lambda probe: (tried.append(probe), settle(probe)))
+    x = torch.randn(2, 3, 5, 5)
+    channels = channel_groups(model, x)
+    assert tried
+    for group in channels:  # what is left may change
+        take(model, {group: range(group.size // 2)})
+
+
+def test_groups_of_plain_layers_are_not_tried(monkeypatch):
+    monkeypatch.setattr(analysis, "settle", lambda probe: pytest.fail("tried"))
+    model = network(lambda s, x: s.b((s.c(s.a(x)).relu() + 1).mean((2, 3))))
+    channels = channel_groups(model, torch.randn(2, 3, 5, 5))
+    assert [(g.name, g.size) for g in channels] == [("a", 8)]
+    assert take(model, {channels["a"]: [1, 5]}).c.groups == 2
