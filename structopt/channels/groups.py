@@ -85,7 +85,8 @@ class Channels:
         """What is added to the results of these rows of a weight."""
         known, bias = self._beside
         ends = zip(*(np.searchsorted(known, rows, side).tolist() for side in _SIDES), strict=True)
-        return [int(one) for start, end in ends for one in bias[start:end]]
+        found: list[int] = bias[[n for start, end in ends for n in range(start, end)]].tolist()
+        return found
 
     def reading(self, number: int) -> npt.NDArray[np.bool_]:
         """Of each label: is it summed over, across the channels of this group?"""
