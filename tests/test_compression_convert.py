@@ -27,6 +27,7 @@ from structopt.compression import (
     routes_on,
 )
 from structopt.compression import convert_trial as trial
+from structopt.compression.convert_parts import naming_layers
 
 EAGER_ROUTES = [
     Float(torch.bfloat16),
@@ -151,6 +152,18 @@ def test_what_cannot_be_converted_names_the_layer_and_leaves_the_model():
         convert(conv, torch.randn(1, 3, 8, 8), [IntMM(), TorchAO(dynamic=True)])
     assert unchanged(model, before, text)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+class Silent(nn.Module):
+    def forward(self, x):
+        raise AssertionError
+
+
+def test_a_layer_that_fails_without_a_word_is_named():
+    model = nn.Sequential(Silent())
+    why = r"layer '0' \(Silent\) cannot be exported: AssertionError"
+    with pytest.raises(ValueError, match=why), naming_layers(model):
+        model(torch.randn(4, 8))
 
 
 def test_an_export_takes_any_batch_or_says_which():

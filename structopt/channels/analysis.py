@@ -15,7 +15,13 @@ from structopt.channels.groups import Axes, Channels
 from structopt.channels.mirrors import Book
 from structopt.channels.probe import Probe, settle
 from structopt.channels.shadow import to_shadow
-from structopt.channels.tracing import label_parameters, map_tensors, tensors_of, trace
+from structopt.channels.tracing import (
+    first_line,
+    label_parameters,
+    map_tensors,
+    tensors_of,
+    trace,
+)
 
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
@@ -48,10 +54,10 @@ def channel_groups(model: nn.Module, example: Any) -> Channels:
         try:
             book, axes, shapes = _traced(_copied(model, torch.clone), inputs)
         except Exception as problem:
-            first = (str(problem).splitlines() or [""])[0]
             raise ValueError(
-                f"the model does not accept the example: {type(problem).__name__}: {first}. Give "
-                "a tensor, a tuple of positional arguments or a dict of keyword arguments"
+                f"the model does not accept the example: {type(problem).__name__}: "
+                f"{first_line(problem)}. Give a tensor, a tuple of positional arguments or a dict "
+                "of keyword arguments"
             ) from problem
     channels = Channels(model, example, book, axes)
     _beware(channels)

@@ -14,7 +14,7 @@ from structopt.channels.edit import build
 from structopt.channels.groups import Channels
 from structopt.channels.rows import Choice, Edit, Refused
 from structopt.channels.shadow import Shadow, plain_kernels
-from structopt.channels.tracing import call, map_tensors
+from structopt.channels.tracing import call, first_line, map_tensors
 from structopt.channels.widening import wide
 
 
@@ -175,7 +175,6 @@ class ByShape:
 
 
 def _failure(failure: Exception) -> str:
-    first = (str(failure).splitlines() or [""])[0]
     if isinstance(failure, Refused):
-        return first
-    return f"the forward pass fails with {type(failure).__name__}: {first}"
+        return first_line(failure)
+    return f"the forward pass fails with {type(failure).__name__}: {first_line(failure)}"

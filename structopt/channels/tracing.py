@@ -155,6 +155,11 @@ def call(model: nn.Module, example: Any) -> Any:
     return model(example)
 
 
+def first_line(problem: Exception) -> str:
+    """What an error says, without the rest of its story."""
+    return (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+
+
 def label_parameters(book: Book, model: nn.Module) -> dict[tuple[str, int], Vector]:
     """Give each index of each dimension of each parameter and buffer a label of its own."""
     axes: dict[tuple[str, int], Vector] = {}

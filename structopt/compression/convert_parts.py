@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from structopt.channels.tracing import first_line
 from structopt.compression.evidence import READERS
 from structopt.measure.costs import Cost
 from structopt.measure.running import call, device_of
@@ -142,8 +143,7 @@ def naming_layers(model: nn.Module) -> Iterator[None]:
             raise
         layer = inside[-1]
         where = f"layer {names[layer]!r} ({type(layer).__name__})" if names[layer] else "the model"
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"{where} cannot be exported: {first}") from error
+        raise ValueError(f"{where} cannot be exported: {first_line(error)}") from error
     finally:
         for hook in hooks:
             hook.remove()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
+from structopt.channels.tracing import first_line
 from structopt.compression.convert_parts import Route
 from structopt.compression.inputs import RoundInput
 from structopt.compression.qat import QAT
@@ -58,8 +59,8 @@ def attempt(
     except OutOfTimeError:
         return f"not ready after {seconds:g} s"
     except Exception as error:  # each library has errors of its own; the row says which
-        lines = str(error).strip().splitlines() or [""]
-        said = lines[0] if isinstance(error, ValueError) else f"{type(error).__name__}: {lines[0]}"
+        said = first_line(error)
+        said = said if isinstance(error, ValueError) else f"{type(error).__name__}: {said}"
         return said.removeprefix(f"{route}: ")
     if time.perf_counter() - started > seconds:  # inside a kernel nothing can be broken off
         return f"not ready after {seconds:g} s"

@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from structopt.channels.tracing import first_line
 from structopt.measure.running import Example, undisturbed
-from structopt.slicing.tracing import Stage, aliases, first_line, told, traced
+from structopt.slicing.tracing import Stage, aliases, told, traced
 
 
 @dataclass(frozen=True)

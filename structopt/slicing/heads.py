@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structopt.slicing.tracing import first_line
+from structopt.channels.tracing import first_line
 from structopt.training.observing import observed
 
 

@@ -18,6 +18,7 @@ from structopt.channels.shadow import plain_kernels
 from structopt.channels.tracing import (
     Tracer,
     call,
+    first_line,
     follow_modules,
     label_parameters,
     map_tensors,
@@ -101,6 +102,7 @@ def recorded(
         with plain_kernels(), recorder:
             given = call(labelled, own)
     except Exception as problem:
-        first = (str(problem).splitlines() or [""])[0]
-        raise ValueError(f"the model does not accept the example: {first}") from problem
+        raise ValueError(
+            f"the model does not accept the example: {first_line(problem)}"
+        ) from problem
     return book.labels, axes, ops, [mirror_of(tensor) or [] for tensor in tensors_of(given)]
