@@ -158,6 +158,8 @@ def test_a_batch_norm_and_arguments_by_name():
     assert shortcut("mean", (x, [1]), {"dtype": torch.float64}) is None
     assert shortcut("mul", (x, x), {"out": out}) is None
     assert shortcut("div", (x, x), {"rounding_mode": "floor"}) is None
+    assert shortcut("cat", ([x, x],), {"out": out}) is None
+    assert shortcut("gelu", (x,), {"approximate": "tanh"}) is not None
     assert shortcut("cumsum", (x, 1), {}) is None
 
 

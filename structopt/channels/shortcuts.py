@@ -16,15 +16,16 @@ META = torch.device("meta")
 # Torch checks the sizes of these before it takes them apart, on `meta`, into up to twenty.
 _BATCH_NORMS = ("native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm")
 _UNARY = ("hardtanh", "relu", "hardswish", "hardsigmoid", "silu", "gelu", "sigmoid")
+_NUMBERS = {"alpha", "beta", "approximate"}  # what these may be told by name changes no shape
 _EXACT = (torch.float32, torch.float64)  # others are computed in a wider type in between
 
 
 def shortcut(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """The result of an operator of this name, or `None` where torch has to say."""
     known = _KNOWN.get(name) or _KNOWN.get(name.rstrip("_"))
-    if known is None or not (args and isinstance(args[0], Tensor | list)) or "out" in kwargs:
+    if known is None or not (args and isinstance(args[0], Tensor | list)):
         return None
-    return known(name.endswith("_"), *args, **kwargs)
+    return None if kwargs.keys() - _NUMBERS else known(name.endswith("_"), *args)
 
 
 def _empty(shape: Sequence[int], like: Tensor) -> Tensor:
@@ -44,7 +45,7 @@ def _is_plain(*tensors: Any) -> bool:
     )
 
 
-def _unary(inplace: bool, x: Tensor, *_: Any, **__: Any) -> Tensor | None:
+def _unary(inplace: bool, x: Tensor, *_: Any) -> Tensor | None:
     if not x.is_floating_point():
         return None
     return x if inplace else _alike(x)
@@ -55,8 +56,8 @@ def _alike(x: Tensor) -> Tensor:
     return _empty(x.shape, x) if x.is_contiguous() else torch.empty_like(x)
 
 
-def _binary(inplace: bool, x: Any, y: Any = None, **options: Any) -> Tensor | None:
-    if not _is_plain(x) or options.keys() - {"alpha"}:
+def _binary(inplace: bool, x: Any, y: Any = None, *_: Any) -> Tensor | None:
+    if not _is_plain(x):
         return None
     if type(y) in (int, float):
         return x if inplace else _empty(x.shape, x)
@@ -81,13 +82,11 @@ def _broadcast(a: torch.Size, b: torch.Size) -> torch.Size | None:
     return torch.Size(shape)
 
 
-def _batch_norm(_: bool, x: Tensor, *__: Any, **___: Any) -> Any:
+def _batch_norm(_: bool, x: Tensor, *__: Any) -> Any:
     return _alike(x), torch.empty(0, device=META), torch.empty(0, device=META)
 
 
-def _layer_norm(
-    _: bool, x: Tensor, shape: Sequence[int], weight: Any, bias: Any, *__: Any, **___: Any
-) -> Any:
+def _layer_norm(_: bool, x: Tensor, shape: Sequence[int], weight: Any, bias: Any, *__: Any) -> Any:
     last = x.ndim - len(shape)
     learned = [t for t in (weight, bias) if t is not None]
     fits = len(shape) and x.shape[max(last, 0) :] == torch.Size(shape) and 0 not in x.shape
@@ -115,7 +114,7 @@ def _bmm(_: bool, a: Tensor, b: Tensor, *rest: Any) -> Tensor | None:
     return None if rest else _product(a, b, 3)
 
 
-def _addmm(_: bool, bias: Tensor, a: Tensor, b: Tensor, *rest: Any, **__: Any) -> Tensor | None:
+def _addmm(_: bool, bias: Tensor, a: Tensor, b: Tensor, *rest: Any) -> Tensor | None:
     out = None if rest else _product(a, b, 2)
     alike = out is not None and bias.is_meta and bias.dtype == out.dtype
     return out if out is not None and alike and bias.shape in (out.shape, out.shape[1:]) else None
@@ -136,10 +135,8 @@ def _cat(_: bool, parts: Sequence[Any], dim: int = 0) -> Tensor | None:
     )
 
 
-def _mean(
-    _: bool, x: Tensor, dim: Any = None, keepdim: bool = False, **options: Any
-) -> Tensor | None:
-    if not _is_plain(x) or not isinstance(dim, list | tuple) or not dim or options:
+def _mean(_: bool, x: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor | None:
+    if not _is_plain(x) or not isinstance(dim, list | tuple) or not dim:
         return None
     over = {d % x.ndim for d in dim if -x.ndim <= d < x.ndim}
     if len(over) < len(dim):
@@ -148,13 +145,13 @@ def _mean(
     return _empty(shape, x)
 
 
-def _roll(_: bool, x: Tensor, shifts: Any, dims: Any = (), **__: Any) -> Tensor | None:
+def _roll(_: bool, x: Tensor, shifts: Any, dims: Any = ()) -> Tensor | None:
     fits = 0 < len(shifts) == len(dims) and all(-x.ndim <= d < x.ndim for d in dims)
     return _empty(x.shape, x) if fits and x.numel() else None
 
 
-def _softmax(_: bool, x: Tensor, dim: int, *rest: Any, **options: Any) -> Tensor | None:
-    plain = _is_plain(x) and not any(rest) and not options
+def _softmax(_: bool, x: Tensor, dim: int, *rest: Any) -> Tensor | None:
+    plain = _is_plain(x) and not any(rest)
     return _empty(x.shape, x) if plain and -x.ndim <= dim < x.ndim else None
 
 
