@@ -35,7 +35,10 @@ from structopt import files
 from structopt.channels import channel_groups, take, verify
 
 RESULT = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "zoo-speed.json"
-VERSUS = ("resnet50", "densenet121", "densenet201", "mobilenet_v2", "vgg16_bn", "vit_b_16")
+VERSUS = (
+    *("resnet50", "densenet121", "densenet201", "vgg16_bn", "vit_b_16", "convnext_tiny"),
+    *("efficientnet_b0", "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf"),
+)
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 DEPTHS = (6, 12, 24, 48)
 
