@@ -89,13 +89,20 @@ def layer_norm(d: Draw) -> Any:
     return A.native_layer_norm.default, x, shape, *learned, 1e-5
 
 
-def product(d: Draw) -> Any:
+def product(d: Draw, op: Any = None) -> Any:
     (n, k, m), dtype = d.shape(3, 3), d.one(*TYPES)
-    other, inner = d.rarely(torch.float64, dtype), d.rarely(5, k)
-    batch = d.one([], [2]), d.one([], [2], [3])
-    a, b = d.tensor([*batch[0], n, k], dtype), d.tensor([*batch[1], inner, m], other)
-    bias = d.tensor(d.one([m], [n, m], [1, m], [m + 1], []), d.rarely(torch.float64, dtype))
-    return d.one((A.mm.default, a, b), (A.bmm.default, a, b), (A.addmm.default, bias, a, b))
+    op = op or d.one(A.mm, A.bmm)
+    first = [] if op is A.addmm else d.one([], [2])
+    a = d.tensor([*first, n, k], dtype)
+    inner, other = d.rarely(5, k), d.rarely(torch.float64, dtype)
+    return op.default, a, d.tensor([*d.rarely([3], first), inner, m], other)
+
+
+def sum_of_products(d: Draw) -> Any:
+    op, a, b = product(d, A.addmm)
+    n, m = a.shape[0], b.shape[-1]
+    bias = d.one([m], [m], [n, m], [1, m], [m + 1], [])
+    return op, d.tensor(bias, d.rarely(torch.float64, a.dtype)), a, b
 
 
 def cat(d: Draw) -> Any:
@@ -129,7 +136,18 @@ def told(tensors: Any) -> list[Any]:
     ]
 
 
-OPERATORS = [unary, binary, softmax, mean, roll, layer_norm, product, cat, convolution]
+OPERATORS = [
+    unary,
+    binary,
+    softmax,
+    mean,
+    roll,
+    layer_norm,
+    product,
+    sum_of_products,
+    cat,
+    convolution,
+]
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
