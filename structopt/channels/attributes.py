@@ -7,11 +7,14 @@ arrives as the size of a labelled dimension is set when that dimension changes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Self
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from structopt.channels.mirrors import Book, Extent, Key, mirror_of
 
@@ -22,11 +25,37 @@ class Known(int):
     key: Key
 
     @classmethod
-    def of(cls, value: int, *key: Any) -> Known:
+    def of(cls, value: int, *key: Any) -> Self:
         made = cls(value)
         made.key = key
         return made
 
+
+class Width(Known):
+    """A width of a layer: says so when Python compares it or computes with it."""
+
+    tell: Callable[[], None]
+
+    def telling(self, tell: Callable[[], None]) -> Width:
+        self.tell = tell
+        return self
+
+
+def _telling(plain: Any) -> Any:
+    def method(self: Width, *args: Any) -> Any:
+        self.tell()
+        return plain(self, *args)
+
+    return method
+
+
+_SILENT = ("__new__", "__getattribute__", "__getnewargs__", "__sizeof__", "__doc__")
+for _name, _method in vars(int).items():
+    if _name.startswith("__") and _name not in _SILENT:
+        setattr(Width, _name, _telling(_method))
+
+_WIDE = (_ConvNd, nn.Linear, _NormBase)  # layers without functions that would tell
+_WIDTHS = ("in_channels", "out_channels", "groups", "in_features", "out_features", "num_features")
 
 _SHAPED = ("view", "reshape", "expand", "unflatten", "_unsafe_view")
 _SIZED = (*_SHAPED, "split", "split_with_sizes", "narrow")  # operators that are given sizes
@@ -42,6 +71,7 @@ _WIDTHLESS = {
 }
 # fmt: on
 _CONVOLUTIONS = tuple(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3))
+_TORCH = (None, "torch", "torch._C._nn", "torch.nn.functional", "torch._tensor")  # None: methods
 
 
 def own(module: nn.Module) -> bool:
@@ -49,9 +79,25 @@ def own(module: nn.Module) -> bool:
     return not type(module).__module__.startswith("torch.nn.modules.")
 
 
-def mark(model: nn.Module) -> None:
-    """Replace the whole numbers that a model's own modules keep by ones that can be followed."""
+def is_convolution(module: nn.Module) -> bool:
+    """Whether it is one of torch's, and no Python but torch's runs in it."""
+    kind, more = type(module).__module__, module._forward_hooks or "forward" in vars(module)
+    return kind == "torch.nn.modules.conv" and not more
+
+
+def mark(model: nn.Module, book: Book) -> None:
+    """Replace the whole numbers that a model's own modules keep by ones that can be followed.
+
+    And the widths of layers by ones that tell when Python looks at them.
+    """
+
+    def tell() -> None:
+        book.insists = True
+
     for path, module in model.named_modules():
+        for name in _WIDTHS if isinstance(module, _WIDE) else ():
+            if type(vars(module).get(name)) is int:
+                vars(module)[name] = Width.of(vars(module)[name], path, name, -1).telling(tell)
         for name, value in list(vars(module).items()) if own(module) else ():
             if type(value) is int:
                 vars(module)[name] = Known.of(value, path, name, -1)
@@ -69,12 +115,14 @@ class Attributes(TorchFunctionMode):
     def __init__(self, book: Book) -> None:
         super().__init__()
         self.book = book
+        self.tracer = _get_current_dispatch_mode()
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         name, book = getattr(func, "__name__", ""), self.book
-        book.widthless = name in _WIDTHLESS or (not book.own and name in _CONVOLUTIONS)
+        book.widthless = name in _WIDTHLESS or (book.convolves and name in _CONVOLUTIONS)
+        book.widthless = book.widthless and self._is_torch(func, types, kwargs)
         book.insists |= not book.widthless
         out = func(*args, **(kwargs or {}))
         book.widthless = False
@@ -84,6 +132,12 @@ class Attributes(TorchFunctionMode):
             if isinstance(number, Known) and number > 1 and tensor.shape[dim] == number:
                 self._claim(number.key, tensor, dim)
         return out
+
+    def _is_torch(self, func: Any, types: Any, kwargs: Any) -> bool:
+        """Whether no Python but torch's runs between the call and its operators."""
+        plain = all(kind is Tensor for kind in types) and "out" not in (kwargs or {})
+        mode = _get_current_dispatch_mode()
+        return plain and getattr(func, "__module__", None) in _TORCH and mode is self.tracer
 
     def _claim(self, key: Key, tensor: Tensor, dim: int) -> None:
         """One number serves all dimensions that it is the size of: they change alike."""

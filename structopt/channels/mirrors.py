@@ -83,9 +83,9 @@ class Book:
     unmet: list[tuple[str, int]] = field(default_factory=list)  # sizes of others, if `decided`
     module: str = ""
     kind: str = ""  # the class of the module at work
-    own: bool = True  # the module at work is none of torch's
+    convolves: bool = False  # the module at work is a convolution of torch's, and nothing else
     widthless: bool = False  # the function at work is given no width by Python
-    insists: bool = False  # some function was, or may have been
+    insists: bool = False  # some function was, or may have been, or Python asked a layer for one
     given: frozenset[int] = frozenset()  # ids of what a layer at work was given to multiply
     op: str = ""
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from structopt.channels import debts, rules
-from structopt.channels.attributes import Attributes, mark, own
+from structopt.channels.attributes import Attributes, is_convolution, mark
 from structopt.channels.calls import Call
 from structopt.channels.labels import Vector
 from structopt.channels.mirrors import MIRROR, Axis, Book, Mirror, mirror_of
@@ -191,7 +191,7 @@ def trace(book: Book, shadow: nn.Module, example: Any) -> list[torch.Size]:
     serve training only (auxiliary heads) read channels all the same.
     """
     follow_modules(book, shadow)
-    mark(shadow)
+    mark(shadow, book)
     shapes = _run(book, shadow.eval(), example)
     unmet = [p for p in shadow.parameters() if id(p) not in book.met]
     if unmet:
@@ -211,17 +211,18 @@ def follow_modules(book: Book, model: nn.Module) -> None:
     What a layer of torch's is given to multiply is data to it, parameters too: learned queries.
     """
     names = {id(module): name for name, module in model.named_modules()}
+    plain = {id(module) for module in model.modules() if is_convolution(module)}
     stack: list[tuple[str, str, bool, frozenset[int]]] = []
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-        stack.append((book.module, book.kind, book.own, book.given))
+        stack.append((book.module, book.kind, book.convolves, book.given))
         book.module, book.kind, book.given = names[id(module)], type(module).__name__, frozenset()
-        book.own = own(module)
+        book.convolves = id(module) in plain
         if type(module).__module__ in _LAYERS:
             book.given = frozenset(id(tensor) for tensor in tensors_of((args, kwargs)))
 
     def leave(module: nn.Module, _: Any, __: Any) -> None:
-        book.module, book.kind, book.own, book.given = stack.pop()
+        book.module, book.kind, book.convolves, book.given = stack.pop()
 
     for module in model.modules():
         module.register_forward_pre_hook(enter, with_kwargs=True)
@@ -233,7 +234,7 @@ def _run(book: Book, shadow: nn.Module, example: Any) -> list[torch.Size]:
     example = map_tensors(example, torch.clone)
     for tensor in tensors_of(example):
         setattr(tensor, _VALUE, True)
-    with plain_kernels(), Attributes(book), Tracer(book):
+    with plain_kernels(), Tracer(book), Attributes(book):
         out = list(tensors_of(call(shadow, example)))
     for tensor in out:
         debts.settle(book, tensor)

@@ -1,0 +1,143 @@
+"""Groups are tried on a copy where Python may insist on a width: labels do not see that."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from channel_networks import Fn, conv, filled
+from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from structopt.channels import analysis, channel_groups, take
+
+A = torch.ops.aten
+
+
+class Seen(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view(2, 8, 25).sum(2)
+
+
+class Views(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args = (args[0].view(2, 8, 5, 5),) if func is A.relu.default else args
+        return func(*args, **(kwargs or {}))
+
+
+class Picky(Tensor):
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ == "relu":
+            assert args[0].as_subclass(Tensor).shape[1] == 8
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def linear(x: Tensor) -> Any:
+    """A function of the model's own that has the name of one of torch's."""
+    if has_torch_function((x,)):
+        return handle_torch_function(linear, (x,), x)
+    return x.view(2, 8, 5, 5)
+
+
+def inside(mode: Any, x: Tensor, layer: Any) -> Any:
+    with mode:
+        return layer(x)
+
+
+INSISTING = {
+    "a view": lambda s, x: s.b(s.a(x).view(len(x), 8, -1).mean(2)),
+    "an operator of torch.ops": lambda s, x: s.b(A.view.default(s.a(x), [2, 8, 25]).mean(2)),
+    "a function of its own": lambda s, x: s.b(Seen.apply(s.a(x))),
+    "a reading of the shape": lambda s, x: s.b(s.a(x)[:, : s.a(x).shape[1]].mean((2, 3))),
+    "a mask of its own": lambda s, x: s.b((s.a(x) * torch.ones(8, 1, 1)).mean((2, 3))),
+    "a convolution with groups": lambda s, x: s.b(
+        F.conv2d(s.a(x), s.c.weight, groups=s.count).mean((2, 3))
+    ),
+    "a mode of its own": lambda s, x: s.b(inside(Views(), s.a(x), torch.relu).mean((2, 3))),
+    "a function of its own that is named as torch's": lambda s, x: s.b(linear(s.a(x)).mean((2, 3))),
+    "a place to write to": lambda s, x: s.b(torch.mul(s.a(x), 2, out=s.place).mean((2, 3))),
+    "a width of a layer that is compared": lambda s, x: s.b(
+        s.a(x).mean((2, 3)) if s.a.out_channels == 8 else None
+    ),
+    "a width of a layer that is computed with": lambda s, x: s.b(
+        s.a(x).mean((2, 3)) if not s.b.in_features % 8 else None
+    ),
+    "a width of a layer that is a name": lambda s, x: s.b(
+        s.a(x).mean((2, 3)) * {8: 2.0}[s.a.out_channels]
+    ),
+}
+OWN = {
+    "before a layer": lambda m: m.register_forward_pre_hook(
+        lambda m, x: F.conv2d(*x, m.weight, padding=1, groups=8)
+    ),
+    "after a layer": lambda m: m.register_forward_hook(
+        lambda m, _, y: F.conv2d(y, m.weight, padding=1, groups=8)
+    ),
+    "in the place of its forward": lambda m: setattr(
+        m, "forward", types.MethodType(lambda m, x: F.conv2d(x, m.weight, groups=8), m)
+    ),
+}
+
+
+def network(forward):
+    torch.manual_seed(0)
+    made = Fn(forward, a=conv(3, 8, 3), b=nn.Linear(8, 4), c=nn.Conv2d(8, 8, 3, groups=8))
+    made.register_buffer("place", torch.zeros(2, 8, 5, 5))
+    made.count = 8
+    return filled(made)
+
+
+def plain(s, x):
+    return s.b((s.c(s.a(x)).relu() + 1).mean((2, 3)))
+
+
+@pytest.fixture
+def is_tried(monkeypatch):
+    """A law: groups are tried, and then each that is left may change."""
+
+    def law(model, x):
+        tried, settle = [], analysis.settle
+        monkeypatch.setattr(analysis, "settle", lambda probe: (tried.append(probe), settle(probe)))
+        channels = channel_groups(model, x)
+        assert tried
+        for group in channels:
+            take(model, {group: range(group.size // 2)})
+
+    return law
+
+
+@pytest.mark.parametrize("name", INSISTING)
+def test_groups_are_tried_where_python_may_insist_on_a_width(name, is_tried):
+    is_tried(network(INSISTING[name]), torch.randn(2, 3, 5, 5))
+
+
+@pytest.mark.parametrize("where", OWN)
+def test_groups_are_tried_where_python_works_beside_a_layer(where, is_tried):
+    model = network(plain)
+    OWN[where](model.c)
+    is_tried(model, torch.randn(2, 3, 5, 5))
+
+
+def test_groups_are_tried_where_python_works_in_a_row_of_layers(is_tried):
+    model = network(plain)
+    row = nn.Sequential(model.a, model.c, nn.AdaptiveAvgPool2d(1), nn.Flatten(), model.b)
+    OWN["before a layer"](model.c)
+    is_tried(row, torch.randn(2, 3, 5, 5))
+
+
+def test_groups_are_tried_where_tensors_are_of_another_class(is_tried):
+    is_tried(network(plain), torch.randn(2, 3, 5, 5).as_subclass(Picky))
+
+
+def test_groups_of_plain_layers_are_not_tried(monkeypatch):
+    monkeypatch.setattr(analysis, "settle", lambda probe: pytest.fail("tried"))
+    model = network(plain)
+    channels = channel_groups(model, torch.randn(2, 3, 5, 5))
+    assert [(g.name, g.size) for g in channels] == [("a", 8)]
+    assert take(model, {channels["a"]: [1, 5]}).c.groups == 2
