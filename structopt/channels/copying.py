@@ -41,9 +41,10 @@ def _deepcopy(model: nn.Module, modules: list[nn.Module], memo: dict[int, Any]) 
     for module in plain:
         memo[id(module)] = object.__new__(type(module))
     for module in plain:
-        twin = vars(memo[id(module)])
-        twin.update(module.__getstate__())  # type: ignore[no-untyped-call]
-        for name, value in twin.items():
+        twin, state = vars(memo[id(module)]), module.__getstate__()  # type: ignore[no-untyped-call]
+        memo.setdefault(id(memo), []).append(state)  # what was made for it keeps its id
+        twin.update(state)
+        for name, value in state.items():  # an attribute that is copied may write to the twin
             kind = type(value)
             if kind in _ATOMS:
                 continue
