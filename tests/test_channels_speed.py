@@ -6,13 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from channel_networks import Fn, conv, filled
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
-from structopt.channels import analysis, channel_groups, take
 from structopt.channels.shortcuts import shortcut
 from structopt.channels.widening import _depthwise, _is_depthwise
 
@@ -163,6 +160,7 @@ def test_a_shortcut_says_what_torch_says_or_nothing(operator):
         taken += short is not None
         if short is not None:
             assert told(short) == told(op(*args))  # which raises where nothing fits
+            assert short is args[0] or not op._schema.name.endswith("_")
 
     law()
     assert taken > 20
@@ -179,6 +177,19 @@ def test_a_batch_norm_and_arguments_by_name():
     assert shortcut("cat", ([x, x],), {"out": out}) is None
     assert shortcut("gelu", (x,), {"approximate": "tanh"}) is not None
     assert shortcut("cumsum", (x, 1), {}) is None
+    square = x[0, 0]
+    assert shortcut("addmm", (square, square, square), {}) is not None
+    assert shortcut("addmm_", (square, square, square), {}) is None  # it gives what it writes to
+
+
+def test_how_a_product_of_two_rows_lies_is_left_to_torch():
+    row = torch.empty(2, device="meta").as_strided((1, 1, 2), (1, 1, 1))
+    column = torch.empty(4, device="meta").as_strided((4, 1, 1), (1, 4, 4))
+    assert column.is_contiguous()
+    assert row.is_contiguous()
+    assert not (column * row).is_contiguous()
+    assert shortcut("mul", (column, row), {}) is None
+    assert shortcut("mul", (torch.empty(4, 1, 2, device="meta"), row), {}) is not None
 
 
 # ------------------------------------------------------------------ depthwise, in double precision
@@ -209,50 +220,24 @@ def test_other_convolutions_are_left_to_torch():
     assert not _is_depthwise(x, weight, None, [1], [1], [1], False, [0], 4)
     assert not _is_depthwise(x[..., 0], weight[..., 0], None, [1], [1], [1], False, [0], 4)
     assert not _is_depthwise(x.repeat(1, 1, 9, 9), weight, None, *how, False, [0, 0], 4)
+    assert not _is_depthwise(x, weight.repeat(1, 1, 3, 3), None, *how, False, [0, 0], 4)
 
 
-# ------------------------------------------------------------------ whether groups have to be tried
+def test_wrong_sizes_of_a_depthwise_layer_are_left_to_torch_which_refuses_them():
+    """A sum would spread one kernel, or one bias, over all channels."""
+    x, weight = torch.randn(1, 4, 5, 5).double(), torch.randn(4, 1, 3, 3).double()
+    how = [1, 1], [1, 1], [1, 1], False, [0, 0]
+    for some, bias, groups in ((weight[:1], None, 1), (weight, torch.randn(1).double(), 4)):
+        assert not _is_depthwise(x, some, bias, *how, groups)
+        with pytest.raises(RuntimeError):
+            torch.convolution(x, some, bias, *how, groups)
 
 
-class Seen(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.view(2, 8, 25).sum(2)
-
-
-INSISTING = {
-    "a view": lambda s, x: s.b(s.a(x).view(len(x), 8, -1).mean(2)),
-    "an operator of torch.ops": lambda s, x: s.b(A.view.default(s.a(x), [2, 8, 25]).mean(2)),
-    "a function of its own": lambda s, x: s.b(Seen.apply(s.a(x))),
-    "a reading of the shape": lambda s, x: s.b(s.a(x)[:, : s.a(x).shape[1]].mean((2, 3))),
-    "a mask of its own": lambda s, x: s.b((s.a(x) * torch.ones(8, 1, 1)).mean((2, 3))),
-    "a convolution with groups": lambda s, x: s.b(
-        F.conv2d(s.a(x), s.c.weight, groups=s.count).mean((2, 3))
-    ),
-}
-
-
-def network(forward):
-    torch.manual_seed(0)
-    return filled(Fn(forward, a=conv(3, 8, 3), b=nn.Linear(8, 4), c=nn.Conv2d(8, 8, 3, groups=8)))
-
-
-@pytest.mark.parametrize("name", INSISTING)
-def test_groups_are_tried_where_python_may_insist_on_a_width(name, monkeypatch):
-    model, tried = network(INSISTING[name]), []
-    model.count = 8
-    settle = analysis.settle
-    monkeypatch.setattr(analysis, "settle", lambda probe: (tried.append(probe), settle(probe)))
-    x = torch.randn(2, 3, 5, 5)
-    channels = channel_groups(model, x)
-    assert tried
-    for group in channels:  # what is left may change
-        take(model, {group: range(group.size // 2)})
-
-
-def test_groups_of_plain_layers_are_not_tried(monkeypatch):
-    monkeypatch.setattr(analysis, "settle", lambda probe: pytest.fail("tried"))
-    model = network(lambda s, x: s.b((s.c(s.a(x)).relu() + 1).mean((2, 3))))
-    channels = channel_groups(model, torch.randn(2, 3, 5, 5))
-    assert [(g.name, g.size) for g in channels] == [("a", 8)]
-    assert take(model, {channels["a"]: [1, 5]}).c.groups == 2
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_depthwise_layer_in_channels_last_order_is_left_to_torch(which):
+    """What comes out lies in that order too, as the model's own `view` may need it."""
+    given = [torch.randn(2, 4, 5, 5).double(), torch.randn(4, 1, 3, 3).double()]
+    given[which] = given[which].to(memory_format=torch.channels_last)
+    how = [1, 1], [1, 1], [1, 1], False, [0, 0], 4
+    assert not _is_depthwise(*given, None, *how)
+    assert not torch.convolution(*given, None, *how).is_contiguous()

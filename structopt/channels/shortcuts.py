@@ -64,8 +64,8 @@ def _binary(inplace: bool, x: Any, y: Any = None, *_: Any) -> Tensor | None:
     if not _is_plain(x, y) or not x.ndim or not y.ndim:
         return None
     shape = _broadcast(x.shape, y.shape)
-    if shape is None or (inplace and shape != x.shape):
-        return None
+    if shape is None or shape not in ((x.shape,) if inplace else (x.shape, y.shape)):
+        return None  # of two that both grow, strides decide how the result lies
     return x if inplace else _empty(shape, x)
 
 
@@ -112,8 +112,8 @@ def _bmm(_: bool, a: Tensor, b: Tensor, *rest: Any) -> Tensor | None:
     return None if rest else _product(a, b, 3)
 
 
-def _addmm(_: bool, bias: Tensor, a: Tensor, b: Tensor, *rest: Any) -> Tensor | None:
-    out = None if rest else _product(a, b, 2)
+def _addmm(inplace: bool, bias: Tensor, a: Tensor, b: Tensor, *rest: Any) -> Tensor | None:
+    out = None if inplace or rest else _product(a, b, 2)
     alike = out is not None and bias.is_meta and bias.dtype == out.dtype
     return out if out is not None and alike and bias.shape in (out.shape, out.shape[1:]) else None
 

@@ -126,12 +126,20 @@ def _key(tensor: Tensor) -> _Key:
     return tensor.data_ptr(), tensor.shape
 
 
-def _is_depthwise(x: Tensor, weight: Tensor, _: Any, *how: Any) -> bool:
-    """Whether each channel has a small plane and a kernel of its own, in double precision."""
+def _is_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, *how: Any) -> bool:
+    """Whether each channel has a small plane and a small kernel of its own, in double precision.
+
+    Where no size is wrong, which torch has to say, and nothing lies in channels-last order.
+    """
     transposed, _, groups = how[3:]
     plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float64 and not transposed
-    fits = x.ndim == 4 and weight.shape[:2] == (groups, 1) and {len(n) for n in how[:3]} == {2}
-    return plain and fits and x.shape[2] * x.shape[3] <= 1024
+    if not (plain and x.ndim == 4 and {len(n) for n in how[:3]} == {2}):
+        return False
+    area = weight.shape[2] * weight.shape[3]
+    fits = x.shape[1] == groups and weight.shape[:2] == (groups, 1)
+    fits = fits and (bias is None or bias.shape == (groups,))
+    lies = x.is_contiguous() and weight.is_contiguous() and weight.stride(1) == area
+    return fits and lies and x.shape[2] * x.shape[3] <= 1024 and area <= 49
 
 
 def _depthwise(
