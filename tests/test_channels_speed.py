@@ -119,7 +119,7 @@ def convolution(d: Draw) -> Any:
     x = d.tensor([d.one(0, 1, 2), d.rarely(channels + 1, channels), *d.shape(n, n)])
     weight = d.tensor([rows, channels // groups, *d.shape(n, n)], d.rarely(torch.float64, x.dtype))
     bias = d.one(None, d.tensor([d.rarely(rows + 1, rows)], x.dtype))
-    how = [d.one(1, 2)] * n, [d.one(0, 1)] * n, [d.one(1, 2)] * n
+    how = [[d.one(*steps) for _ in range(n)] for steps in ((1, 2), (0, 1), (1, 2))]
     return A.convolution.default, x, weight, bias, *how, d.rarely(True, False), [0] * n, groups
 
 

@@ -187,14 +187,9 @@ def _apart(labels: Labels, axes: list[Vector]) -> list[Vector]:
     """The roots of these axes, each row once: a norm has five axes of the same channels."""
     if not axes:
         return []
-    roots = labels.find(np.concatenate(axes))
-    ends = itertools.accumulate(len(axis) for axis in axes)
-    return list(
-        {
-            (row := roots[end - len(axis) : end]).tobytes(): row
-            for axis, end in zip(axes, ends, strict=True)
-        }.values()
-    )
+    ends = np.cumsum([len(axis) for axis in axes])
+    rows = np.split(labels.find(np.concatenate(axes)), ends[:-1])
+    return list({row.tobytes(): row for row in rows}.values())
 
 
 def _mix(values: Vector) -> Vector:
