@@ -55,6 +55,12 @@ INSISTING = {
     "an operator of torch.ops": lambda s, x: s.b(A.view.default(s.a(x), [2, 8, 25]).mean(2)),
     "a function of its own": lambda s, x: s.b(Seen.apply(s.a(x))),
     "a reading of the shape": lambda s, x: s.b(s.a(x)[:, : s.a(x).shape[1]].mean((2, 3))),
+    "a shape that is compared": lambda s, x: s.b(
+        s.a(x).mean((2, 3)) if s.a(x).shape[1] == 8 else None
+    ),
+    "an operator without a function": lambda s, x: s.b(
+        inside(torch._C.DisableTorchFunction(), s.a(x), lambda y: y.view(2, 8, 25)).mean(2)
+    ),
     "a mask of its own": lambda s, x: s.b((s.a(x) * torch.ones(8, 1, 1)).mean((2, 3))),
     "a convolution with groups": lambda s, x: s.b(
         F.conv2d(s.a(x), s.c.weight, groups=s.count).mean((2, 3))
