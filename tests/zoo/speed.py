@@ -1,6 +1,7 @@
 """What finding and editing coupled channels costs: against Torch-Pruning, in length, in memory.
 
     python -m zoo.speed [--quick]
+    python -m zoo.speed resnet50 …       the comparison for these alone, measured anew
 
 Processor time of one thread, both libraries taking turns in one run. Torch-Pruning works in place
 and compares nothing; its time holds no copy of the network. This package's holds the copy and the
@@ -113,6 +114,8 @@ def theirs(model: nn.Module, example: torch.Tensor) -> tuple[float, float, float
 def versus(name: str, rounds: int) -> dict[str, Any]:
     options = {"image_size": 64} if name.startswith("vit") else {}
     model, example = models.get_model(name, **options).eval(), image(64)
+    if rounds > 1 and not name.startswith("densenet"):  # where Torch-Pruning takes a minute
+        rounds *= 4
     seconds: dict[str, list[tuple[float, float, float]]] = {"structopt": [], "torch-pruning": []}
     both: list[tuple[str, Callable[..., tuple[float, float, float]]]]
     both = [("structopt", ours), ("torch-pruning", theirs)]
@@ -136,14 +139,25 @@ def versus(name: str, rounds: int) -> dict[str, Any]:
     return found
 
 
-def length(model: nn.Module, example: torch.Tensor, rounds: int) -> dict[str, Any]:
-    taken = [ours(model.eval(), example)[0] for _ in range(rounds + 1)][1:]
-    count = operators(model, example)
-    each = [1e3 * seconds / count for seconds in taken]
+def lengths(rounds: int) -> dict[str, Any]:
+    """Discovery in networks of two families that grow in depth, all of them in turn."""
+    found = {name: (models.get_model(name), image(64)) for name in RESNETS}
+    found |= {f"ViT, {depth} blocks": (vit(depth), image(32)) for depth in DEPTHS}
+    seconds: dict[str, list[float]] = {name: [] for name in found}
+    for turn in range(rounds + 1):
+        for name, (model, example) in found.items():
+            start = time.process_time()
+            channel_groups(model.eval(), example)
+            if turn:  # the first warms up
+                seconds[name].append(time.process_time() - start)
+    counts = {name: operators(*both) for name, both in found.items()}
     return {
-        "operators": count,
-        "seconds": summary(taken),
-        "milliseconds an operator": summary(each),
+        name: {
+            "operators": counts[name],
+            "seconds": summary(taken),
+            "milliseconds an operator": summary([1e3 * s / counts[name] for s in taken]),
+        }
+        for name, taken in seconds.items()
     }
 
 
@@ -213,16 +227,15 @@ def llama() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="What coupled channels cost to find and to edit.")
     parser.add_argument("--quick", action="store_true", help="one round; keeps no figures")
-    rounds = 1 if parser.parse_args().quick else 3
+    parser.add_argument("names", nargs="*", help="compare these alone, anew")
+    options = parser.parse_args()
+    rounds = 1 if options.quick else 3
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     parts: dict[str, Callable[[], Any]] = {
         "seven billion parameters on meta": lambda: apart(llama),
         "versus": lambda: {name: versus(name, rounds) for name in VERSUS},
-        "length": lambda: (
-            {n: length(models.get_model(n), image(64), rounds) for n in RESNETS}
-            | {f"ViT, {d} blocks": length(vit(d), image(32), rounds) for d in DEPTHS}
-        ),
+        "length": lambda: lengths(5 * rounds),
         "memory": lambda: {name: memory(name) for name in ("resnet50", "densenet121", "vit_b_16")},
     }
     result: dict[str, Any] = {
@@ -230,6 +243,12 @@ def main() -> None:
         "machine": machine(torch.device("cpu")),
         "clock": "processor time of one thread",
     }
+    if options.names:
+        before = json.loads(RESULT.read_text())
+        if before["machine"]["device"] != result["machine"]["device"]:
+            parser.error(f"the other figures are of {before['machine']['device']}")
+        parts = {"versus": lambda: before["versus"] | {n: versus(n, rounds) for n in options.names}}
+        result = before
     for name, part in parts.items():  # written as they come
         result[name] = part()
         text = json.dumps(result, indent=1) + "\n"
