@@ -159,8 +159,9 @@ class _Plan:
             self._attributes(name, module, record)
             self._tensors(name, module, record)
         elif free and "same" in record and record["same"] not in ("", *_above(name)):
-            self.replaced[name] = {**self.modules, **self.replaced}[record["same"]]
-            self.twins.add(record["same"])
+            first = record["same"]
+            self.replaced[name] = (self.replaced if first in self.replaced else self.modules)[first]
+            self.twins.add(first)
         elif free and kind in BUILDABLE:
             mode = (self.replaced[above] if below else self.modules[name]).training
             self.replaced[name] = self._built(name, record).train(mode)

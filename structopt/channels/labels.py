@@ -86,9 +86,7 @@ class Labels:
         if not len(new) or new[-1] - new[0] != len(new) - 1:
             return False
         row = slice(new[0], new[-1] + 1)
-        if np.count_nonzero(self.fresh[row]) < len(new) or np.count_nonzero(
-            new[1:] - new[:-1] != 1
-        ):
+        if np.count_nonzero(~self.fresh[row]) or np.count_nonzero(new[1:] - new[:-1] != 1):
             return False
         roots = self.find(old)
         if roots.max() >= new[0]:  # the least label is the root

@@ -63,23 +63,16 @@ def _binary(inplace: bool, x: Any, y: Any = None, *_: Any) -> Tensor | None:
         return x if inplace else _empty(x.shape, x)
     if not _is_plain(x, y) or not x.ndim or not y.ndim:
         return None
-    shape = _broadcast(x.shape, y.shape)
-    if shape is None or shape not in ((x.shape,) if inplace else (x.shape, y.shape)):
-        return None  # of two that both grow, strides decide how the result lies
-    return x if inplace else _empty(shape, x)
+    if _spreads(y.shape, x.shape):
+        return x if inplace else _empty(x.shape, x)
+    # Of two that both grow, strides decide how the result lies.
+    return _empty(y.shape, x) if not inplace and _spreads(x.shape, y.shape) else None
 
 
-def _broadcast(a: torch.Size, b: torch.Size) -> torch.Size | None:
-    if a == b:
-        return a
-    longer, shorter = (a, b) if len(a) >= len(b) else (b, a)
-    shape = list(longer)
-    for d in range(1, len(shorter) + 1):
-        if shape[-d] == 1:
-            shape[-d] = shorter[-d]
-        elif shorter[-d] not in (1, shape[-d]):
-            return None
-    return torch.Size(shape)
+def _spreads(small: torch.Size, large: torch.Size) -> bool:
+    """Whether a tensor of the one shape is expanded to the other when they meet."""
+    pairs = zip(reversed(small), reversed(large), strict=False)
+    return len(small) <= len(large) and all(n in (1, size) for n, size in pairs)
 
 
 def _batch_norm(_: bool, x: Tensor, *__: Any) -> Any:
