@@ -60,6 +60,11 @@ def rows(channel: Vector, index: Vector) -> Vector | None:
     if len(mine) == end - start == size and np.array_equal(channel[mine], np.arange(size)):
         return np.concatenate([np.arange(start), start + index, np.arange(end, len(channel))])
     breaks = np.flatnonzero((np.diff(channel) < 0) | ((channel[:-1] < 0) & (channel[1:] >= 0))) + 1
+    width = len(channel) // (len(breaks) + 1)
+    usual = np.repeat(np.arange(size), width // size)
+    if np.array_equal(channel, np.tile(usual, len(breaks) + 1)):  # tiles that are all alike
+        inner = np.arange(width).reshape(size, -1)[index].ravel()
+        return (np.arange(0, len(channel), width)[:, None] + inner).ravel()
     pieces = []
     for start, tile in zip(np.r_[0, breaks], np.split(channel, breaks), strict=True):
         if tile[0] < 0:

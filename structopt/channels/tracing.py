@@ -25,6 +25,7 @@ _SQUARE = "_structopt_square"  # marks the square of a tensor: its mean belongs 
 _LAYERS = tuple(f"torch.nn.modules.{name}" for name in ("linear", "conv", "activation"))
 _DECIDES = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2")
 _LEAVES = (int, bool, float, str, type(None), torch.dtype, torch.device, torch.layout)
+_FOLLOWS = -1  # the number of a hook; torch counts from 0
 _VALUE = "_structopt_value"  # marks a tensor whose values the example or the weights decide
 
 
@@ -224,9 +225,10 @@ def follow_modules(book: Book, model: nn.Module) -> None:
     def leave(module: nn.Module, _: Any, __: Any) -> None:
         book.module, book.kind, book.convolves, book.given = stack.pop()
 
-    for module in model.modules():
-        module.register_forward_pre_hook(enter, with_kwargs=True)
-        module.register_forward_hook(leave)
+    for module in model.modules():  # what torch's methods do, without a handle to remove each
+        module._forward_pre_hooks[_FOLLOWS] = enter
+        module._forward_pre_hooks_with_kwargs[_FOLLOWS] = True
+        module._forward_hooks[_FOLLOWS] = leave
 
 
 def _run(book: Book, shadow: nn.Module, example: Any) -> list[torch.Size]:

@@ -58,8 +58,9 @@ def _gone(channels: Channels, choice: Choice) -> npt.NDArray[np.bool_]:
         if id(along) not in alike:
             alike[id(along)] = np.zeros(len(labels), bool)
             for number in along.keys() & choice.keys():
-                absent = ~np.isin(along[number], choice[number])
-                alike[id(along)] |= (along[number] >= 0) & absent
+                absent = np.ones(channels.every[number].size + 1, bool)
+                absent[choice[number]] = absent[-1] = False  # the last is of -1, no channel of it
+                alike[id(along)] |= absent[along[number]]
         gone[labels] = alike[id(along)]
     return gone
 
