@@ -13,15 +13,10 @@ from torch.nn.parameter import is_lazy
 from structopt.channels.copying import flatten, substitute
 from structopt.channels.groups import Axes, Channels
 from structopt.channels.mirrors import Book
+from structopt.channels.nests import first_line, map_tensors, tensors_of
 from structopt.channels.probe import Probe, settle
 from structopt.channels.shadow import to_shadow
-from structopt.channels.tracing import (
-    first_line,
-    label_parameters,
-    map_tensors,
-    tensors_of,
-    trace,
-)
+from structopt.channels.tracing import label_parameters, trace
 
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
@@ -35,7 +30,8 @@ def channel_groups(model: nn.Module, example: Any) -> Channels:
     labels travel beside the tensors of one forward pass, and what meets is tied. The pass needs
     no values, unless the model's own control flow asks for some. The model is not touched.
 
-    Raises ValueError where the model does not accept the example or lies on several devices.
+    Raises ValueError where the model does not accept the example, returns no tensor, or lies on
+    several devices.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
     >>> channels = channel_groups(model, torch.zeros(1, 3, 5, 5))
@@ -45,6 +41,11 @@ def channel_groups(model: nn.Module, example: Any) -> Channels:
     0.weight[dim 0], 0.bias[dim 0], 1.weight[dim 0]
     """
     _check(model, example)
+    with torch.random.fork_rng():  # the passes draw what the model draws
+        return _analysed(model, example)
+
+
+def _analysed(model: nn.Module, example: Any) -> Channels:
     bare, labelled = True, _copied(model, to_shadow)
     try:  # no values are needed, unless the model's own control flow asks for some
         inputs = map_tensors(example, to_shadow)
@@ -59,6 +60,11 @@ def channel_groups(model: nn.Module, example: Any) -> Channels:
                 f"{first_line(problem)}. Give a tensor, a tuple of positional arguments or a dict "
                 "of keyword arguments"
             ) from problem
+    if not shapes:
+        raise ValueError(
+            "the model returns no tensor, so that nothing shows which channels are its outputs: "
+            "return tensors, in tuples, lists, dicts or dataclasses"
+        )
     channels = Channels(model, example, book, axes)
     _beware(channels)
     if book.insists:  # else nothing but the labels says which widths belong together

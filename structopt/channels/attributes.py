@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from structopt.channels.mirrors import Book, Extent, Key, mirror_of
+from structopt.channels.reading import mentions, own
 
 
 class Known(int):
@@ -56,6 +57,7 @@ for _name, _method in vars(int).items():
 
 _WIDE = (_ConvNd, nn.Linear, _NormBase)  # layers without functions that would tell
 _WIDTHS = ("in_channels", "out_channels", "groups", "in_features", "out_features", "num_features")
+_SPOKEN = frozenset(_WIDTHS) - {"groups"}  # `range` and slices take these without a word
 
 _SHAPED = ("view", "reshape", "expand", "unflatten", "_unsafe_view")
 _SIZED = (*_SHAPED, "split", "split_with_sizes", "narrow")  # operators that are given sizes
@@ -74,15 +76,10 @@ _CONVOLUTIONS = tuple(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in 
 _TORCH = (None, "torch", "torch._C._nn", "torch.nn.functional", "torch._tensor")  # None: methods
 
 
-def own(module: nn.Module) -> bool:
-    """Whether the module is of the model's own making, not one of torch's layers."""
-    return not type(module).__module__.startswith("torch.nn.modules.")
-
-
 def is_convolution(module: nn.Module) -> bool:
     """Whether it is one of torch's, and no Python but torch's runs in it."""
-    kind, more = type(module).__module__, module._forward_hooks or "forward" in vars(module)
-    return kind == "torch.nn.modules.conv" and not more
+    changed = module._forward_hooks or not {"forward", "_conv_forward"}.isdisjoint(vars(module))
+    return type(module).__module__ == "torch.nn.modules.conv" and not changed
 
 
 def mark(model: nn.Module, book: Book) -> None:
@@ -94,6 +91,7 @@ def mark(model: nn.Module, book: Book) -> None:
     def tell() -> None:
         book.insists = True
 
+    book.insists |= mentions(model.modules(), _SPOKEN)
     for path, module in model.named_modules():
         for name in _WIDTHS if isinstance(module, _WIDE) else ():
             if type(vars(module).get(name)) is int:

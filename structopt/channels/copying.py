@@ -29,9 +29,25 @@ def substitute(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Modul
                     continue
                 made = change(value).detach()
                 if isinstance(value, nn.Parameter):
-                    made = nn.Parameter(made, requires_grad=value.requires_grad)
+                    made = nn.Parameter.__new__(type(value), made, value.requires_grad)
                 memo[id(value)] = made
-    return _deepcopy(model, modules, memo)
+    try:
+        twin = _deepcopy(model, modules, dict(memo))
+    except Exception:  # a class that looks into its parts before they are filled
+        twin = copy.deepcopy(model, memo)
+    _apart(modules, twin)
+    return twin
+
+
+def _apart(modules: list[nn.Module], made: nn.Module) -> None:
+    """A part that gives itself when it is copied would be changed with the copy."""
+    mine = set(map(id, modules))
+    for name, module in made.named_modules():
+        if id(module) in mine:
+            raise ValueError(
+                f"{name or type(module).__name__} gives itself when it is copied "
+                f"({type(module).__name__}.__deepcopy__)"
+            )
 
 
 def _deepcopy(model: nn.Module, modules: list[nn.Module], memo: dict[int, Any]) -> nn.Module:

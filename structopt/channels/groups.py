@@ -134,7 +134,9 @@ class Channels:
         for name, parameter in model.named_parameters():
             locked = 1.0
             for dim in range(parameter.ndim):
-                on = [c >= 0 for n, c in self.along(self.axes[name, dim]).items() if n in chosen]
+                labels = self.axes.get((name, dim))  # complex weights have none
+                along = {} if labels is None else self.along(labels)
+                on = [c >= 0 for n, c in along.items() if n in chosen]
                 locked *= 1 - float(np.logical_or.reduce(on).mean()) if on else 1.0
             free += parameter.numel() * (1 - locked)
             total += parameter.numel()

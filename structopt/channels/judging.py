@@ -12,9 +12,9 @@ from structopt.channels import lengths, verify
 from structopt.channels.copying import flatten, substitute
 from structopt.channels.edit import build
 from structopt.channels.groups import Channels
+from structopt.channels.nests import call, first_line, map_tensors
 from structopt.channels.rows import Choice, Edit, Refused
 from structopt.channels.shadow import Shadow, plain_kernels
-from structopt.channels.tracing import call, first_line, map_tensors
 from structopt.channels.widening import wide
 
 
@@ -70,7 +70,7 @@ class ByValue:
 
     def _expected(self, choice: Choice) -> list[Expected]:
         try:
-            return _expected(self.channels, self.source, choice)
+            known = _expected(self.channels, self.source, choice)
         except Exception as failure:
             where = verify.stumbles(self.source, self.channels.example)
             raise ValueError(
@@ -78,6 +78,13 @@ class ByValue:
                 f"{where or 'its own forward'}: {type(failure).__name__}: {failure}. Choose a "
                 "kernel there that takes float64; the model is as it was"
             ) from failure
+        found = [t for row in known for t in row.outputs if t.numel() and t.is_floating_point()]
+        if found and not any(bool(t.isfinite().any()) for t in found):
+            raise ValueError(
+                "the model gives no finite number on the example, so that nothing can be compared: "
+                "give another example; the model is as it was"
+            )
+        return known
 
     @functools.cached_property
     def changes(self) -> bool:

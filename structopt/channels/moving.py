@@ -156,7 +156,8 @@ def _is_homogeneous(call: Call) -> bool:
 @rule("copy", "clone", "contiguous", "_to_copy", "lerp", "native_dropout", "fill", "zero")
 @rule("bernoulli", "zeros_like", "ones_like", "empty_like", "full_like", "rrelu_with_noise")
 @rule("_fused_moving_avg_obs_fq_helper", "fake_quantize_per_tensor_affine", "normal", "uniform")
-@rule("detach", "alias", "masked_fill", "glu_jvp", "lift_fresh", "prelu")
+@rule("detach", "alias", "masked_fill", "glu_jvp", "lift_fresh", "prelu", "_conj", "_neg_view")
+@rule("fake_quantize_per_tensor_affine_cachemask")
 @rule("hardswish", "hardtanh", "hardsigmoid", "leaky_relu", "log_sigmoid_forward", "mish", "elu")
 @rule(
     "celu", "selu", "softplus", "softshrink", "hardshrink", "relu6", "silu", "gelu", "_prelu_kernel"

@@ -11,15 +11,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from structopt.channels.attributes import own
 from structopt.channels.edit import build
 from structopt.channels.groups import Channels
 from structopt.channels.labels import Vector
 from structopt.channels.members import ChannelGroup
 from structopt.channels.mirrors import Book
+from structopt.channels.nests import call, tensors_of
+from structopt.channels.reading import own
 from structopt.channels.rows import Edit
 from structopt.channels.shadow import Shadow, plain_kernels, to_shadow
-from structopt.channels.tracing import call, follow_modules, tensors_of
+from structopt.channels.tracing import follow_modules
 
 Shapes = list[torch.Size]
 

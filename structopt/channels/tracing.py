@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ from structopt.channels.attributes import Attributes, is_convolution, mark
 from structopt.channels.calls import Call
 from structopt.channels.labels import Vector
 from structopt.channels.mirrors import MIRROR, Axis, Book, Mirror, mirror_of
+from structopt.channels.nests import call, map_tensors, tensors_of
+from structopt.channels.reading import mentions, own
 from structopt.channels.shadow import Shadow, name_of, plain_kernels
 
 _PICKED = "_structopt_picked"  # the labels of dimensions that a tensor was picked from by number
@@ -24,7 +26,7 @@ _WEIGHT = "_structopt_weight"  # marks a tensor that is made of parameters only
 _SQUARE = "_structopt_square"  # marks the square of a tensor: its mean belongs to a norm
 _LAYERS = tuple(f"torch.nn.modules.{name}" for name in ("linear", "conv", "activation"))
 _DECIDES = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2")
-_LEAVES = (int, bool, float, str, type(None), torch.dtype, torch.device, torch.layout)
+_MODE = frozenset({"training"})
 _FOLLOWS = -1  # the number of a hook; torch counts from 0
 _VALUE = "_structopt_value"  # marks a tensor whose values the example or the weights decide
 
@@ -119,48 +121,6 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 setattr(tensor, MIRROR, mirror)
 
 
-def map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same nest of arguments with each tensor changed."""
-    if isinstance(tree, Tensor):
-        return change(tree)
-    if isinstance(tree, Mapping):
-        return {key: map_tensors(value, change) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        made = [map_tensors(value, change) for value in tree]
-        return type(tree)(*made) if hasattr(tree, "_fields") else type(tree)(made)
-    return tree
-
-
-def tensors_of(tree: Any) -> Iterator[Tensor]:
-    """Every tensor in nested arguments or outputs of a model."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif type(tree) in _LEAVES:  # most arguments: asked first, since the rest takes its time
-        return
-    elif isinstance(tree, Mapping):
-        for value in tree.values():
-            yield from tensors_of(value)
-    elif isinstance(tree, list | tuple | set):
-        for value in tree:
-            yield from tensors_of(value)
-    elif hasattr(tree, "__dict__") and not isinstance(tree, type | nn.Module):
-        yield from tensors_of(vars(tree))
-
-
-def call(model: nn.Module, example: Any) -> Any:
-    """Call a model with a tensor, a tuple of positional or a mapping of keyword arguments."""
-    if isinstance(example, tuple):
-        return model(*example)
-    if isinstance(example, Mapping):
-        return model(**example)
-    return model(example)
-
-
-def first_line(problem: Exception) -> str:
-    """What an error says, without the rest of its story."""
-    return (str(problem).strip().splitlines() or [type(problem).__name__])[0]
-
-
 def label_parameters(book: Book, model: nn.Module) -> dict[tuple[str, int], Vector]:
     """Give each index of each dimension of each parameter and buffer a label of its own."""
     axes: dict[tuple[str, int], Vector] = {}
@@ -188,14 +148,14 @@ def label_parameters(book: Book, model: nn.Module) -> dict[tuple[str, int], Vect
 def trace(book: Book, shadow: nn.Module, example: Any) -> list[torch.Size]:
     """Run the labelled model, freeze what comes out, and say what shapes that had.
 
-    In evaluation mode first. If some weights were not met, in training mode too: branches that
-    serve training only (auxiliary heads) read channels all the same.
+    In evaluation mode first. If some weights were not met, or a part with weights asks for the
+    mode, in training mode too: branches that serve training only read channels all the same.
     """
     follow_modules(book, shadow)
     mark(shadow, book)
     shapes = _run(book, shadow.eval(), example)
     unmet = [p for p in shadow.parameters() if id(p) not in book.met]
-    if unmet:
+    if unmet or mentions(_parts(shadow), _MODE):
         with contextlib.suppress(Exception):
             _run(book, shadow.train(), example)
         for name, p in shadow.named_parameters():
@@ -204,6 +164,11 @@ def trace(book: Book, shadow: nn.Module, example: Any) -> list[torch.Size]:
                     freeze(book, axis, "a weight that the example does not use")
                 book.unmet += [(name, n) for n in p.shape if n > 1 and book.decided]
     return shapes
+
+
+def _parts(model: nn.Module) -> Iterator[nn.Module]:
+    """Modules with weights or parts: others, as those that drop paths, do not choose a branch."""
+    return (m for m in model.modules() if own(m) and (m._modules or m._parameters))
 
 
 def follow_modules(book: Book, model: nn.Module) -> None:

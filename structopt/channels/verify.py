@@ -17,16 +17,13 @@ from structopt.channels.groups import Channels
 from structopt.channels.labels import Vector
 from structopt.channels.masking import Masked
 from structopt.channels.mirrors import Book
+from structopt.channels.nests import call, map_tensors, tensors_of
+from structopt.channels.reading import mentions
 from structopt.channels.rows import Choice
-from structopt.channels.tracing import (
-    call,
-    follow_modules,
-    label_parameters,
-    map_tensors,
-    tensors_of,
-)
+from structopt.channels.tracing import follow_modules, label_parameters
 from structopt.channels.widening import Mask, Wide, lendable, masked, repeatable, wide
 
+_BESIDE = frozenset({"numpy", "tolist", "data", "data_ptr"})  # lead to numbers past the dispatcher
 Watched = Sequence[str]  # names of modules whose outputs are compared as well
 
 
@@ -72,7 +69,7 @@ def outputs(model: nn.Module, example: Any, seed: int = 0, watched: Watched = ()
 
 def _computed(model: nn.Module, *args: Any, **options: Any) -> list[Tensor]:
     """On weights that are lent and widened when met, or on a wide copy, which any model takes."""
-    if not lengths.kept(model):
+    if not (lengths.kept(model) or mentions(model.modules(), _BESIDE)):
         with contextlib.suppress(Exception):
             return _run(model, *args, **options, lend=True)
     return _run(model, *args, **options, lend=False)
@@ -137,14 +134,26 @@ def difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
     """The largest error relative to the largest value; infinite where shapes differ."""
     if [t.shape for t in expected] != [t.shape for t in found]:
         return float("inf")
-    worst = 0.0
-    for a, b in zip(expected, found, strict=True):
-        if a.numel() and a.is_floating_point():
-            scale = float(a.abs().max()) or 1.0
-            worst = max(worst, float((a - b).abs().max()) / scale)
-        elif a.numel() and not torch.equal(a, b):
+    worst, compared = 0.0, not any(t.numel() for t in expected)
+    for a, b in zip(map(_dense, expected), map(_dense, found), strict=True):
+        if not a.is_floating_point() and not a.is_complex():
+            if not torch.equal(a, b):
+                return float("inf")
+            compared = compared or a.numel() > 0
+            continue
+        # What masks leave in both, minus infinity or a very large number, says nothing.
+        says = a.isfinite() & ((a != b) | (a.abs() < 1e4))
+        if not bool((says | (a == b) | (a.isnan() & b.isnan())).all()):
             return float("inf")
-    return worst if worst == worst else float("inf")
+        if says.any():
+            a, b, compared = a[says], b[says], True
+            error = float((a - b).abs().max()) / (float(a.abs().max()) or 1.0)
+            worst = max(worst, error if error == error else float("inf"))
+    return worst if compared else float("inf")
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor if tensor.layout == torch.strided else tensor.to_dense()
 
 
 def shapes(tree: Any) -> list[torch.Size]:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from structopt.channels.labels import Vector
+from structopt.channels.nests import map_tensors, tensors_of
 from structopt.channels.shadow import calls_experts, multiply, plain_kernels
-from structopt.channels.tracing import map_tensors, tensors_of
 
 Mask = Sequence[tuple[int, Vector]]  # dimensions, and the indices that are zero there
 _Key = tuple[int, torch.Size]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from structopt.channels.tracing import first_line
+from structopt.channels.nests import first_line
 from structopt.compression.evidence import READERS
 from structopt.measure.costs import Cost
 from structopt.measure.running import call, device_of

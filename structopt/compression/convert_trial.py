@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-from structopt.channels.tracing import first_line
+from structopt.channels.nests import first_line
 from structopt.compression.convert_parts import Route
 from structopt.compression.inputs import RoundInput
 from structopt.compression.qat import QAT

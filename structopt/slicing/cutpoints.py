@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from structopt.channels.tracing import first_line
+from structopt.channels.nests import first_line
 from structopt.measure.running import Example, undisturbed
 from structopt.slicing.tracing import Stage, aliases, told, traced
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structopt.channels.tracing import first_line
+from structopt.channels.nests import first_line
 from structopt.training.observing import observed
 
 

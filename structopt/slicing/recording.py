@@ -14,16 +14,9 @@ from structopt.channels import moving, rules
 from structopt.channels.copying import flatten, substitute
 from structopt.channels.labels import Labels, Vector
 from structopt.channels.mirrors import Book, Mirror, mirror_of
+from structopt.channels.nests import call, first_line, map_tensors, tensors_of
 from structopt.channels.shadow import plain_kernels
-from structopt.channels.tracing import (
-    Tracer,
-    call,
-    first_line,
-    follow_modules,
-    label_parameters,
-    map_tensors,
-    tensors_of,
-)
+from structopt.channels.tracing import Tracer, follow_modules, label_parameters
 
 _KEY = "_structopt_key"  # the attribute of a tensor that holds its number
 _NUMBERS = itertools.count()

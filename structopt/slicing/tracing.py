@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_flatten
 
-from structopt.channels.tracing import first_line
+from structopt.channels.nests import first_line
 from structopt.measure.running import Example, undisturbed
 
 _ANY_NUMBER = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
