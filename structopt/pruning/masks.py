@@ -24,6 +24,14 @@ def need_mapping(masks: object) -> None:
         )
 
 
+def need_changeable(name: str, weight: Tensor) -> None:
+    if weight.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{name} was made under torch.inference_mode, and cannot be changed: copy.deepcopy of "
+            "the model can"
+        )
+
+
 def need_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Each masked weight and its mask, after every complaint that can be made."""
     need_mapping(masks)
@@ -32,7 +40,7 @@ def need_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> list[tuple[Tens
     for name, mask in masks.items():
         weight = parameters.get(name)
         if weight is None:
-            near = ", ".join(n for n in parameters if n.endswith("weight"))
+            near = ", ".join(n for n in parameters if "weight" in n) or "none"
             raise ValueError(f"the masks name {name!r}, but the weights of this model are {near}")
         if not isinstance(mask, Tensor):
             raise ValueError(
@@ -44,6 +52,7 @@ def need_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> list[tuple[Tens
                 f"the mask of {name} is {mask.dtype} of shape {tuple(mask.shape)}: it has to be "
                 f"bool, of the weight's shape {tuple(weight.shape)}"
             )
+        need_changeable(name, weight)
         pairs.append((weight, mask))
     return pairs
 
