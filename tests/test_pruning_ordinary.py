@@ -17,6 +17,7 @@ from structopt.channels import channel_groups
 from structopt.pruning import (
     Budget,
     Bytes,
+    Global,
     MACs,
     Milliseconds,
     NOfM,
@@ -225,6 +226,30 @@ def test_signs_of_the_curvature_come_from_a_generator_of_their_own(device):
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1.0])
+def test_damping_adds_a_share_of_the_mean_diagonal(scale):
+    x = scale * torch.randn(60, 8, dtype=torch.float64) * torch.arange(1, 9)
+    weight, gram = torch.randn(5, 8, dtype=torch.float64), x.T @ x
+    damped = gram + 0.5 * gram.diagonal().mean() * torch.eye(8)
+    made, mask = pruning.sparse_gpt(weight, gram, 0.5, damp=0.5)
+    expected, stays = pruning.sparse_gpt(weight, damped, 0.5, damp=0.0)
+    assert torch.equal(mask, stays)
+    near = (made != weight * mask).any(1)  # a row that would end up further off is not updated
+    assert near.any()
+    torch.testing.assert_close(made[near], expected[near])
+    with pytest.raises(ValueError, match=r"singular with damp=-0.001"):
+        pruning.sparse_gpt(weight, gram, 0.5, damp=-0.001)
+
+
+def test_the_update_takes_a_hessian_of_more_digits_and_makes_no_graph():
+    x, weight = torch.randn(60, 8), nn.Parameter(torch.randn(5, 8))
+    made, mask = pruning.sparse_gpt(weight, (x.T @ x).double(), 0.5)
+    assert made.dtype == torch.float32
+    assert not made.requires_grad
+    assert torch.equal(made, pruning.sparse_gpt(weight, x.T @ x, 0.5)[0])
+    assert int(mask.sum()) == 20
+
+
 # --- gates
 
 
@@ -287,6 +312,14 @@ def test_norms_of_half_precision_do_not_overflow(device):
     )
 
 
+def test_between_two_looks_no_group_is_looked_at():
+    """It would wait for the device at every step."""
+    model = small()
+    after = ShrinkChannels(channel_groups(model, torch.ones(1, 8)), strength=1e5, end=150)
+    after(model, 50)
+    assert after.zeros(model) == {"0": 8}
+
+
 def test_shrinking_names_what_it_cannot_press():
     model, x, how = small(), torch.ones(1, 8), {"strength": 0.01, "end": 3}
     groups = channel_groups(model, x)
@@ -329,6 +362,25 @@ def test_scores_for_an_order_have_to_be_those_of_the_weights():
     assert torch.equal(same[0].weight, model[0].weight)
 
 
+# --- ranking
+
+
+@pytest.mark.parametrize(("dtype", "unit"), [(torch.float16, 2**-24), (torch.float32, 2**-149)])
+def test_normalised_scores_do_not_depend_on_a_layer_s_unit(device, dtype, unit):
+    many = torch.randperm(1000, device=device)[None].double() + 1
+    scores = {"small": many * unit, "large": many, "none": many * 0}
+    scores = {name: one.to(dtype) for name, one in scores.items()}
+    masks = pruning.find_masks(scores, 0.5, scope=Global(normalise=True, floor=0.01))
+    assert torch.equal(masks["small"], masks["large"])
+    assert int(masks["none"].sum()) == 10
+
+
+def test_scores_of_eight_bits_are_refused_and_a_single_number_is_a_layer():
+    with pytest.raises(ValueError, match=r"are torch.float8_e4m3fn: give .* 16 bits or more"):
+        pruning.find_masks({"a": torch.ones(2, 4).to(torch.float8_e4m3fn)}, 0.5)
+    assert pruning.find_masks({"a": torch.tensor(1.0)}, 0.0)["a"].shape == ()
+
+
 # --- budgets
 
 
@@ -362,6 +414,11 @@ def test_the_teacher_alone_may_teach_and_keeps_its_modes(device):
     log_p = F.log_softmax(student(inputs) / 3, 1)
     expected = 9 * F.kl_div(log_p, told, reduction="batchmean", log_target=True)
     torch.testing.assert_close(found, expected)
+    usual, explicit = {}, {"temperature": 2, "weight": 0.5}
+    both = [
+        pruning.with_teacher(teacher, **o)(student, (inputs, targets)) for o in (usual, explicit)
+    ]
+    assert both[0] == both[1] != found
     found = pruning.with_teacher(teacher, weight=0)(student, (inputs, targets))
     torch.testing.assert_close(found, F.cross_entropy(student(inputs), targets))
 
@@ -390,14 +447,25 @@ def test_a_teacher_takes_whatever_inputs_the_student_takes(device):
 def test_recovery_follows_the_schedule_that_is_given(device):
     model, data = network(device), batches(device)
     twin, half = copy.deepcopy(model), lambda step, total: 0.5
-    pruning.recover(model, data, epochs=1, lr=0.02, schedule=half, device=device)
+    pruning.recover(model, data, epochs=1, schedule=half, device=device)
     pruning.recalibrate_(twin, data)
     training.train(
-        twin, data, training.supervised(), descent.fused_adamw(twin, 0.02), epochs=1,
+        twin, data, training.supervised(), descent.fused_adamw(twin, 0.01), epochs=1,
         device=device, schedule=half,
     )  # fmt: skip
     for name, p in model.named_parameters():
         torch.testing.assert_close(p, twin.get_parameter(name))
+
+
+def test_a_recovery_that_cannot_begin_leaves_the_model(device):
+    model, data = network(device), batches(device)
+    masks, before = pruning.find_masks(pruning.score(model), 0.5), copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="learning rate"):
+        pruning.recover(model, data, epochs=1, lr=-1, masks=masks)
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="wants a gradient"):
+        pruning.recover(model, data, epochs=1, masks=masks)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
 
 # --- diagnosis

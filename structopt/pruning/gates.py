@@ -12,10 +12,10 @@ from torch.nn.utils import parametrize
 
 from structopt.losses.checks import real, wide
 from structopt.pruning.finding import Masks
-from structopt.pruning.masks import need_changeable
 from structopt.pruning.patterns import Filters, Pattern, Unstructured
 from structopt.pruning.scoring import score
 from structopt.training import Objective, evaluating, supervised
+from structopt.training.copying import need_changeable
 
 BETA, LOW, HIGH = 2 / 3, -0.1, 1.1  # of the paper: temperature, and the ends before the cut
 
@@ -114,10 +114,9 @@ def with_price(strength: float, objective: Objective | None = None) -> Objective
 
     def priced(model: nn.Module, batch: Any) -> Tensor:
         gates = _need_gates(model)
-        sizes = [weight.numel() for _, _, weight, _ in gates]
-        chances = [open_chance(wide(gated.log_alpha)).mean() for _, _, _, gated in gates]
-        paid = torch.stack([n * c for n, c in zip(sizes, chances, strict=True)]).sum()
-        return known(model, batch) + strength * paid / sum(sizes)
+        paid = [w.numel() * open_chance(wide(gated.log_alpha)).mean() for _, _, w, gated in gates]
+        every = sum(weight.numel() for _, _, weight, _ in gates)
+        return known(model, batch) + strength * torch.stack(paid).sum() / every
 
     return priced
 

@@ -15,20 +15,13 @@ from structopt.pruning.patterns import Pattern, Unstructured, need_pattern
 from structopt.pruning.ranking import PerLayer, Scope, need_scope
 from structopt.pruning.schedules import Schedule
 from structopt.pruning.scoring import Scores, score
+from structopt.training.copying import need_changeable
 
 
 def need_mapping(masks: object) -> None:
     if not isinstance(masks, Mapping):
         raise ValueError(
             f"masks are a dict of a bool tensor for each weight, as find_masks gives: not {masks!r}"
-        )
-
-
-def need_changeable(name: str, weight: Tensor) -> None:
-    if weight.is_inference() and not torch.is_inference_mode_enabled():
-        raise ValueError(
-            f"{name} was made under torch.inference_mode, and cannot be changed: copy.deepcopy of "
-            "the model can"
         )
 
 

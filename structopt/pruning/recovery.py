@@ -79,6 +79,7 @@ def recover(
         raise ValueError(
             f"epochs are passes over the batches, a whole number, at least 1: {epochs}"
         )
+    optimizer = descent.fused_adamw(model, lr)  # complains of what it cannot step first
     after_step = options.pop("after_step", None)
     if masks is not None:
         if after_step is not None:
@@ -90,7 +91,7 @@ def recover(
         model,
         batches,
         supervised() if objective is None else objective,
-        descent.fused_adamw(model, lr),
+        optimizer,
         epochs=epochs,
         schedule=options.pop("schedule", descent.one_cycle()),
         after_step=after_step,

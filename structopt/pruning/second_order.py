@@ -91,7 +91,7 @@ def _sweep(
     stays = torch.ones_like(left, dtype=torch.bool)
     for start in range(0, left.shape[1], width):
         end = min(start + width, left.shape[1])
-        hurts = keys((left[:, start:end] / upper.diagonal()[start:end]).square())
+        hurts = keys(left[:, start:end] / upper.diagonal()[start:end])  # of the size, as squares
         if isinstance(pattern, NOfM):
             gone = lowest_in_rows(hurts, pattern.m - pattern.n)
         else:  # so that exactly round(sparsity · n) are gone at the end
@@ -160,7 +160,7 @@ def prune_and_update(
             parts = _hessian(made, layer, batches)  # one for each group of a convolution
             found = [
                 sparse_gpt(part, own, sparsity, pattern=pattern, damp=damp)
-                for part, own in zip(layer.weight.detach().chunk(len(parts)), parts, strict=True)
+                for part, own in zip(layer.weight.chunk(len(parts)), parts, strict=True)
             ]
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None

@@ -80,11 +80,10 @@ class ShrinkChannels:
             whole = torch.cat([factor, factor.new_ones(1)])  # the last is for entries outside
             for weight, dim, channel in axes:
                 shape = [-1 if d == dim else 1 for d in range(weight.ndim)]
-                scales.append((weight, whole[channel].view(shape).to(weight.dtype)))
+                scales.append((weight, whole[channel].view(shape)))
         for weight, factor in scales:  # after all norms were taken, so that no order matters
             weight.mul_(factor)
 
-    @torch.no_grad()
     def zeros(self, model: nn.Module) -> dict[str, int]:
         """How many channels of each group are exactly zero."""
         found = {}
@@ -121,9 +120,8 @@ def _axes(model: nn.Module, group: ChannelGroup) -> list[Axis]:
 def _squares(axes: list[Axis], size: int) -> tuple[Tensor, Tensor]:
     """Of each channel the sum of the squares of its entries, and how many there are."""
     squares = torch.stack([along(wide(w).square(), dim, c, size) for w, dim, c in axes]).sum(0)
-    each = [squares.new_full((len(c),), w.numel() // len(c)) for w, _, c in axes]
-    counts = [along(n, 0, c, size) for n, (_, _, c) in zip(each, axes, strict=True)]
-    return squares, torch.stack(counts).sum(0)
+    each = [(squares.new_full((len(c),), w.numel() // len(c)), c) for w, _, c in axes]
+    return squares, torch.stack([along(count, 0, c, size) for count, c in each]).sum(0)
 
 
 def _need_groups(groups: object) -> tuple[ChannelGroup, ...]:

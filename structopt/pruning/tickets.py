@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from structopt.pruning.masks import apply_masks_, need_changeable, need_masks
+from structopt.pruning.masks import apply_masks_, need_masks
+from structopt.training.copying import need_changeable
 
 
 @torch.no_grad()

@@ -38,3 +38,12 @@ def need_plain(layers: Mapping[str, nn.Module], instead: str = "name other weigh
                 "torch.nn.utils.prune.remove or parametrize.remove_parametrizations first, or "
                 f"{instead}"
             )
+
+
+def need_changeable(name: str, weight: Tensor) -> None:
+    """Raises ValueError for a tensor that torch lets nobody change in place."""
+    if weight.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{name} was made under torch.inference_mode, and cannot be changed: copy.deepcopy of "
+            "the model can"
+        )
