@@ -488,7 +488,11 @@ def test_broken_weights_are_spoken_of():
     model = small()
     broken = copy.deepcopy(model)
     broken[2].weight.data[1, 1] = math.nan
-    assert words(model, broken) == ["2 holds NaN or infinite weights: nothing after it is right."]
+    said = ["2 holds NaN or infinite weights: nothing after it is right."]
+    assert words(model, broken) == said
+    found = words(model, broken, data=[(torch.ones(2, 8), torch.ones(2).long())])
+    assert found[:1] == said
+    assert found[1].startswith("Accuracy was")
 
 
 def test_a_width_that_was_not_narrowed_is_not_spoken_of():
@@ -523,6 +527,7 @@ def test_masks_are_looked_at_whatever_holds_their_weight():
         assert "56 removed weights of 1.weight are no longer zero" in line
     for wrong, said in (
         ({"1.weight": torch.eye(8)}, "the mask of 1.weight has to be a bool tensor"),
+        ({"1.weight": None}, "the mask of 1.weight has to be a bool tensor"),
         ({"1.weight": np.eye(8, dtype=bool)}, "the mask of 1.weight has to be a bool tensor"),
         ({"2.weight": masks["1.weight"]}, "'2.weight', which is a weight of neither model"),
         ([1], "masks are a dict"),

@@ -94,7 +94,7 @@ def _undone(before: nn.Module, after: nn.Module, masks: Mapping[str, Tensor]) ->
             raise ValueError(f"the masks name {name!r}, which is a weight of neither model")
         weight = new.get(name)
         if weight is not None and weight.shape == mask.shape:
-            back = int(weight.detach()[~mask.to(weight.device)].count_nonzero())
+            back = int(weight[~mask.to(weight.device)].count_nonzero())
             if back:
                 words.append(
                     f"{back} removed weights of {name} are no longer zero: train with "
