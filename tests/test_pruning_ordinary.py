@@ -541,6 +541,9 @@ def test_a_compiled_network_is_diagnosed_as_the_plain_one():
     after = nn.Sequential(nn.Linear(8, 2), nn.Linear(2, 100), nn.Linear(100, 4))
     compiled = torch.compile(after, backend="eager")
     assert words(before, compiled) == words(before, after) != []
+    block = nn.Sequential(nn.Linear(8, 8))
+    gone = torch.compile(nn.Sequential(nn.Identity()), backend="eager")
+    assert words(block, gone) == ["0 became an identity."]
 
 
 def test_data_may_be_read_once_and_norms_without_statistics_have_none_to_renew():
@@ -555,3 +558,24 @@ def test_data_may_be_read_once_and_norms_without_statistics_have_none_to_renew()
     assert found == words(before, after, data=data)
     assert found[0] == "Accuracy was 100.0 %, and is 0.0 %."
     assert "Give batches" not in str(found)
+    norm = nn.Module()  # nested, in what cannot be walked like a list
+    norm.inside, norm.forward = nn.BatchNorm1d(8).eval(), lambda x: x
+    assert "Give batches" in str(words(before, nn.Sequential(norm, after).eval(), data=data))
+
+
+@pytest.mark.parametrize(("stale", "broken", "said"), [(22, 78, False), (30, 70, True)])
+def test_statistics_are_blamed_where_a_quarter_of_the_loss_comes_back(stale, broken, said):
+    """Old statistics get `stale` examples wrong, and a weight gets `broken` others wrong."""
+    some, others = (torch.tensor([1.0, -1.0]).repeat(n) for n in (stale, broken // 2))
+    x = torch.block_diag(some[:, None], others[:, None])
+    data = [(x, (x.sum(1) > 0).long())]
+    before = nn.Sequential(nn.BatchNorm1d(2, affine=False), nn.Linear(2, 2, bias=False))
+    before[1].weight.data = torch.tensor([[-1.0, -100.0], [1.0, 100.0]])
+    pruning.recalibrate_(before, data)
+    after = copy.deepcopy(before)
+    after[0].running_mean[0] += 1.5
+    after[1].weight.data[:, 1] *= -1
+    found = pruning.diagnose(before, after, x[:2], data, batches=data)
+    lost = 100 * (stale + broken) / len(x)
+    assert found[0] == f"Accuracy was 100.0 %, and is {100 - lost:.1f} %."
+    assert ("come back with new statistics" in str(found)) == said

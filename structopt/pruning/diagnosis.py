@@ -122,6 +122,7 @@ def _narrow(before: nn.Module, after: nn.Module) -> list[str]:
 
 
 def _gone(before: nn.Module, after: nn.Module) -> list[str]:
+    before, after = inner(before, ()), inner(after, ())
     was = {name for name, _ in before.named_modules()}
     blocks = [n for n, m in after.named_modules() if isinstance(m, nn.Identity) and n in was]
     real = [n for n in blocks if not isinstance(before.get_submodule(n), nn.Identity)]
@@ -142,7 +143,7 @@ def _accuracies(
         words.append("Give batches=..., to see whether the statistics of batch norms still fit.")
     elif norms:
         assert batches is not None
-        some = islice(iter(batches), _CALIBRATION)
+        some = islice(batches, _CALIBRATION)
         fresh = evaluate(recalibrate_(copied(after), some), data)
         gain = fresh - pruned
         if gain > lost / 4:
