@@ -85,17 +85,6 @@ def all_ran(wanted: Iterable[str], ran: Container[str]) -> None:
             raise ValueError(f"{name!r} never ran on these batches: leave it out of names")
 
 
-def need_plain(layers: Mapping[str, nn.Module]) -> None:
-    """Raises ValueError for the first layer whose weight other parameters compute."""
-    for name, layer in layers.items():
-        if "weight" not in layer._parameters:
-            raise ValueError(
-                f"the weight of {name or 'the model'} is computed from other parameters: "
-                "torch.nn.utils.prune.remove or parametrize.remove_parametrizations first, or name "
-                "other weights"
-            )
-
-
 def say_idle(names: Sequence[str], what: str) -> None:
     """Warn of layers that a function leaves as they are, because they do not run."""
     if names:

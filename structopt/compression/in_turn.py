@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from structopt.compression.codes import Coded, chosen, naming, put_
-from structopt.compression.evidence import all_ran, need_plain, readers, say_idle, watch
+from structopt.compression.evidence import all_ran, readers, say_idle, watch
 from structopt.compression.granularity import Granularity
 from structopt.compression.quantize import as_finite
 from structopt.compression.vectors import SharedVectors, share_vectors
-from structopt.training.copying import copied
+from structopt.training.copying import copied, need_plain
 from structopt.training.observing import columns
 
 Made = TypeVar("Made", bound=Coded)

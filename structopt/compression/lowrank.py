@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from structopt.channels.exchanging import exchange_
 from structopt.compression.codes import naming
-from structopt.compression.evidence import need_plain, readers
+from structopt.compression.evidence import readers
 from structopt.compression.in_turn import hessian_of
 from structopt.compression.merging import META
 from structopt.compression.quantize import as_finite
 from structopt.compression.ranks import SVD, Form, Ranks
 from structopt.compression.targets import Target, chosen_ranks
-from structopt.training.copying import copied
+from structopt.training.copying import copied, need_plain
 
 LAYERS = (nn.Linear, nn.Conv2d)
 

@@ -31,7 +31,7 @@ class Budget:
             raise ValueError(f"{type(self).__name__}: {name} is a number {limits}, not {given!r}")
 
     def cost(self, model: nn.Module, example: Any) -> float:
-        raise NotImplementedError
+        raise ValueError(f"{self!r} has no unit: take MACs, Parameters, Bytes or Milliseconds")
 
     def limit(self, model: nn.Module, example: Any) -> float:
         """The most that the smaller model may cost."""
@@ -41,8 +41,10 @@ class Budget:
         return self.share * self.cost(model, example)
 
     def __repr__(self) -> str:
-        given = [(k, v) for k, v in (("at_most", self.at_most), ("share", self.share)) if v]
-        return f"{type(self).__name__}({', '.join(f'{k}={v:g}' for k, v in given)})"
+        given = [
+            (k, v) for k, v in (("at_most", self.at_most), ("share", self.share)) if v is not None
+        ]
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in given)})"
 
 
 @dataclass(frozen=True, repr=False)

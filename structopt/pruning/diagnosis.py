@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from structopt import measure
+from structopt.pruning.masks import inner, need_mapping
 from structopt.training import evaluate
 from structopt.training.copying import copied
 from structopt.training.statistics import recalibrate_
@@ -27,11 +29,14 @@ def diagnose(
 ) -> list[str]:
     """What pruning did to a network, and what to try next, as sentences.
 
-    Looks for layers that were emptied or are the narrowest for what they were, statistics of batch
-    norms that no longer fit (tried on a copy), a mask that came undone, zeros that save nothing,
-    odd widths, and blocks that are gone. `data` are labelled examples for the accuracies; `batches`
+    Looks for layers that were emptied, hold NaN or are the narrowest for what they were, statistics
+    of batch norms that no longer fit (tried on a copy), a mask that came undone, zeros that save
+    nothing, odd widths, and blocks that are gone. `data` are labelled examples for the accuracies; `batches`
     are some of the training batches, for the statistics. Neither model is changed. Empty where
     nothing stands out.
+
+    Raises ValueError for masks that are no bool tensors, or of weights that neither model has, and
+    for data that :func:`structopt.training.evaluate` refuses.
 
     >>> import torch
     >>> from structopt.networks import LeNet300
@@ -40,38 +45,56 @@ def diagnose(
     fc2 keeps 2 of 100 channels, far fewer than the other layers: give it more, Limits(ratios={'fc2': 0.5}), or a floor, Limits(floor=0.2).
     """  # noqa: E501
     words = [
-        *_emptied(after),
-        *_undone(after, masks),
+        *_emptied(before, after),
+        *_undone(before, after, masks or {}),
         *_narrow(before, after),
         *_gone(before, after),
     ]
     if data is not None:
+        data = list(data) if isinstance(data, Iterator) else data  # read twice
         words += _accuracies(before, after, data, batches)
     return [*words, *_savings(before, after, example)]
 
 
-def _layers(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of layers that make channels."""
-    kinds = (nn.Linear, nn.modules.conv._ConvNd)
-    return {n: m.weight for n, m in model.named_modules() if isinstance(m, kinds)}
+def _layers(model: nn.Module) -> dict[str, Any]:
+    """The layers that make channels."""
+    kinds, model = (nn.Linear, nn.modules.conv._ConvNd), inner(model, ())
+    return {n: m for n, m in model.named_modules() if isinstance(m, kinds)}
 
 
-def _emptied(after: nn.Module) -> list[str]:
-    dead = [name for name, weight in _layers(after).items() if not weight.any()]
-    return [
+def _widths(model: nn.Module) -> dict[str, int]:
+    """How many channels they make; the weight of a transposed convolution has them second."""
+    layers = _layers(model).items()
+    return {n: m.out_features if isinstance(m, nn.Linear) else m.out_channels for n, m in layers}
+
+
+def _emptied(before: nn.Module, after: nn.Module) -> list[str]:
+    weights = {name: layer.weight for name, layer in _layers(after).items()}
+    was = {name for name, layer in _layers(before).items() if not layer.weight.any()}
+    words = [
         f"{name} holds zeros only, so that nothing passes it: rank per layer, or with "
         "Global(floor=0.01)."
-        for name in dead
+        for name, weight in weights.items()
+        if not weight.any() and name not in was
     ]
+    odd = [name for name, weight in weights.items() if not weight.isfinite().all()]
+    return words + [f"{n} holds NaN or infinite weights: nothing after it is right." for n in odd]
 
 
-def _undone(after: nn.Module, masks: Mapping[str, Tensor] | None) -> list[str]:
-    parameters = dict(after.named_parameters())
+def _undone(before: nn.Module, after: nn.Module, masks: Mapping[str, Tensor]) -> list[str]:
+    need_mapping(masks)
+    old, new = (
+        dict(inner(m, masks).named_parameters(remove_duplicate=False)) for m in (before, after)
+    )
     words = []
-    for name, mask in (masks or {}).items():
-        weight = parameters.get(name)
+    for name, mask in masks.items():
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise ValueError(f"the mask of {name} has to be a bool tensor, as find_masks gives")
+        if name not in {**old, **new}:
+            raise ValueError(f"the masks name {name!r}, which is a weight of neither model")
+        weight = new.get(name)
         if weight is not None and weight.shape == mask.shape:
-            back = int(weight.detach()[~mask.to(weight.device)].count_nonzero())
+            back = int(weight[~mask.to(weight.device)].count_nonzero())
             if back:
                 words.append(
                     f"{back} removed weights of {name} are no longer zero: train with "
@@ -81,8 +104,8 @@ def _undone(after: nn.Module, masks: Mapping[str, Tensor] | None) -> list[str]:
 
 
 def _narrow(before: nn.Module, after: nn.Module) -> list[str]:
-    old, new = _layers(before), _layers(after)
-    kept = {n: len(new[n]) / len(old[n]) for n in old if n in new and len(new[n]) <= len(old[n])}
+    old, new = _widths(before), _widths(after)
+    kept = {n: new[n] / old[n] for n in old if n in new and 0 < new[n] <= old[n]}
     if not kept:
         return []
     usual = sorted(kept.values())[len(kept) // 2]
@@ -91,7 +114,7 @@ def _narrow(before: nn.Module, after: nn.Module) -> list[str]:
         if share < 0.25 and share < usual / 3:
             half = max(0.0, 1 - usual / 2)
             words.append(
-                f"{name} keeps {len(new[name])} of {len(old[name])} channels, far fewer than the "
+                f"{name} keeps {new[name]} of {old[name]} channels, far fewer than the "
                 f"other layers: give it more, Limits(ratios={{{name!r}: {half:.2g}}}), or a floor, "
                 "Limits(floor=0.2)."
             )
@@ -99,6 +122,7 @@ def _narrow(before: nn.Module, after: nn.Module) -> list[str]:
 
 
 def _gone(before: nn.Module, after: nn.Module) -> list[str]:
+    before, after = inner(before, ()), inner(after, ())
     was = {name for name, _ in before.named_modules()}
     blocks = [n for n, m in after.named_modules() if isinstance(m, nn.Identity) and n in was]
     real = [n for n in blocks if not isinstance(before.get_submodule(n), nn.Identity)]
@@ -113,12 +137,13 @@ def _accuracies(
     lost = dense - pruned
     if lost < 0.005:
         return words
-    norms = [m for m in after.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    kind = nn.modules.batchnorm._BatchNorm
+    norms = [m for m in after.modules() if isinstance(m, kind) and m.running_mean is not None]
     if norms and batches is None:
         words.append("Give batches=..., to see whether the statistics of batch norms still fit.")
     elif norms:
         assert batches is not None
-        some = islice(iter(batches), _CALIBRATION)
+        some = islice(batches, _CALIBRATION)
         fresh = evaluate(recalibrate_(copied(after), some), data)
         gain = fresh - pruned
         if gain > lost / 4:
@@ -142,20 +167,22 @@ def _accuracies(
 def _savings(before: nn.Module, after: nn.Module, example: Any) -> list[str]:
     old, new = measure.cost(before, example), measure.cost(after, example)
     words = []
-    zero = 1 - (new.nonzeros or 0) / max(1, new.parameters) if new.nonzeros is not None else 0.0
-    if zero > 0.05 and new.macs > 0.95 * old.macs:
+    was, zero = _zeros(old), _zeros(new)  # biases begin at zero, as do some weights
+    if zero - was > 0.05 and new.macs > 0.95 * old.macs:
         words.append(
             f"{100 * zero:.0f} % of the weights are zero but none is gone: no speed-up expected. "
             "Remove channels, prune_channels, or code the zeros in the file."
         )
-    widths = {name: len(weight) for name, weight in _layers(after).items()}
-    was = {name: len(weight) for name, weight in _layers(before).items()}
-    odd = [
-        n for n, width in widths.items() if width != was.get(n, width) and width % 8 and width > 8
-    ]
+    wide, widths = _widths(before), _widths(after)
+    odd = [n for n, width in widths.items() if 8 < width < wide.get(n, 0) and width % 8]
     if odd:
         words.append(
             f"{len(odd)} layers have a width that is no multiple of 8 ({odd[0]}: "
             f"{widths[odd[0]]}): Limits(multiple_of=8) may be faster."
         )
     return words
+
+
+def _zeros(cost: measure.Cost) -> float:
+    """The share of parameters that are zero."""
+    return 0.0 if cost.nonzeros is None else 1 - cost.nonzeros / max(1, cost.parameters)

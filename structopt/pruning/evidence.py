@@ -21,7 +21,7 @@ Named = dict[str, Tensor]
 Fetch = Callable[[nn.Module, Named, Iterable[Any], Objective], Named]
 
 READERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def rows_of(batch: Any) -> int:
@@ -104,14 +104,22 @@ def _squared(model: nn.Module, parameters: Named, batches: Any, objective: Objec
 
 
 def _curvature(model: nn.Module, parameters: Named, batches: Any, objective: Objective) -> Named:
+    chance = torch.Generator(next(iter(parameters.values())).device).manual_seed(0)
+
     def draw(loss: Tensor, wanted: list[Tensor]) -> list[Tensor]:
         slopes = _slopes(loss, wanted, graph=True)
-        signs = [torch.randint_like(p, 2) * 2 - 1 for p in wanted]
+        signs = [_signs(p, chance) for p in wanted]
         along = torch.stack([(g * z).sum() for g, z in zip(slopes, signs, strict=True)]).sum()
         products = _slopes(along, wanted) if along.requires_grad else [0 * p for p in wanted]
         return [(z * h).detach() for z, h in zip(signs, products, strict=True)]
 
     return _derivatives(model, parameters, batches, objective, draw)
+
+
+def _signs(like: Tensor, chance: torch.Generator) -> Tensor:
+    """1 and -1, the same at each call of `score`, whatever else draws random numbers."""
+    zeros_and_ones = torch.randint(2, like.shape, generator=chance, device=like.device)
+    return (2 * zeros_and_ones - 1).to(like.dtype)
 
 
 def _inputs(reduce: Callable[[Tensor], Tensor], finish: Callable[[Tensor, int], Tensor]) -> Fetch:
@@ -131,7 +139,7 @@ def _inputs(reduce: Callable[[Tensor], Tensor], finish: Callable[[Tensor, int], 
             counts[name] = counts.get(name, 0) + len(x)
 
         names = {parameter: name for name, parameter in parameters.items()}
-        readers = [m for m in model.modules() if isinstance(m, READERS + _TRANSPOSED)]
+        readers = [m for m in model.modules() if isinstance(m, READERS + TRANSPOSED)]
         layers = {names[m.weight]: m for m in readers if m.weight in names}  # tied ones share
         handles = [
             m.register_forward_pre_hook(note, with_kwargs=True)
@@ -155,7 +163,7 @@ def _beside(features: Tensor, layer: nn.Module, weight: Tensor) -> Tensor:
     """A number for each input feature, in a shape that broadcasts against the weight."""
     groups = int(getattr(layer, "groups", 1))
     ones = [1] * (weight.ndim - 2)
-    if isinstance(layer, _TRANSPOSED):
+    if isinstance(layer, TRANSPOSED):
         return features.view(-1, 1, *ones)
     if groups == 1:
         return features.view(1, -1, *ones)

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from structopt.losses.checks import real
+from structopt.losses.checks import real, wide
 from structopt.pruning.finding import Masks
 from structopt.pruning.patterns import Filters, Pattern, Unstructured
 from structopt.pruning.scoring import score
 from structopt.training import Objective, evaluating, supervised
+from structopt.training.copying import need_changeable
 
 BETA, LOW, HIGH = 2 / 3, -0.1, 1.1  # of the paper: temperature, and the ends before the cut
 
@@ -55,6 +56,7 @@ class _Gated(nn.Module):
         return weight * hard_concrete(self.log_alpha, noise)
 
 
+@torch.inference_mode(False)  # else the gates could not be trained
 def add_gates_(
     model: nn.Module,
     *,
@@ -70,7 +72,7 @@ def add_gates_(
     holds the gates; train with :func:`with_price`; then :func:`remove_gates_`.
 
     Raises ValueError for another pattern, a share outside (0, 1), a model that has gates, and a
-    weight that several layers share.
+    weight that several layers share, or that was made under ``torch.inference_mode``.
 
     >>> model = add_gates_(nn.Linear(3, 2))
     >>> [tuple(p.shape) for p in model.parameters()]
@@ -85,6 +87,7 @@ def add_gates_(
     start, found = math.log(share / (1 - share)), score(model, leave=leave)
     for name in found:
         _need_own(model, name)
+        need_changeable(name, model.get_parameter(name))
     for name, scores in found.items():
         path, _, key = name.rpartition(".")
         rows = (len(scores), *[1] * (scores.ndim - 1))
@@ -111,10 +114,9 @@ def with_price(strength: float, objective: Objective | None = None) -> Objective
 
     def priced(model: nn.Module, batch: Any) -> Tensor:
         gates = _need_gates(model)
-        sizes = [weight.numel() for _, _, weight, _ in gates]
-        chances = [open_chance(gated.log_alpha).mean() for _, _, _, gated in gates]
-        paid = torch.stack([n * c for n, c in zip(sizes, chances, strict=True)]).sum()
-        return known(model, batch) + strength * paid / sum(sizes)
+        paid = [w.numel() * open_chance(wide(gated.log_alpha)).mean() for _, _, w, gated in gates]
+        every = sum(weight.numel() for _, _, weight, _ in gates)
+        return known(model, batch) + strength * torch.stack(paid).sum() / every
 
     return priced
 
@@ -125,7 +127,7 @@ def remove_gates_(model: nn.Module) -> Masks:
     The model becomes an ordinary one, which computes exactly what the gated one computes in
     evaluation mode. Train on with ``hold(masks)``, or hand the masks to whatever takes some.
 
-    Raises ValueError for a model without gates, and one with a weight whose gates are all shut.
+    Raises ValueError for a model without gates, and a weight whose gates are all shut, or NaN.
 
     >>> model = add_gates_(nn.Linear(3, 2))
     >>> int(remove_gates_(model)["weight"].sum()), sorted(dict(model.named_parameters()))
@@ -134,7 +136,11 @@ def remove_gates_(model: nn.Module) -> Masks:
     gates, masks = _need_gates(model), Masks()
     for path, key, weight, gated in gates:
         name = f"{path}.{key}".lstrip(".")
-        masks[name] = (hard_concrete(gated.log_alpha.detach()) > 0).expand_as(weight).clone()
+        if gated.log_alpha.isnan().any():
+            raise ValueError(
+                f"gates of {name} are NaN: train them anew, with a lower learning rate"
+            )
+        masks[name] = (hard_concrete(gated.log_alpha) > 0).expand_as(weight).clone()
         if not masks[name].any():
             raise ValueError(f"every gate of {name} is shut: take less strength, or leave it out")
     with evaluating(model):
@@ -144,9 +150,11 @@ def remove_gates_(model: nn.Module) -> Masks:
 
 
 def _need_own(model: nn.Module, name: str) -> None:
-    weight, every = model.get_parameter(name), model.named_parameters(remove_duplicate=False)
-    others = [n for n, p in every if p is weight and n != name]
-    if others:  # whose layer would go round the gates
+    """A weight in one layer, which may be held in several places: another would go round them."""
+    weight = model.get_parameter(name)
+    layers = [(f"{n}.{k}", p) for n, m in model.named_modules() for k, p in m._parameters.items()]
+    others = [other.lstrip(".") for other, p in layers if p is weight][1:]
+    if others:
         raise ValueError(f"{name} is {others[0]} as well: leave it alone, leave=[{name!r}]")
 
 

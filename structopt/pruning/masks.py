@@ -15,6 +15,7 @@ from structopt.pruning.patterns import Pattern, Unstructured, need_pattern
 from structopt.pruning.ranking import PerLayer, Scope, need_scope
 from structopt.pruning.schedules import Schedule
 from structopt.pruning.scoring import Scores, score
+from structopt.training.copying import need_changeable
 
 
 def need_mapping(masks: object) -> None:
@@ -32,7 +33,7 @@ def need_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> list[tuple[Tens
     for name, mask in masks.items():
         weight = parameters.get(name)
         if weight is None:
-            near = ", ".join(n for n in parameters if n.endswith("weight"))
+            near = ", ".join(n for n in parameters if "weight" in n) or "none"
             raise ValueError(f"the masks name {name!r}, but the weights of this model are {near}")
         if not isinstance(mask, Tensor):
             raise ValueError(
@@ -44,6 +45,7 @@ def need_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> list[tuple[Tens
                 f"the mask of {name} is {mask.dtype} of shape {tuple(mask.shape)}: it has to be "
                 f"bool, of the weight's shape {tuple(weight.shape)}"
             )
+        need_changeable(name, weight)
         pairs.append((weight, mask))
     return pairs
 

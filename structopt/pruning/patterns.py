@@ -39,7 +39,7 @@ class Unstructured:
     """Every weight by itself."""
 
     def pool(self, name: str, scores: Tensor) -> Tensor:
-        return scores.flatten(1) if scores.ndim > 1 else scores[:, None]
+        return scores.flatten(1) if scores.ndim > 1 else scores.reshape(-1, 1)
 
     def spread(self, kept: Tensor, shape: torch.Size) -> Tensor:
         return kept.view(shape)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from structopt.losses.checks import real
+from structopt.losses.checks import real, wide
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -95,10 +95,11 @@ def lowest_in_rows(key: Tensor, count: int) -> Tensor:
 
 def normalised(name: str, scores: Tensor) -> Tensor:
     """Divided by the mean of their sizes."""
+    scores = wide(scores)  # else a small mean has few digits, and ratios tie
     mean = scores.abs().mean()
     if not mean.isfinite():
         raise ValueError(f"the mean of the scores of {name} is {mean:g}: rank without normalise")
-    return scores / mean.clamp(min=torch.finfo(mean.dtype).tiny)
+    return scores / mean.where(mean > 0, 1)
 
 
 def number(sparsity: float, size: int) -> int:

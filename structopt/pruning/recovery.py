@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from structopt import descent, losses
 from structopt.losses.checks import real
 from structopt.pruning.masks import hold
-from structopt.training import History, Objective, supervised, train
+from structopt.training import History, Objective, evaluating, supervised, train
 from structopt.training.statistics import inputs_of, recalibrate_
 
 
@@ -26,8 +26,8 @@ def with_teacher(
     """An objective with the dense network as the teacher of the pruned one.
 
     (1 - weight) · loss(logits, targets) + weight · T² KL(teacher ‖ student at temperature T), after
-    Hinton et al., 2015. The teacher runs in evaluation mode, without gradients, and follows the
-    batch to its device.
+    Hinton et al., 2015. The teacher runs in evaluation mode, without gradients, on the
+    device of the student.
 
     Raises ValueError for a weight outside [0, 1].
 
@@ -41,8 +41,8 @@ def with_teacher(
     def objective(model: nn.Module, batch: Any) -> Tensor:
         def both(logits: Tensor, targets: Tensor) -> Tensor:
             known, inputs = loss(logits, targets), inputs_of(batch)
-            with torch.no_grad():
-                soft = teacher.to(inputs.device).eval()(inputs)
+            with torch.no_grad(), evaluating(teacher):
+                soft = teacher.to(logits.device)(inputs)
             told = losses.kl_divergence(logits, soft, temperature=temperature)
             return (1 - weight) * known + weight * told
 
@@ -79,6 +79,7 @@ def recover(
         raise ValueError(
             f"epochs are passes over the batches, a whole number, at least 1: {epochs}"
         )
+    optimizer = descent.fused_adamw(model, lr)  # complains of what it cannot step first
     after_step = options.pop("after_step", None)
     if masks is not None:
         if after_step is not None:
@@ -90,7 +91,7 @@ def recover(
         model,
         batches,
         supervised() if objective is None else objective,
-        descent.fused_adamw(model, lr),
+        optimizer,
         epochs=epochs,
         schedule=options.pop("schedule", descent.one_cycle()),
         after_step=after_step,

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from structopt.channels import ChannelGroup, channel_groups, take
 from structopt.channels.members import Member
 from structopt.channels.rows import rows
+from structopt.losses.checks import whole
 from structopt.pruning.finding import find_masks
 from structopt.pruning.masks import apply_masks_, need_masks
 from structopt.pruning.patterns import NOfM
-from structopt.pruning.scoring import Scores, matches, need_list, score
+from structopt.pruning.scoring import Scores, matches, need_list, need_numbers, need_scores, score
 from structopt.training.copying import copied
 
 _PIECE = 1 << 25  # numbers compared at once
@@ -40,8 +41,9 @@ def permute_channels(
     So no less is kept than without. :func:`structopt.channels.take` makes
     the copy, exactly; find masks for it anew. `leave` names groups to leave alone.
 
-    Raises ValueError for a weight that reads a group and is not divided by the pattern, a group
-    that has to keep its order, and whatever `take` refuses.
+    Raises ValueError for a weight that reads a group and is not divided by the pattern, scores of
+    other names or shapes than the weights have, a group that has to keep its order, and whatever
+    `take` refuses.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> moved, x = permute_channels(model, torch.zeros(1, 4)), torch.randn(5, 4)
@@ -56,7 +58,10 @@ def permute_channels(
         if not any(matches(group.name, [name]) for group in channels):
             near = ", ".join(group.name for group in channels)
             raise ValueError(f"no group is called {name!r} (leave); there are {near}")
-    now = {n: s.detach().abs() for n, s in (score(model) if scores is None else scores).items()}
+    if not whole(sweeps) >= 0:
+        raise ValueError(f"sweeps={sweeps!r}: how often pairs swap at most, a whole number")
+    scores = score(model) if scores is None else _fitting(model, scores)
+    now = {n: s.detach().abs() for n, s in scores.items()}
     choice: dict[ChannelGroup, Tensor] = {}
     for group in channels:
         readers = [m for m in group.members if m.reads and m.dim == 1 and m.parameter in now]
@@ -70,6 +75,20 @@ def permute_channels(
         if _kept(moved, readers, pattern) > before:
             choice[group], now = order, {**now, **moved}
     return take(model, choice) if choice else copied(model)
+
+
+def _fitting(model: nn.Module, scores: Scores) -> Scores:
+    need_scores(scores)
+    parameters = dict(model.named_parameters())
+    for name, one in scores.items():
+        need_numbers(name, one)
+        if name not in parameters or one.shape != parameters[name].shape:
+            here = tuple(parameters[name].shape) if name in parameters else "missing"
+            raise ValueError(
+                f"scores of {name} have shape {tuple(one.shape)}, in the model it is {here}: "
+                "score(model) gives some that fit"
+            )
+    return scores
 
 
 def _kept(scores: Scores, readers: Sequence[Member], pattern: NOfM) -> float:
@@ -149,7 +168,9 @@ def to_semi_structured(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Modu
         path, _, key = name.rpartition(".")
         layer = made.get_submodule(path)
         if not isinstance(layer, nn.Linear) or key != "weight":
-            raise ValueError(f"{name} is of {type(layer).__name__}: torch has 2:4 for nn.Linear")
+            raise ValueError(
+                f"{name} is of {type(layer).__name__}: torch has 2:4 for nn.Linear, its weight"
+            )
         if weight.shape[1] % 4 or (mask.view(-1, 4).sum(1) > 2).any():
             raise ValueError(
                 f"the mask of {name} is not 2:4: more than two of four neighbours stay"

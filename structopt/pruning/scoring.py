@@ -118,8 +118,9 @@ def need_numbers(name: str, scores: Tensor) -> None:
     """Raise ValueError for scores that cannot be ranked."""
     if not isinstance(scores, Tensor):
         raise ValueError(f"the scores of {name} are of {type(scores).__name__}: give a tensor")
-    if not scores.is_floating_point():
-        raise ValueError(f"the scores of {name} are {scores.dtype}: give floating-point numbers")
+    if not scores.is_floating_point() or scores.dtype.itemsize < 2:
+        what = "floating-point numbers of 16 bits or more"
+        raise ValueError(f"the scores of {name} are {scores.dtype}: give {what}")
     if scores.isnan().any():
         raise ValueError(
             f"{int(scores.isnan().sum())} of {scores.numel()} scores of {name} are NaN: "

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from structopt.losses.checks import real, wide
 from structopt.measure.running import call
-from structopt.pruning.evidence import READERS
+from structopt.pruning.evidence import READERS, TRANSPOSED
 from structopt.pruning.finding import Masks, settled
 from structopt.pruning.patterns import NOfM, Pattern, Unstructured
 from structopt.pruning.ranking import PerLayer, keys, lowest, lowest_in_rows, number
-from structopt.pruning.scoring import matches, need_leave
-from structopt.training.copying import copied
+from structopt.pruning.scoring import matches, need_leave, need_list
+from structopt.training.copying import copied, need_plain
 from structopt.training.observing import columns, first_of, observed
 from structopt.training.statistics import inputs_of, placed
 
@@ -42,14 +42,15 @@ def sparse_gpt(
     Alistarh, 2023. A row whose outputs would come out further off than with the same mask alone
     keeps its old weights under that mask, so that no update does harm on these inputs.
 
-    Raises ValueError for shapes that do not fit, a Hessian with NaN or that stays singular, and
-    patterns other than ``Unstructured()`` and ``NOfM(n, m)``.
+    Raises ValueError for shapes that do not fit, NaN or infinite values, a Hessian that stays
+    singular, and patterns other than ``Unstructured()`` and ``NOfM(n, m)``.
 
     >>> x, weight = torch.randn(99, 6), torch.randn(4, 6)
     >>> made, mask = sparse_gpt(weight, x.T @ x, 0.5)
     >>> int(mask.sum()), int(made.count_nonzero())
     (12, 12)
     """
+    _need_tensors(weight, hessian)
     sparsity = _share("the weight", weight, sparsity, pattern)
     rows = weight.flatten(1)
     if hessian.shape != (rows.shape[1],) * 2:
@@ -60,6 +61,10 @@ def sparse_gpt(
     order = torch.arange(rows.shape[1], device=weight.device).view(weight.shape[1:])
     order = order.movedim(0, -1).flatten()  # neighbours are input channels, as patterns read them
     dense = wide(rows[:, order])
+    if not dense.isfinite().all():
+        raise ValueError(
+            "the weight holds NaN or infinite values: there is nothing to rank them by"
+        )
     curved = hessian.to(dense)[order][:, order]
     width = pattern.m if isinstance(pattern, NOfM) else COLUMNS
     made, stays = _sweep(dense.clone(), _upper(curved, damp), sparsity, width, pattern)
@@ -72,6 +77,13 @@ def sparse_gpt(
     )
 
 
+def _need_tensors(weight: object, hessian: object) -> None:
+    for what, given in (("weight", weight), ("hessian", hessian)):
+        kind = given.dtype if isinstance(given, Tensor) else type(given).__name__
+        if not (isinstance(kind, torch.dtype) and kind.is_floating_point):
+            raise ValueError(f"the {what} is of {kind}: give a tensor of floating-point numbers")
+
+
 def _sweep(
     left: Tensor, upper: Tensor, sparsity: float, width: int, pattern: Pattern
 ) -> tuple[Tensor, Tensor]:
@@ -79,7 +91,7 @@ def _sweep(
     stays = torch.ones_like(left, dtype=torch.bool)
     for start in range(0, left.shape[1], width):
         end = min(start + width, left.shape[1])
-        hurts = keys((left[:, start:end] / upper.diagonal()[start:end]).square())
+        hurts = keys(left[:, start:end] / upper.diagonal()[start:end])  # of the size, as squares
         if isinstance(pattern, NOfM):
             gone = lowest_in_rows(hurts, pattern.m - pattern.n)
         else:  # so that exactly round(sparsity · n) are gone at the end
@@ -127,12 +139,12 @@ def prune_and_update(
     """A copy with sparse linear and convolution layers, by :func:`sparse_gpt`; and its masks.
 
     Layers are pruned in the order in which they run, each on the inputs that it gets behind those
-    already pruned: one pass over the batches a layer, without labels and without training. Some
-    hundred examples are enough. `leave` lists weights to leave alone, as in :func:`score`. Train on
-    with ``hold(masks)``.
+    already pruned: one pass over the batches a layer and one before, without labels and without
+    training. Some hundred examples are enough. `leave` lists weights to leave alone, as in
+    :func:`score`; a weight that is an embedding's too is left alone. Train on with ``hold(masks)``.
 
     Raises ValueError for a layer that the batches do not reach, a pattern that does not divide one,
-    three-dimensional convolutions, no batches, and as :func:`sparse_gpt`.
+    transposed and three-dimensional convolutions, no batches, and as :func:`sparse_gpt`.
 
     >>> model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
     >>> sparse, masks = prune_and_update(model, [torch.randn(50, 8)], 0.5)
@@ -144,11 +156,11 @@ def prune_and_update(
     for name, layer in layers.items():
         _share(name, layer.weight, sparsity, pattern)
     for name, layer in layers.items():
-        parts = _hessian(made, layer, batches)  # one for each group of a convolution
         try:
+            parts = _hessian(made, layer, batches)  # one for each group of a convolution
             found = [
                 sparse_gpt(part, own, sparsity, pattern=pattern, damp=damp)
-                for part, own in zip(layer.weight.detach().chunk(len(parts)), parts, strict=True)
+                for part, own in zip(layer.weight.chunk(len(parts)), parts, strict=True)
             ]
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
@@ -172,23 +184,34 @@ def _share(name: str, weight: Tensor, sparsity: float | None, pattern: Pattern) 
 
 def _in_order(model: nn.Module, batches: list[Any], leave: Sequence[str]) -> dict[str, Any]:
     """The layers to prune by the names of their weights, in the order in which they run."""
-    need_leave(model, leave)
-    own = {name for name, _ in model.named_parameters()}
-    layers = {f"{n}.weight".lstrip("."): m for n, m in model.named_modules()}
-    layers = {n: m for n, m in layers.items() if isinstance(m, READERS) and not matches(n, leave)}
-    if computed := [name for name, m in layers.items() if "weight" not in m._parameters]:
-        raise ValueError(
-            f"{computed[0]} is computed from other parameters: torch.nn.utils.prune.remove or "
-            "parametrize.remove_parametrizations first, or leave it alone, leave=[...]"
-        )
+    every = {f"{n}.weight".lstrip("."): m for n, m in model.named_modules()}
+    every = {n: m for n, m in every.items() if isinstance(m, READERS + TRANSPOSED)}
+    need_list(leave)
+    need_leave(model, [p for p in leave if not any(matches(n, [p]) for n in every)])
+    layers = {n: m for n, m in every.items() if not matches(n, leave)}
+    need_plain({n[:-7]: m for n, m in layers.items()}, "leave it alone, leave=[...]")
+    own = _own(model)
     layers = {name: m for name, m in layers.items() if name in own}  # the first of tied ones
-    names, order = {layer: name for name, layer in layers.items()}, list[str]()
-    _run(model, batches[:1], {m: lambda m, args: order.append(names[m]) for m in names})
-    unseen = layers.keys() - set(order)
+    for name, m in layers.items():
+        if isinstance(m, (nn.Conv3d, *TRANSPOSED)):
+            raise ValueError(
+                f"inputs of {type(m).__name__} are not unfolded here: leave {name} alone, "
+                f"leave=[{name!r}]"
+            )
+    names, order = {layer: name for name, layer in layers.items()}, dict[str, None]()
+    _run(model, batches, {m: lambda m, args: order.update({names[m]: None}) for m in names})
+    unseen = layers.keys() - order
     if unseen or not layers:
         what = f"{min(unseen)} is not called as a layer" if unseen else "there is no layer to prune"
         raise ValueError(f"{what} on these batches. Leave it alone, leave=[...]")
-    return {name: layers[name] for name in dict.fromkeys(order)}
+    return {name: layers[name] for name in order}
+
+
+def _own(model: nn.Module) -> set[str]:
+    """The first name of each parameter that no embedding holds."""
+    tables = [m.weight for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
+    held = {id(table) for table in tables}
+    return {name for name, parameter in model.named_parameters() if id(parameter) not in held}
 
 
 def _run(model: nn.Module, batches: list[Any], see: dict[nn.Module, Any]) -> None:
@@ -209,18 +232,13 @@ def _hessian(model: nn.Module, layer: nn.Module, batches: list[Any]) -> Tensor:
     """The sum of x xᵀ over what the rows of a layer's weight multiply, (groups, n, n)."""
     found: list[Tensor] = []
 
-    def see(layer: nn.Module, args: tuple[Any, ...]) -> None:
-        x = _columns(layer, args[0])
-        found[:] = [found[0] + x @ x.mT if found else x @ x.mT]
+    def see(layer: Any, args: tuple[Any, ...]) -> None:
+        if args[0].numel():
+            x = columns(layer, wide(args[0]))
+            found[:] = [found[0] + x @ x.mT if found else x @ x.mT]
 
     alike = [m for m in model.modules() if isinstance(m, READERS) and m.weight is layer.weight]
     _run(model, batches, dict.fromkeys(alike, see))  # tied ones share the weight
+    if not found:
+        raise ValueError("all that the layer reads on these batches is empty: leave it alone")
     return found[0]
-
-
-def _columns(layer: Any, x: Tensor) -> Tensor:
-    """What the rows of a layer's weight multiply, (groups, n, inputs)."""
-    x = wide(x)
-    if isinstance(layer, nn.Conv3d):
-        raise ValueError("inputs of Conv3d are not unfolded here: leave its weight alone")
-    return columns(layer, x)

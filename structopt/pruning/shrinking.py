@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from structopt.channels import ChannelGroup
-from structopt.losses.checks import real
+from structopt.losses.checks import real, whole, wide
 from structopt.pruning.masks import inner
 from structopt.pruning.scoring import along
 
@@ -35,8 +35,9 @@ class ShrinkChannels:
     function stays as long as no more is asked for than :meth:`zeros` counts.
 
     `groups` are ``channel_groups(model, example)``, or some of them. Raises ValueError for numbers
-    out of range, no groups or those of another model, and a group that is pressed to zero as a
-    whole (looked at every 100 steps, at the first, and at `end`).
+    out of range, no groups or those of another model, groups with a weight that a parametrisation
+    computes, and (looked at every 100 steps, at the first, and at `end`) a group that is pressed to
+    zero as a whole, or holds frozen parameters, whose gradient cannot hold against the pressure.
 
     >>> from structopt.channels import channel_groups
     >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False))
@@ -52,10 +53,8 @@ class ShrinkChannels:
     """
 
     def __init__(self, groups: Iterable[ChannelGroup], *, strength: float, end: int) -> None:
-        self.groups = tuple(groups)
-        if not self.groups or any(group.frozen for group in self.groups):
-            raise ValueError("give groups whose channels may go: channel_groups(model, example)")
-        if not (isinstance(end, int) and end >= 1 and 0 < real(strength) < math.inf):
+        self.groups = _need_groups(groups)
+        if not (whole(end) >= 1 and 0 < real(strength) < math.inf):
             raise ValueError(
                 f"end={end!r} counts steps from 1, a whole number; strength={strength!r} is above 0"
             )
@@ -77,21 +76,20 @@ class ShrinkChannels:
             rest = norm - self.pressure(step) * count.sqrt()
             factor = rest.clamp(min=0) / norm.clamp(min=torch.finfo(norm.dtype).tiny)
             if step in (1, self.end) or step % 100 == 0:
-                _need_some(group, factor)
+                _need_some(group, factor, axes)
             whole = torch.cat([factor, factor.new_ones(1)])  # the last is for entries outside
             for weight, dim, channel in axes:
                 shape = [-1 if d == dim else 1 for d in range(weight.ndim)]
-                scales.append((weight, whole[channel].view(shape).to(weight.dtype)))
+                scales.append((weight, whole[channel].view(shape)))
         for weight, factor in scales:  # after all norms were taken, so that no order matters
             weight.mul_(factor)
 
-    @torch.no_grad()
     def zeros(self, model: nn.Module) -> dict[str, int]:
         """How many channels of each group are exactly zero."""
         found = {}
         for group in self.groups:
-            squares, _ = _squares(_axes(model, group), group.size)
-            found[group.name] = int((squares == 0).sum())
+            axes = [((w != 0).float(), dim, c) for w, dim, c in _axes(model, group)]
+            found[group.name] = int((_squares(axes, group.size)[0] == 0).sum())
         return found
 
     def __repr__(self) -> str:
@@ -121,13 +119,33 @@ def _axes(model: nn.Module, group: ChannelGroup) -> list[Axis]:
 
 def _squares(axes: list[Axis], size: int) -> tuple[Tensor, Tensor]:
     """Of each channel the sum of the squares of its entries, and how many there are."""
-    squares = torch.stack([along(w.square(), dim, c, size) for w, dim, c in axes]).sum(0)
-    each = [squares.new_full((len(c),), w.numel() // len(c)) for w, _, c in axes]
-    counts = [along(n, 0, c, size) for n, (_, _, c) in zip(each, axes, strict=True)]
-    return squares, torch.stack(counts).sum(0)
+    squares = torch.stack([along(wide(w).square(), dim, c, size) for w, dim, c in axes]).sum(0)
+    each = [(squares.new_full((len(c),), w.numel() // len(c)), c) for w, _, c in axes]
+    return squares, torch.stack([along(count, 0, c, size) for count, c in each]).sum(0)
 
 
-def _need_some(group: ChannelGroup, factor: Tensor) -> None:
+def _need_groups(groups: object) -> tuple[ChannelGroup, ...]:
+    found = tuple(groups) if isinstance(groups, Iterable) else ()
+    if not all(isinstance(group, ChannelGroup) for group in found):
+        found = ()
+    if not found or any(group.frozen for group in found):
+        raise ValueError("give groups whose channels may go: channel_groups(model, example)")
+    for group in found:
+        names = [member.parameter for member in group.members]
+        if made := [name for name in names if "parametrizations" in name.split(".")]:
+            raise ValueError(
+                f"group {group.name!r} holds {made[0]}, of which another weight is computed: "
+                "parametrize.remove_parametrizations first, or leave the group out"
+            )
+    return found
+
+
+def _need_some(group: ChannelGroup, factor: Tensor, axes: list[Axis]) -> None:
+    if not all(weight.requires_grad for weight, _, _ in axes):
+        raise ValueError(
+            f"group {group.name!r} holds frozen parameters, with no gradient to hold against the "
+            "pressure: leave the group out, or train them"
+        )
     if not (factor > 0).any():
         raise ValueError(
             f"every channel of group {group.name!r} is pressed to zero, so that nothing passes any "

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from structopt.pruning.masks import apply_masks_, need_masks
+from structopt.training.copying import need_changeable
 
 
 @torch.no_grad()
@@ -21,8 +22,8 @@ def rewind_(
     (Frankle et al., 2020). Buffers go back too. Then train anew with ``after_step=hold(masks)`` and
     a fresh optimiser.
 
-    Raises ValueError, and leaves the model as it is, for a `start` of other names or shapes, or of
-    the model's own tensors in place of copies, and for masks that do not fit.
+    Raises ValueError, and leaves the model as it is, for a `start` that is no such dict, has other
+    names or shapes, or the model's own tensors in place of copies, and for masks that do not fit.
 
     >>> import copy
     >>> model = nn.Linear(2, 1)
@@ -33,12 +34,21 @@ def rewind_(
     >>> bool(found[0, 0] == start["weight"][0, 0]), float(found[0, 1])
     (True, 0.0)
     """
+    if not isinstance(start, Mapping):
+        raise ValueError(
+            f"`start` is of {type(start).__name__}: keep copy.deepcopy(model.state_dict()), a dict"
+        )
     now = model.state_dict()
     odd = sorted(now.keys() ^ start.keys())
     if odd:
         where = "only in the model" if odd[0] in now else "only in `start`"
         raise ValueError(f"`start` is no state of this {type(model).__name__}: {odd[0]} is {where}")
     for name, tensor in now.items():
+        if not isinstance(tensor, Tensor):
+            continue  # what a module of its own makes for its state, and reads
+        if not isinstance(start[name], Tensor):
+            raise ValueError(f"{name} of `start` is of {type(start[name]).__name__}, no tensor")
+        need_changeable(name, tensor)
         if start[name].shape != tensor.shape:
             raise ValueError(
                 f"{name} has shape {tuple(start[name].shape)} in `start`, and {tuple(tensor.shape)}"
