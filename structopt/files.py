@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -139,7 +139,7 @@ def _word(dtype: torch.dtype) -> str:
 def _bytes(tensor: Tensor) -> memoryview:
     """Its numbers in their order; a copy only where they do not lie so on the CPU."""
     plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    return memoryview(plain.reshape(-1).view(torch.uint8).numpy())
+    return plain.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _digest(tensors: Mapping[str, Tensor], notes: str) -> str:
@@ -193,6 +193,20 @@ def is_plain(value: Any) -> bool:
     if type(value) in (tuple, list, torch.Size):
         return all(map(is_plain, value))
     return value is None or type(_python(value)) in (bool, int, float, str)
+
+
+def inside(value: Any, kinds: type | tuple[type, ...]) -> Iterator[tuple[str, Any]]:
+    """What of these kinds lies in lists, tuples and dicts, with the way to it.
+
+    >>> dict(inside({"a": [1, torch.ones(1)]}, Tensor))
+    {"['a'][1]": tensor([1.])}
+    """
+    items: Any = value.items() if isinstance(value, dict) else ()
+    for key, item in enumerate(value) if isinstance(value, (list, tuple)) else items:
+        if isinstance(item, kinds):
+            yield f"[{key!r}]", item
+        else:
+            yield from ((f"[{key!r}]{way}", found) for way, found in inside(item, kinds))
 
 
 def _python(value: Any) -> Any:
