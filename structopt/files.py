@@ -12,7 +12,8 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -78,9 +79,10 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], notes: Notes) 
     """Write named tensors and JSON-able notes to one safetensors file, atomically.
 
     Dense tensors of any shape, stride and device; those that share memory are stored once each.
-    Takes three times as much memory again as the tensors. Raises ``ValueError`` for tensors without
-    data (``meta``), layouts that are not dense and types that the format has not (complex128),
-    ``TypeError`` for notes that JSON cannot hold, ``OSError`` for a disk that is full or read-only.
+    Tensors go to the file one after the other: memory is needed for a copy of one at most, where
+    it is not dense or not on the CPU. Raises ``ValueError`` for tensors without data (``meta``),
+    layouts that are not dense and types that the format has not (complex128), ``TypeError`` for
+    notes that JSON cannot hold, ``OSError`` for a disk that is full or read-only.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "weights.safetensors"
@@ -88,23 +90,56 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], notes: Notes) 
     >>> load_tensors(path)
     ({'w': tensor([0, 1, 2])}, {'epoch': 2})
     """
-    text = json.dumps(notes)
-    apart: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        packed = is_traceable_wrapper_subclass(tensor)  # torchao's weights, say
-        if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized or packed:
-            kind = "on the meta device" if tensor.is_meta else f"of layout {tensor.layout}"
-            kind = type(tensor).__name__ if packed else kind
-            raise ValueError(f"tensor {name!r} is {kind}: only dense tensors with data are stored")
-        # The format knows neither strides nor shared memory, so each tensor gets its own.
-        apart[name] = tensor.detach().resolve_conj().resolve_neg().cpu()
-        apart[name] = apart[name].clone(memory_format=torch.contiguous_format)
+    text, place = json.dumps(notes), 0
+    kinds = {name: _checked(name, tensor) for name, tensor in tensors.items()}
+    order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))  # none at odd places
+    entries: dict[str, Any] = {}
+    for name in order:
+        end, shape = place + tensors[name].nbytes, [*tensors[name].shape]
+        entries[name] = {"dtype": kinds[name], "shape": shape, "data_offsets": [place, end]}
+        place = end
+    entries["__metadata__"] = {"notes": text, "sha256": _digest(tensors, text)}
+    header = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+
+    def write(file: BinaryIO) -> None:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for name in order:
+            file.write(_bytes(tensors[name]))
+
+    write_atomically(path, write)
+
+
+def _checked(name: str, tensor: Tensor) -> str:
+    """The tensor's type as the format calls it, after every complaint that can be made."""
+    packed = is_traceable_wrapper_subclass(tensor)  # torchao's weights, say
+    if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized or packed:
+        kind = "on the meta device" if tensor.is_meta else f"of layout {tensor.layout}"
+        kind = type(tensor).__name__ if packed else kind
+        raise ValueError(f"tensor {name!r} is {kind}: only dense tensors with data are stored")
+    if name == "__metadata__":
+        raise ValueError(f"{name!r} is what the format calls its notes: give it another name")
     try:
-        data = serialise(apart, {"notes": text, "sha256": _digest(apart, text)})
+        return _word(tensor.dtype)
     except KeyError as error:  # the format's table of types
-        name, dtype = next((n, t.dtype) for n, t in apart.items() if t.dtype in error.args)
-        raise ValueError(f"tensor {name!r} is {dtype}, which safetensors does not know") from error
-    write_atomically(path, lambda file: file.write(data))
+        unknown = f"tensor {name!r} is {tensor.dtype}, which safetensors does not know"
+        raise ValueError(unknown) from error
+
+
+@lru_cache
+def _word(dtype: torch.dtype) -> str:
+    """As the installed safetensors, which has to read it again, writes this type."""
+    if dtype == getattr(torch, "float4_e2m1fn_x2", None):
+        raise KeyError(dtype)  # stored with another shape than torch's
+    data = serialise({"": torch.empty(0, dtype=dtype)})
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return str(header[""]["dtype"])
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """Its numbers in their order; a copy only where they do not lie so on the CPU."""
+    plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    return plain.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _digest(tensors: Mapping[str, Tensor], notes: str) -> str:
@@ -113,7 +148,7 @@ def _digest(tensors: Mapping[str, Tensor], notes: str) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(_bytes(tensor))
     return digest.hexdigest()
 
 
@@ -158,6 +193,20 @@ def is_plain(value: Any) -> bool:
     if type(value) in (tuple, list, torch.Size):
         return all(map(is_plain, value))
     return value is None or type(_python(value)) in (bool, int, float, str)
+
+
+def inside(value: Any, kinds: type | tuple[type, ...]) -> Iterator[tuple[str, Any]]:
+    """What of these kinds lies in lists, tuples and dicts, with the way to it.
+
+    >>> dict(inside({"a": [1, torch.ones(1)]}, Tensor))
+    {"['a'][1]": tensor([1.])}
+    """
+    items: Any = value.items() if isinstance(value, dict) else ()
+    for key, item in enumerate(value) if isinstance(value, (list, tuple)) else items:
+        if isinstance(item, kinds):
+            yield f"[{key!r}]", item
+        else:
+            yield from ((f"[{key!r}]{way}", found) for way, found in inside(item, kinds))
 
 
 def _python(value: Any) -> Any:

@@ -535,3 +535,48 @@ def test_a_hostile_description_changes_nothing_or_runs_no_code(tmp_path_factory,
     assert type(fresh) is nn.Sequential
     allowed = {*checkpoint.BUILDABLE.values(), nn.Sequential}
     assert {type(module) for module in fresh.modules()} <= allowed
+
+
+class Holder(nn.Module):
+    """Tensors where torch does not look for them, beside those that it finds."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.fc, one = nn.Linear(2, 2), torch.ones(2)
+        self.own = torch.ones(2)  # an attribute, which is stored
+        self.listed = nn.ParameterList([torch.ones(2)])
+        self.named = nn.ParameterDict({"a": torch.ones(2)})
+        self.rnn = nn.LSTM(2, 2)
+        self.known, self.sizes = [self.fc, self.rnn], {"a": [1, 2]}
+        self.held = {
+            "nothing": None,
+            "list": [0, one],
+            "dict": {"k": ({"l": one}, one)},
+            "parameter": [self.fc.weight],
+            "layer": [nn.ReLU(), nn.Linear(2, 2)],
+        }[how]
+
+
+@pytest.mark.parametrize(
+    ("how", "named"),
+    [
+        ("nothing", None), ("list", "[1]"), ("dict", "['k'][0]['l']"), ("parameter", "[0]"),
+        ("layer", "[0]"),
+    ],
+)  # fmt: skip
+def test_what_is_not_stored_is_named(how, named, tmp_path):
+    """A tensor in a plain list or dict, at any depth; nothing that torch itself keeps in one."""
+    model = nn.Sequential(nn.ReLU(), Holder(how))
+    if named is None:
+        checkpoint.save(model, tmp_path / "x")
+        return
+    with pytest.warns(UserWarning, match="and not stored") as found:
+        checkpoint.save(model, tmp_path / "x")
+    (warning,) = found
+    assert str(warning.message).startswith(f"1.held{named}: in a plain list")
+    assert warning.filename == __file__
+
+
+def test_many_that_are_not_stored_are_counted(tmp_path):
+    with pytest.warns(UserWarning, match=r"^0.held\[1\], 1.held\[1\], 2.held\[1\] and 2 more: in"):
+        checkpoint.save(nn.Sequential(*[Holder("list") for _ in range(5)]), tmp_path / "x")

@@ -42,7 +42,7 @@ def test_every_norm_of_a_resnet_is_folded(device):
     assert norms(model) > 0, "the model given is untouched"
 
 
-@pytest.mark.parametrize("kind", ["1d", "2d", "3d", "linear", "plain"])
+@pytest.mark.parametrize("kind", ["1d", "2d", "3d", "linear", "plain", "sync"])
 def test_norms_behind_each_kind_of_layer(kind, device):
     conv, norm, shape = {
         "1d": (nn.Conv1d(3, 6, 2, groups=3, bias=False), nn.BatchNorm1d(6), (2, 3, 7)),
@@ -50,6 +50,7 @@ def test_norms_behind_each_kind_of_layer(kind, device):
         "3d": (nn.Conv3d(3, 6, 2), nn.BatchNorm3d(6), (2, 3, 4, 4, 4)),
         "linear": (nn.Linear(3, 6), nn.BatchNorm1d(6), (2, 3)),
         "plain": (nn.Linear(3, 6, bias=False), nn.BatchNorm1d(6, affine=False), (2, 3)),
+        "sync": (nn.Conv2d(3, 6, 2), nn.SyncBatchNorm(6), (2, 3, 7, 7)),
     }[kind]
     model = used(nn.Sequential(conv, norm, nn.ReLU())).to(device).double().eval()
     x = torch.randn(shape, device=device).double()
@@ -81,24 +82,57 @@ class Shared(nn.Module):
             return self.norm(self.conv(y))
         if self.kind == "over other axes":
             return self.norm(y.transpose(1, 2)).transpose(1, 2)
+        if self.kind == "with another input":
+            return self.norm(y) + self.norm(x)
         return self.norm(y.relu())
 
 
-@pytest.mark.parametrize("kind", ["read twice", "run twice", "over other axes", "activated"])
-def test_what_is_not_exact_is_left(kind):
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("read twice", "what conv makes is read elsewhere too"),
+        ("run twice", "not all that conv made goes to it"),
+        ("over other axes", "it reads what no linear layer or convolution made"),
+        ("activated", "it reads what no linear layer or convolution made"),
+        ("with another input", "it reads what no linear layer or convolution made"),
+    ],
+)
+def test_what_is_not_exact_is_left_and_named(kind, reason):
     model, x = used(Shared(kind)).eval(), torch.randn(2, 3, 3, 3)
-    made = compression.fold_batch_norms(model, x)
-    assert norms(made) == 1
+    made = left(model, x, "norm", reason)
     assert torch.equal(made(x), model(x))
+
+
+def left(model, x, name, reason):
+    """What is made of a model whose one norm stays, and is named with this reason."""
+    with pytest.warns(UserWarning, match=f"^batch norms that stay: {name}: {reason}") as said:
+        made = compression.fold_batch_norms(model, x)
+    assert [warning.filename for warning in said] == [__file__]
+    assert norms(made) == 1
+    return made
+
+
+def test_a_norm_that_has_no_place_elsewhere_is_left():
+    x = torch.randn(2, 3, 3, 3)
     frozen = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, track_running_stats=False))
-    assert norms(compression.fold_batch_norms(frozen, torch.randn(4, 3))) == 1
+    left(frozen, torch.randn(4, 3), "1", "a batch norm without running statistics depends on its")
     computed = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1))
     kept = nn.Sequential(computed, nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
-    assert norms(compression.fold_batch_norms(kept, x)) == 1
-    assert compression.removable(kept, x) == []
+    left(kept, x, "1", "a weight that other parameters compute has no place")
+    assert compression.removable(kept, x) == [], "without a warning"
     for outputs in 5, 6:  # a norm over 5 words, not over what the linear layer makes of each
         words = used(nn.Sequential(nn.Linear(3, outputs), nn.BatchNorm1d(5))).eval()
-        assert norms(compression.fold_batch_norms(words, torch.randn(4, 5, 3))) == 1
+        reason = {
+            5: "what 0 makes is read elsewhere too, or along",
+            6: "the norm goes over another",
+        }
+        left(words, torch.randn(4, 5, 3), "1", reason[outputs])
+    idle = nn.ModuleDict({"fc": nn.Linear(3, 3), "norm": nn.BatchNorm1d(3)})
+    idle.forward = idle["fc"].forward
+    left(idle, x, "norm", "it does not run on this example")
+    many = nn.Sequential(*[nn.BatchNorm2d(3) for _ in range(5)])
+    with pytest.warns(UserWarning, match=r"stay: 0: .*; 1: .*; 2: [^;]*; and 2 more$"):
+        compression.fold_batch_norms(many, x)
 
 
 @given(
@@ -258,7 +292,9 @@ class Reused(nn.Module):
 
 def test_a_layer_that_runs_several_times_is_left_or_named(device):
     model, x = used(Reused()).to(device).eval(), torch.randn(2, 3, 5, 5, device=device)
-    assert norms(compression.fold_batch_norms(model, x)) == 1, "for each call another layer"
+    made = compression.fold_batch_norms(model, x)
+    assert norms(made) == 0, "the norm goes into both layers that it follows"
+    torch.testing.assert_close(made(x), model(x), rtol=1e-4, atol=1e-5)
     assert compression.removable(model, x) == []
     straight = compression.blend_activations(model, ["relu"], slope=1.0)
     assert all(m.slope == 1 for m in straight.modules() if isinstance(m, compression.Blend))
@@ -268,6 +304,45 @@ def test_a_layer_that_runs_several_times_is_left_or_named(device):
     for remove in (1, ["relu"]):
         with pytest.raises(ValueError, match="separate_activations"):
             compression.shallower(model, x, [(x, x)], lambda m, b: m(b[0]).sum(), remove=remove)
+
+
+class Twice(nn.Module):
+    """Layers that run for two inputs, with one norm for all, or one for each."""
+
+    def __init__(self, layers, norms):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3, 3, 1, bias=i > 0) for i in range(layers))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(3) for _ in range(norms))
+
+    def forward(self, x, y):
+        made = [
+            norm(conv(z))
+            for z in (x, y)
+            for conv in self.convs
+            for norm in ([*self.norms] if len(self.convs) == 1 else self.norms[:1])
+        ]
+        return torch.stack(made)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_a_norm_that_is_shared_goes_into_every_layer(layers, device):
+    model = used(Twice(layers, 1)).double().to(device).eval()
+    pair = tuple(torch.randn(2, 2, 3, 4, 4, device=device).double())
+    made = compression.fold_batch_norms(model, pair)
+    assert norms(made) == 0
+    torch.testing.assert_close(made(*pair), model(*pair))
+    for conv in made.convs:
+        assert conv.bias is not None
+
+
+def test_two_norms_of_one_layer_stay():
+    model = used(Twice(1, 2)).eval()
+    pair = tuple(torch.randn(2, 2, 3, 4, 4))
+    with pytest.warns(
+        UserWarning, match=r"norms.0: not all that convs.0 made goes to it; norms.1: not all"
+    ):
+        made = compression.fold_batch_norms(model, pair)
+    assert torch.equal(made(*pair), model(*pair))
 
 
 def test_a_block_that_reuses_its_relu():

@@ -119,6 +119,46 @@ def test_a_cache_of_another_teacher_is_refused(teacher: nn.Module, tmp_path: Pat
     assert fingerprint(given.inputs) != fingerprint(given.inputs.flatten(1))  # the same bytes
 
 
+SETTINGS = {
+    "a slope": (nn.LeakyReLU(0.1), nn.LeakyReLU(0.9)),
+    "a stride": (nn.Conv2d(1, 1, 1), nn.Conv2d(1, 1, 1, stride=2)),
+    "the ε of a norm": (nn.GroupNorm(1, 1), nn.GroupNorm(1, 1, eps=0.5)),
+}
+
+
+@pytest.mark.parametrize("what", SETTINGS)
+def test_a_cache_of_other_settings_of_a_layer_is_refused(what: str, tmp_path: Path) -> None:
+    """They change what a teacher says, and are nothing that its weights show."""
+    given, path = examples(), tmp_path / "cache.safetensors"
+    one, other = (nn.Sequential(layer, nn.Flatten()) for layer in SETTINGS[what])
+    other.load_state_dict(one.state_dict())
+    d.cache_outputs(one, given, path)
+    with pytest.raises(ValueError, match="another teacher"):
+        d.cache_outputs(other, given, path)
+
+
+class Told(nn.Module):
+    """Its text names a function by the place where that lies, other in each process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.function = lambda x: x.flatten(1)
+
+    def extra_repr(self) -> str:
+        return f"function={self.function}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.function(x)
+        return made
+
+
+def test_the_place_of_a_function_makes_no_other_teacher(tmp_path: Path) -> None:
+    given, path, pair = examples(), tmp_path / "cache.safetensors", (Told(), Told())
+    assert str(pair[0]) != str(pair[1])
+    d.cache_outputs(pair[0], given, path)
+    d.cache_outputs(pair[1], given, path)
+
+
 def test_what_is_no_cache_is_refused(teacher: nn.Module, tmp_path: Path) -> None:
     from structopt import files
 

@@ -695,3 +695,11 @@ def test_making_an_objective_leaves_the_student_as_it_was() -> None:
     for name, tensor in student.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     assert student.training
+
+
+@pytest.mark.parametrize("make", [d.hints, d.contrast])
+def test_an_example_that_is_no_tensor_is_named(make: Callable[..., nn.Module]) -> None:
+    teacher, student = nets()
+    for example in ({"x": torch.zeros(1, 1, 28, 28)}, (torch.zeros(1, 1, 28, 28),)):
+        with pytest.raises(ValueError, match="the example is one tensor of inputs, as a teacher"):
+            make(teacher, student, {"conv1": "conv1"}, example)

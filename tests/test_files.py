@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -85,12 +86,67 @@ def test_loaded_tensors_do_not_follow_the_file(tmp_path):
         (torch.eye(2).to_sparse(), "dense"),
         (TwoTensor(torch.ones(2), torch.ones(2)), "'w' is TwoTensor: only dense"),
         (torch.ones(2, dtype=torch.complex128), r"'w' is torch\.complex128, which safetensors"),
+        (torch.ones(2).byte().view(torch.float4_e2m1fn_x2), "float4_e2m1fn_x2, which safetensors"),
     ],
 )
 def test_what_cannot_be_stored_is_refused(tmp_path, tensor, words):
     with pytest.raises(ValueError, match=words):
         save_tensors(tmp_path / "x", {"w": tensor}, {})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_name_that_the_format_needs_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="'__metadata__' is what the format calls its notes"):
+        save_tensors(tmp_path / "x", {"__metadata__": torch.ones(2)}, {})
+    with pytest.raises(ValueError, match="surrogates"):
+        save_tensors(tmp_path / "x", {"\ud800": torch.ones(2)}, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_file_is_what_safetensors_itself_writes(tmp_path):
+    """To the byte, but for the order of tensors whose numbers are of one size."""
+    tensors = {f"{dtype}": torch.ones(3, 0, 2, dtype=dtype) for dtype in DTYPES}
+    tensors |= {f"ä {dtype}": torch.arange(3).to(dtype) for dtype in DTYPES}
+    save_tensors(tmp_path / "x", tensors, {"ü": "\u2028"})
+    found = (tmp_path / "x").read_bytes()
+    with safetensors.safe_open(tmp_path / "x", "pt") as file:
+        expected = safetensors.torch.save(tensors, file.metadata())
+    said = []
+    for data in found, expected:
+        end, place = 8 + struct.unpack("<Q", data[:8])[0], 0
+        header = json.loads(data[8:end])
+        for name, entry in sorted(header.items(), key=lambda e: e[1].get("data_offsets", [-1])):
+            if name in tensors:
+                first, last = entry.pop("data_offsets")
+                entry["bytes"] = data[end + first : end + last]
+                assert first == place, "no holes"
+                assert (end + first) % tensors[name].itemsize == 0, "where its type may lie"
+                place = last
+        assert end + place == len(data)
+        said.append(header)
+    assert said[0] == said[1]
+    assert abs(len(found) - len(expected)) <= 8, "offsets of as many digits, or one more"
+
+
+MEASURE = """
+import resource, sys, torch
+from structopt import files
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+tensors = {str(n): torch.rand(2000, 2000) for n in range(10)}  # 16 MB each
+tensors["0"] = tensors["0"].T
+files.save_tensors(sys.argv[1], {"x": torch.ones(9)}, {})
+before = peak()
+files.save_tensors(sys.argv[1], tensors, {})
+print((peak() - before) / 160e6)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory as Linux counts it")
+def test_saving_needs_memory_for_one_tensor(tmp_path):
+    command = [sys.executable, "-c", MEASURE, str(tmp_path / "x")]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert float(out) < 0.15, "of ten tensors, one is copied at a time"
 
 
 def test_notes_that_json_cannot_hold_are_refused(tmp_path):

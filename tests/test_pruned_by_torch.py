@@ -66,6 +66,7 @@ SERVED = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:batch norms that stay")  # behind a weight that is computed
 @pytest.mark.parametrize("name", SERVED)
 def test_what_is_made_of_it_is_what_is_made_of_the_permanent_one(name, device):
     model, x = pruned(device)

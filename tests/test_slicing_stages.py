@@ -19,6 +19,7 @@ from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe
 from structopt import measure
 from structopt.slicing import (
     Layer,
+    Plan,
     choose_cuts,
     cut_points,
     measure_layers,
@@ -525,6 +526,15 @@ def test_the_formula_is_that_of_a_line_of_machines(times, links, microbatches):
         busy = microbatches * sum(times)
         assert plan.bubble == pytest.approx(1 - busy / (len(times) * done[-1]))
         assert plan.throughput == pytest.approx(microbatches / done[-1])
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+def test_where_nothing_takes_time_nobody_waits(stages):
+    """Multiplying all times by one number changes no bubble, be it as small as can be."""
+    plan = Plan(("",) * (stages - 1), (0.0,) * stages, (0.0,) * (stages - 1), (0,), 4)
+    assert (plan.seconds, plan.bubble, plan.throughput) == (0, 0, math.inf)
+    quick, slow = (replace(plan, stages=(a, 2 * a, a)[:stages]) for a in (1e-300, 1.0))
+    assert quick.bubble == pytest.approx(slow.bubble)
 
 
 def test_equal_stages_have_the_bubble_of_the_books():

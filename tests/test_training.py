@@ -15,9 +15,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from structopt import data, descent, networks
+from structopt.distillation import Teacher
 from structopt.training import Average, History, accuracy, evaluate, supervised, train
 from structopt.training.feeding import Feed
 from structopt.training.layout import wants_channels_last
+from structopt.training.statistics import placed
 
 cross_entropy = supervised(F.cross_entropy)
 
@@ -33,6 +35,32 @@ def network(seed=1, dropout=0.0):
         nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(dropout),
         nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2),
     )  # fmt: skip
+
+
+class Held(nn.Module):
+    """A linear layer whose weight is a buffer, as converted and frozen networks hold theirs."""
+
+    def __init__(self, device, dtype=torch.float32):
+        super().__init__()
+        self.register_buffer("weight", torch.eye(3, device=device, dtype=dtype))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+def test_batches_go_to_where_the_buffers_lie(device):
+    x, y = torch.eye(3), torch.arange(3)
+    assert evaluate(Held(device), [(x, y)]) == 1
+    assert placed(x, Held(device)).device.type == device.type
+    assert placed({"x": x}, Held("meta"))["x"].is_meta
+    assert placed(x.to("meta"), nn.ReLU()).is_meta, "a model without any state is everywhere"
+    both = Held("meta")
+    both.scale = nn.Parameter(torch.ones(1, device=device))
+    assert placed(x, both).device.type == device.type, "parameters say it first"
+    for dtype in torch.float32, torch.float64:
+        lesson = Teacher(Held(device, dtype)).teach(x, y)
+        assert torch.equal(lesson.logits, x.to(dtype))
+        assert lesson.logits.device == x.device
 
 
 def weights(model):

@@ -15,6 +15,7 @@ from structopt.channels.exchanging import exchange_
 from structopt.compression.evidence import need_known
 from structopt.compression.folding import computes_the_same
 from structopt.training.copying import copied
+from structopt.training.hooked import bare, in_place_of, say_traced
 
 KINDS = (
     nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU,
@@ -68,13 +69,16 @@ def separate_activations(model: nn.Module, example: Any) -> nn.Module:
         _separate(node, traced)
     traced.graph.lint()
     traced.recompile()
-    traced.train(model.training)
+    modes = {name: module.training for name, module in model.named_modules()}
+    for name, module in traced.named_modules():
+        module.training = modes.get(name, model.training)
     wide = [copied(m).double() for m in (model, traced)]
     if not computes_the_same(wide[0], wide[1], example):
         raise ValueError(
             f"torch.fx followed this {type(model).__name__} for one example, and computes "
             "something else for another: write its activations as modules, each used once"
         )
+    say_traced(made, lambda m, name: bool(name) and fx.Tracer().is_leaf_module(m, name), "the copy")
     return traced
 
 
@@ -158,8 +162,8 @@ def blend_activations(model: nn.Module, names: Iterable[str], slope: float = 0.0
     made = copied(model)
     weights = next((p for p in made.parameters() if p.is_floating_point()), torch.zeros(()))
     for name, activation in activations(made, list(names)).items():
-        blend = Blend(activation, slope).to(weights)
-        exchange_(made, name, blend.train(activation.training))
+        blend = Blend(bare(activation), slope).to(weights)
+        exchange_(made, name, in_place_of(activation, blend, name))
     return made
 
 

@@ -21,6 +21,7 @@ from structopt.losses.checks import real
 from structopt.measure.running import call, tensors_of
 from structopt.training import evaluating
 from structopt.training.copying import copied
+from structopt.training.hooked import in_place_of
 from structopt.training.statistics import inputs_of, placed
 
 
@@ -140,7 +141,7 @@ def _bounded(
 
     watch(model, batches, relus, see)
     made, bounds, touched = copied(model), {}, {}
-    for name, relu in relus.items():
+    for name in relus:
         if name not in seen:
             raise ValueError(f"{name} never ran on these batches: leave it out of names")
         values = torch.cat(seen[name])
@@ -151,7 +152,7 @@ def _bounded(
         bounds[name] = find(values)
         new = make(bounds[name])
         touched[name] = float((new(values) != values).double().mean())
-        exchange_(made, name, new.train(relu.training))
+        exchange_(made, name, in_place_of(made.get_submodule(name), new, name))
     return Bounded(made, bounds, touched, changed_by(model, made, batches))
 
 

@@ -19,6 +19,7 @@ from structopt.compression.convert_parts import (
 )
 from structopt.measure.costs import cost
 from structopt.training.copying import copied
+from structopt.training.hooked import in_place_of
 
 WIDTHS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -66,10 +67,11 @@ class IntMM:
         made = copied(model).eval()
         layers = linear_layers(made)
         for name, layer in layers.items():
+            new = in_place_of(layer, _IntLinear(layer), name)
             if not name:
-                made = _IntLinear(layer)
+                made = new
             else:
-                exchange_(made, name, _IntLinear(layer))
+                exchange_(made, name, new)
         words = in_words(model, layers, "int8 with dynamic int8 inputs on torch._int_mm")
         words += ", compiled" if self.compiled else ""
         return Converted(as_compiled(made, self.compiled), words, cost(model, example))

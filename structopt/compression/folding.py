@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +18,10 @@ from structopt.compression.merging import merge_pair
 from structopt.measure.running import call, tensors_of
 from structopt.training import evaluating
 from structopt.training.copying import copied
+from structopt.training.hooked import AFTER, BEFORE, WAY_BACK, bare, hooked, in_place_of
 from structopt.training.observing import first_of, observed
 
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 Kinds = tuple[type[nn.Module], ...]
 
 
@@ -27,9 +30,10 @@ def fold_batch_norms(model: nn.Module, example: Any) -> nn.Module:
 
     Wherever a norm reads exactly what one linear layer or convolution made: w' = w γ / s and
     b' = (b - μ) γ / s + β, with s = sqrt(σ² + ε). That is the network of evaluation mode; it is no
-    longer to be trained with batch statistics. Each fold is run on random numbers like the example,
-    in double precision, and left out where the output changes (a layer that is read elsewhere too,
-    a norm over other axes), or where either of the two runs more than once.
+    longer to be trained with batch statistics. A norm that several layers share goes into each of
+    them. Each fold is run on random numbers like the example, in double precision, and left out
+    where the output changes (a layer that is read elsewhere too, a norm over other axes), or where
+    hooks look at what lies between; a warning names every norm that stays, and why.
 
     ``example`` is what the model is called with: a tensor, a tuple or a dict. Jacob et al., 2018.
 
@@ -41,7 +45,17 @@ def fold_batch_norms(model: nn.Module, example: Any) -> nn.Module:
       (2): ReLU()
     )
     """
-    return _replaced(model, example, NORMS, _folded)
+    made, left = _replaced(model, example, NORMS, _folded)
+    if left:
+        reasons = "; ".join(f"{name}: {why}" for name, why in list(left.items())[:3])
+        more = f"; and {len(left) - 3} more" if len(left) > 3 else ""
+        warnings.warn(f"batch norms that stay: {reasons}{more}", stacklevel=2)
+    return made
+
+
+def folded(model: nn.Module, example: Any) -> nn.Module:
+    """As :func:`fold_batch_norms`, without a word of what stays."""
+    return _replaced(model, example, NORMS, _folded)[0]
 
 
 def merge_layers(model: nn.Module, example: Any) -> nn.Module:
@@ -61,7 +75,7 @@ def merge_layers(model: nn.Module, example: Any) -> nn.Module:
       (2): Identity()
     )
     """
-    while (merged := _replaced(model, example, READERS, merge_pair, once=True)) is not model:
+    while (merged := _replaced(model, example, READERS, merge_pair, once=True)[0]) is not model:
         model = merged
     return copied(model)
 
@@ -91,64 +105,122 @@ def _replaced(
     join: Callable[[nn.Module, nn.Module], nn.Module],
     *,
     once: bool = False,
-) -> nn.Module:
-    """Join each pair that can be; with ``once`` one alone, and the model itself if none can."""
+) -> tuple[nn.Module, dict[str, str]]:
+    """Join all that can be, and say why the others cannot; with ``once`` the first pair alone.
+
+    With ``once`` it is the model itself that comes back where none can.
+    """
     found = copied(model)
-    for one, two in _pairs(found, example, seconds):
+    pairs, left = _pairs(found, example, seconds)
+    for two, ones in pairs.items():
+        if once and len(ones) > 1:
+            continue
         wide = copied(found).double()
         try:
-            narrow = joined(wide, one, two, join)
-        except ValueError:
+            narrow = joined(wide, ones, two, join)
+        except ValueError as error:
+            left[two] = str(error)
             continue
         if computes_the_same(wide, narrow, example):
-            found = joined(found, one, two, join)
+            found = joined(found, ones, two, join)
             if once:
-                return found
-    return model if once else found
+                return found, left
+        else:
+            left[two] = f"what {ones[0]} makes is read elsewhere too, or along other axes"
+    return (model if once else found), left
 
 
 def joined(
-    model: nn.Module, one: str, two: str, join: Callable[[nn.Module, nn.Module], nn.Module]
+    model: nn.Module,
+    ones: Sequence[str],
+    two: str,
+    join: Callable[[nn.Module, nn.Module], nn.Module],
 ) -> nn.Module:
-    """A copy with both layers as one in the place of the first, and an identity in the second's."""
+    """A copy with both as one in the place of each first layer, an identity in the second's.
+
+    What looks at the inputs of the first, or at what the second makes, goes on looking there.
+    """
     made = copied(model)
-    layer = join(made.get_submodule(one), made.get_submodule(two))
-    for name, new in (one, layer), (two, nn.Identity()):
-        exchange_(made, name, new)
+    second = made.get_submodule(two)
+    for one in ones:
+        first = made.get_submodule(one)
+        if hooked(first, (AFTER, *WAY_BACK)) or hooked(second, (BEFORE, *WAY_BACK)):
+            raise ValueError(f"hooks on {one} or {two} look at what lies between them")
+        layer = in_place_of(first, join(bare(first), bare(second)), one, (BEFORE,))
+        exchange_(made, one, layer)
+    exchange_(made, two, in_place_of(second, nn.Identity(), two, (AFTER,)))
     return made
 
 
-def _pairs(model: nn.Module, example: Any, seconds: Kinds) -> list[tuple[str, str]]:
-    """Layers, and what reads the very tensor that they made; each called once."""
-    calls: dict[str, int] = {}
-    made: dict[int, tuple[str, Tensor]] = {}  # the tensor is held, so that its number stays its own
-    pairs: list[tuple[str, str]] = []
+def _pairs(
+    model: nn.Module, example: Any, seconds: Kinds
+) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Second layers that read the very tensors that others made, with the names of those.
 
-    def before(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, given: Any, named: Any) -> None:
-            calls[name] = calls.get(name, 0) + 1
-            x = id(first_of(given, named))
-            if isinstance(module, seconds) and x in made:
-                pairs.append((made[x][0], name))
+    All of these run as often as the second does. And why it is not so with other seconds.
+    """
+    runs, reads, seen = _watched(model, example, seconds)
+    pairs: dict[str, list[str]] = {}
+    left: dict[str, str] = {}
+    for two, module in model.named_modules():
+        if not (isinstance(module, seconds) and two):
+            continue
+        ones = list(dict.fromkeys(one for one, _ in reads.get(two, ())))
+        looking = [seen[number] for _, number in reads.get(two, ()) if number in seen]
+        if not ones:
+            left[two] = "it does not run on this example"
+        elif "" in ones:
+            left[two] = "it reads what no linear layer or convolution made"
+        elif sum(runs[one] for one in ones) != runs[two]:
+            left[two] = f"not all that {' and '.join(ones)} made goes to it"
+        elif looking:
+            left[two] = f"hooks on {looking[0]} look at what it reads"
+        else:
+            pairs[two] = ones
+    order = list(runs)
+    return dict(sorted(pairs.items(), key=lambda pair: order.index(pair[0]))), left
 
-        return hook
 
-    def after(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        def hook(module: nn.Module, given: tuple[Any, ...], out: Any) -> None:
-            if isinstance(module, READERS):
-                made[id(out)] = name, out
+def _watched(
+    model: nn.Module, example: Any, seconds: Kinds
+) -> tuple[dict[str, int], dict[str, list[tuple[str, int]]], dict[int, str]]:
+    """How often layers run; what made each input of the seconds; what hooks of the user's see.
 
-        return hook
+    Tensors are known by their numbers.
+    """
+    runs: dict[str, int] = {}
+    reads: dict[str, list[tuple[str, int]]] = {}
+    seen: dict[int, str] = {}
+    made: dict[int, str] = {}
+    held: list[Any] = []  # so that a tensor's number stays its own
 
-    kinds = READERS + seconds
+    def before(name: str, module: nn.Module, given: Any, named: Any) -> None:
+        runs[name] = runs.get(name, 0) + 1
+        x = id(first_of(given, named))
+        reads.setdefault(name, []).append((made.get(x, ""), x))
+
+    def after(
+        name: str, sides: tuple[bool, bool], module: nn.Module, given: Any, named: Any, out: Any
+    ) -> None:
+        held.append((given, named, out))
+        if isinstance(module, READERS):
+            made[id(out)] = name
+        for looked, side in zip(sides, ((given, named), out), strict=True):
+            seen.update((id(tensor), name) for tensor in tensors_of(side) if looked)
+
     handles = []
     for name, module in model.named_modules():
-        if isinstance(module, kinds) and name:
-            handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
-            handles.append(module.register_forward_hook(after(name)))
+        looks = hooked(module, (BEFORE, *WAY_BACK)), hooked(module, (AFTER, *WAY_BACK))
+        layer = isinstance(module, READERS + seconds) and name
+        if layer:
+            hook = partial(before, name)
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        if layer or any(looks):
+            see = partial(after, name, looks)
+            handles.append(module.register_forward_hook(see, with_kwargs=True))
     with observed(model, handles):
         call(model, example)
-    return [(one, two) for one, two in pairs if calls[one] == calls[two] == 1]
+    return runs, reads, seen
 
 
 def computes_the_same(model: nn.Module, other: nn.Module, example: Any) -> bool:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from structopt.compression.activations import activations
 from structopt.compression.evidence import readers
-from structopt.compression.folding import computes_the_same, fold_batch_norms
+from structopt.compression.folding import computes_the_same
+from structopt.compression.folding import folded as fold
 from structopt.compression.straight import (
     Link,
     merged_in_order,
@@ -44,7 +45,7 @@ def removable(model: nn.Module, example: Any, *, longest: int = 2) -> list[Link]
     """
     if longest < 1:
         raise ValueError(f"longest={longest}: a link is one activation or more")
-    folded = fold_batch_norms(model, example)
+    folded = fold(model, example)
     places: list[_Place] = []
     for name in _in_order(folded, list(activations(folded)), example):
         try:
@@ -65,7 +66,7 @@ def removable(model: nn.Module, example: Any, *, longest: int = 2) -> list[Link]
 
 def links_of(model: nn.Module, example: Any, names: Sequence[str]) -> list[Link]:
     """Links that cover just these activations; ValueError with the reason where one is in none."""
-    folded = fold_batch_norms(model, example)
+    folded = fold(model, example)
     activations(folded, names)
     ordered = _in_order(folded, names, example)
     if missing := sorted(set(names) - set(ordered)):

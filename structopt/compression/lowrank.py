@@ -18,6 +18,7 @@ from structopt.compression.quantize import as_finite
 from structopt.compression.ranks import SVD, Form, Ranks
 from structopt.compression.targets import Target, chosen_ranks
 from structopt.training.copying import copied, need_plain
+from structopt.training.hooked import in_place_of
 
 LAYERS = (nn.Linear, nn.Conv2d)
 
@@ -90,6 +91,7 @@ def factorize(
     for name, rank in ranks.items():
         with naming(name or "the model"):
             product = _product(layers[name], rank, form, _root(model, batches, name, form))
+        product = in_place_of(made.get_submodule(name), product, name)
         if not name:
             return product
         exchange_(made, name, product)
@@ -159,11 +161,11 @@ def _product(layer: nn.Module, ranks: Ranks, form: Form, root: Tensor | None) ->
                 assert isinstance(layer, nn.Conv2d)
                 own = _convolution(layer, tensor, settings, last and bias is not None)
         own.to_empty(device=weight.device).to(weight.dtype)
-        own.get_parameter("weight").copy_(tensor)
+        own.get_parameter("weight").copy_(tensor).requires_grad_(weight.requires_grad)
         if last and bias is not None:
-            own.get_parameter("bias").copy_(bias)
+            own.get_parameter("bias").copy_(bias).requires_grad_(bias.requires_grad)
         made.append(own)
-    return made.train(layer.training)
+    return made
 
 
 def _convolution(layer: nn.Conv2d, weight: Tensor, settings: str, bias: bool) -> nn.Conv2d:

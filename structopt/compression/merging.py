@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 import torch
@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from structopt.training.copying import copied
+from structopt.training.hooked import hooked
 
 META = torch.device("meta")  # where layers come to be whose weights are still to be filled in:
 # they draw no random numbers there
 Layer = nn.Linear | nn.Conv2d
-Made = TypeVar("Made", nn.Linear, nn.Conv2d)
+Made = TypeVar("Made", bound=Layer)
 
 
 @torch.no_grad()
@@ -26,9 +27,9 @@ def merge_pair(first: nn.Module, second: nn.Module) -> nn.Module:
     second: k₁ + (k₂ - 1) · stride₁ wide, with the product of the strides. Groups that both share
     stay; other groups are written out with their zeros, as DepthShrinker merges a depthwise layer.
 
-    Raises ValueError for other layers, for padding that is not zeros, and for a second layer that
-    pads, unless the first is 1×1 without padding and bias: else the zeros of the border are not
-    what the first layer would make there.
+    Raises ValueError for other layers, for hooks, for padding that is not zeros, and for a second
+    layer that pads, unless the first is 1×1 without padding and bias: else the zeros of the border
+    are not what the first layer would make there.
 
     >>> first, second, x = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 2, 3), torch.randn(1, 1, 9, 9)
     >>> merged = merge_pair(first, second)
@@ -37,6 +38,10 @@ def merge_pair(first: nn.Module, second: nn.Module) -> nn.Module:
     >>> torch.allclose(merged(x), second(first(x)), atol=1e-5)
     True
     """
+    return _trained_as((first, second), _pair(first, second))
+
+
+def _pair(first: nn.Module, second: nn.Module) -> Layer:
     if isinstance(first, nn.Linear) and isinstance(second, nn.Linear):
         if first.out_features != second.in_features:
             raise ValueError(f"{second} does not read what {first} makes")
@@ -85,7 +90,7 @@ def merge_branches(branches: Sequence[nn.Module]) -> nn.Module:
     the largest, which has to agree with their padding.
 
     Ding et al., 2021, "RepVGG: making VGG-style ConvNets great again". Raises ValueError for other
-    branches, for none with a convolution, and where strides, groups or the middles differ.
+    branches, for hooks, for none with a convolution, and where strides, groups or middles differ.
 
     >>> branches = [nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1), nn.Identity()]
     >>> x = torch.randn(2, 4, 5, 5)
@@ -116,7 +121,8 @@ def merge_branches(branches: Sequence[nn.Module]) -> nn.Module:
         weight += F.pad(one.weight, (shift[1], shift[1], shift[0], shift[0]))
         if one.bias is not None:
             bias += one.bias
-    return _convolution(weight, bias, first.stride, tuple(pads), like=first)
+    merged = _convolution(weight, bias, first.stride, tuple(pads), like=first)
+    return _trained_as(branches, merged)
 
 
 def _as_convolution(branch: nn.Module, first: nn.Conv2d) -> nn.Conv2d:
@@ -218,6 +224,15 @@ def _filled(made: Made, weight: Tensor, bias: Tensor | None, like: nn.Module) ->
     made.weight.copy_(weight)
     if made.bias is not None and bias is not None:
         made.bias.copy_(bias)
+    return made
+
+
+def _trained_as(layers: Iterable[nn.Module], made: Made) -> Made:
+    """What is made of several layers is trained where one of them is, and bears no hook of them."""
+    for layer in layers:
+        if any(map(hooked, layer.modules())):
+            raise ValueError(f"{layer} has hooks, which one layer cannot call: remove them first")
+    made.requires_grad_(any(p.requires_grad for m in layers for p in m.parameters()))
     return made
 
 

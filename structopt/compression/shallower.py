@@ -15,7 +15,7 @@ from structopt.channels.exchanging import exchange_
 from structopt.compression.activations import blend_activations
 from structopt.compression.bounding import changed_by
 from structopt.compression.evidence import readers
-from structopt.compression.folding import fold_batch_norms
+from structopt.compression.folding import folded as fold
 from structopt.compression.links import disjoint, links_of, removable
 from structopt.compression.slopes import Straighten, Watched, blends, linearising
 from structopt.compression.straight import Link, in_type, merge_links, move_padding_, without
@@ -23,6 +23,7 @@ from structopt.measure import Cost, Timing, cost, latency
 from structopt.measure.running import call, device_of, tensors_of
 from structopt.training import Objective, evaluating, train
 from structopt.training.copying import copied
+from structopt.training.hooked import in_place_of
 from structopt.training.observing import observed
 from structopt.training.statistics import inputs_of, placed
 
@@ -148,14 +149,14 @@ def shallower(
     straight = Straighten(made, _names(gone), later * len(batches) / 2)
     _train(made, batches, objective, how, later, straight)
     for name, blend in blends(made).items():
-        exchange_(made, name, blend.activation)
+        exchange_(made, name, in_place_of(blend, blend.activation, name))
     plain = without(made, _names(gone)).eval()
     wide = copied(plain).double()
     merged = merge_links(wide, example, gone)
     difference = _apart(wide, merged, batch[0])
     merged = copied(merged).to(next(p.dtype for p in plain.parameters()))
     rounding = _apart(plain, merged, batch[0])
-    folded = fold_batch_norms(model, example)
+    folded = fold(model, example)
     timed = latency({"before": folded, "after": merged}, example)
     return Shallower(
         model=merged.train(model.training),

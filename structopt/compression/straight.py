@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from structopt.channels.exchanging import exchange_
-from structopt.compression.folding import computes_the_same, fold_batch_norms, joined
+from structopt.compression.folding import computes_the_same, folded, joined
 from structopt.compression.merging import merge_pair
 from structopt.training.copying import copied
+from structopt.training.hooked import hooked
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def merge_links(model: nn.Module, example: Any, links: Iterable[Link]) -> nn.Mod
         raise ValueError(f"links share a layer: {layers}; removable(longest=) finds longer ones")
     wide = without(copied(model).double(), [name for link in links for name in link.activations])
     example = in_type(example, torch.double)
-    made = fold_batch_norms(wide, example)
+    made = folded(wide, example)
     for link in links:
         made = merged_in_order(made, link.layers)
     if not computes_the_same(wide, made, example):
@@ -83,6 +84,8 @@ def without(model: nn.Module, names: Iterable[str]) -> nn.Module:
     """A copy with nothing in the place of these activations."""
     made = copied(model)
     for name in names:
+        if hooked(made.get_submodule(name)):
+            raise ValueError(f"{name} has hooks, which would see nothing of it: remove them first")
         exchange_(made, name, nn.Identity())
     return made
 
@@ -101,7 +104,7 @@ def merged_in_order(model: nn.Module, layers: Sequence[str]) -> nn.Module:
     """The last two first: what is merged again keeps its name."""
     for one, two in reversed(list(pairwise(layers))):
         try:
-            model = joined(model, one, two, merge_pair)
+            model = joined(model, [one], two, merge_pair)
         except ValueError as error:
             raise ValueError(f"{one} and {two} do not merge: {error}") from error
     return model

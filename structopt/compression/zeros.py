@@ -14,6 +14,7 @@ from structopt.channels.exchanging import exchange_
 from structopt.compression.evidence import See, by_channel, readers, watch
 from structopt.measure import latency
 from structopt.training.copying import copied
+from structopt.training.hooked import in_place_of
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,11 @@ class SkipZeros(nn.Module):
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
-        self.columns = nn.Parameter(layer.weight.detach().T.contiguous())  # (in, out)
-        self.bias = layer.bias if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
+        columns = layer.weight.detach().T.contiguous()  # (in, out)
+        self.columns = nn.Parameter(columns, layer.weight.requires_grad)
+        self.bias = None
+        if layer.bias is not None:
+            self.bias = nn.Parameter(layer.bias.detach().clone(), layer.bias.requires_grad)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # (B, in)
@@ -154,12 +158,13 @@ def skip_zeros(
     for name, given in seen.items():
         layer = layers[name]
         assert isinstance(layer, nn.Linear)
-        skipping = SkipZeros(layer).train(layer.training)
+        skipping = SkipZeros(layer)
         found = latency({"all": layer, "skip": skipping}, given, rounds=rounds)
         times[name] = float(found["all"]) / float(found["skip"])
         device = found["all"].device
         if times[name] >= at_least:
             names.append(name)
+            skipping = in_place_of(made.get_submodule(name), skipping, name)
             if not name:
                 made = skipping
             else:

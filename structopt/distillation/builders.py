@@ -18,6 +18,7 @@ from structopt.distillation.teachers import Source, as_source, picked
 from structopt.distillation.watching import Watch
 from structopt.losses.checks import need_temperature
 from structopt.training import evaluating
+from structopt.training.objectives import describe
 
 AnyTeacher = nn.Module | Sequence[nn.Module] | Source
 Task = Callable[[Tensor, Tensor], Tensor]
@@ -180,6 +181,11 @@ def seen_features(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What the named layers of student and teacher make of ``example``."""
     need_pairs(layers)
+    if not isinstance(example, Tensor):
+        raise ValueError(
+            f"the example is one tensor of inputs, as a teacher is asked, not {describe(example)}: "
+            "wrap teacher and student in modules that take one"
+        )
     with Watch(student, layers) as found, evaluating(student), torch.no_grad():
         student(example)
         ours = {name: picked(found, name) for name in layers}

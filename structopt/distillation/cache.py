@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from structopt.distillation.teachers import Lesson, Source, as_source
 from structopt.distillation.watching import unwrapped
 
 KIND = "structopt.distillation 1"
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # of functions, other in each process
 
 
 class Cached:
@@ -190,7 +192,8 @@ def _identity(source: Source) -> str:
     for model in getattr(source, "models", ()):
         whole = unwrapped(model)
         for name, module in whole.named_modules():  # a ReLU and a Tanh have the same weights: none
-            digest.update(f"{name} {type(module).__name__}".encode())
+            said = _ADDRESS.sub("", module.extra_repr())  # strides, slopes, the ε of a norm
+            digest.update(f"{name} {type(module).__name__} {said}".encode())
         for name, value in whole.state_dict().items():
             kept = fingerprint(value) if isinstance(value, Tensor) else repr(value)
             digest.update(f"{name} {kept}".encode())

@@ -15,6 +15,7 @@ from structopt.distillation.teachers import Teacher
 from structopt.losses.checks import need_temperature
 from structopt.training import evaluate
 from structopt.training.copying import copied
+from structopt.training.statistics import device_of
 
 BATCHES = 8  # that stand for the whole
 
@@ -94,7 +95,7 @@ def diagnose(
         raise ValueError(f"diagnose looks at one nn.Module, not {type(teacher).__name__}")
     if isinstance(validation, Iterator):
         raise ValueError("validation can be walked only once: give examples or a list of batches")
-    device = next((p.device for p in teacher.parameters()), torch.device("cpu"))
+    device = device_of(teacher, ())
     seen = [(x.to(device), _labels(y, cached).to(device), y.to(device)) for x, y in _first(batches)]
     if not seen:
         raise ValueError("there is nothing to look at: the batches hold no example")

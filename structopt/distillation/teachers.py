@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from structopt.distillation.watching import Watcher
 from structopt.training import evaluating
 from structopt.training.objectives import describe
+from structopt.training.statistics import device_of
 
 
 class Lesson(NamedTuple):
@@ -77,10 +78,10 @@ class Teacher:
         return Lesson(torch.stack(said).mean(0) if said[1:] else said[0], features, targets)
 
     def _ask(self, model: nn.Module, inputs: Any) -> Tensor:
-        own = next((p for p in model.parameters() if p.is_floating_point()), None)
-        if own is not None:
-            dtype = own.dtype if inputs.is_floating_point() else inputs.dtype
-            inputs = inputs.to(own.device, dtype)
+        state = (*model.parameters(), *model.buffers())
+        own = next((tensor.dtype for tensor in state if tensor.is_floating_point()), None)
+        dtype = own if inputs.is_floating_point() else None
+        inputs = inputs.to(device_of(model, inputs), dtype)
         kind = inputs.device.type
         with torch.autocast(kind, self.autocast) if self.autocast else nullcontext():
             return as_logits(model(inputs), "teacher")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from structopt.channels.exchanging import exchange_
 from structopt.measure.running import call
 from structopt.training.copying import copied
+from structopt.training.hooked import in_place_of
 from structopt.training.observing import first_of, observed
 from structopt.training.statistics import inputs_of, placed
 
@@ -135,5 +136,5 @@ def remove_blocks(model: nn.Module, example: Any, names: Sequence[str]) -> nn.Mo
         )
     made = copied(model)
     for name in names:
-        exchange_(made, name, nn.Identity())
+        exchange_(made, name, in_place_of(made.get_submodule(name), nn.Identity(), name))
     return made

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from structopt.channels.exchanging import exchange_
 from structopt.training.copying import copied
+from structopt.training.hooked import in_place_of
 
 
 class FreeAttention(nn.Module):
@@ -116,11 +117,12 @@ def free_attention(model: nn.Module) -> nn.Module:
     Linear(in_features=8, out_features=24, bias=True)
     """
     made = copied(model)
-    for name, module in model.named_modules():
+    for name, module in list(made.named_modules()):
         if type(module) is nn.MultiheadAttention:
+            free = in_place_of(module, _freed(module, name or "the model"), name)
             if not name:
-                return _freed(module, "the model")
-            exchange_(made, name, _freed(module, name))
+                return free
+            exchange_(made, name, free)
     return made
 
 
@@ -131,6 +133,8 @@ def _freed(layer: nn.MultiheadAttention, name: str) -> FreeAttention:
             f"{name} reads keys or values of another width, or adds some of its own: its heads "
             "cannot be set free of the stream"
         )
+    if None in (layer._parameters.get("in_proj_weight"), layer.out_proj._parameters.get("weight")):
+        raise ValueError(f"a hook computes the weight of {name}: torch.nn.utils.prune.remove first")
     with torch.device("meta"):  # draws no random numbers for weights that are replaced
         made = FreeAttention(
             layer.embed_dim, layer.num_heads, layer.head_dim, bias=layer.in_proj_bias is not None,
@@ -143,4 +147,4 @@ def _freed(layer: nn.MultiheadAttention, name: str) -> FreeAttention:
         linear.weight = nn.Parameter(weight.clone(), requires_grad=weight.requires_grad)
         if bias is not None:
             linear.bias = nn.Parameter(bias.clone(), requires_grad=bias.requires_grad)
-    return made.train(layer.training)
+    return made

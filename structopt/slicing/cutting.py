@@ -18,6 +18,7 @@ from structopt.measure.running import call
 from structopt.slicing.slices import Slice, widths_of
 from structopt.training import evaluating
 from structopt.training.copying import copied
+from structopt.training.hooked import in_place_of
 from structopt.training.observing import observed
 
 Named = dict[str, Tensor]
@@ -194,6 +195,7 @@ def _skip(model: nn.Module, made: nn.Module, part: Slice, example: Any) -> None:
         try:
             given = made.get_submodule(name)
             nothing = _Skipped() if isinstance(given, _MASKED) else nn.Identity()
+            nothing = in_place_of(given, nothing, name)
             handles.append(nothing.register_forward_hook(lambda *_, name=name: ran.add(name)))
             made.set_submodule(name, nothing, strict=True)
         except (AttributeError, ValueError) as problem:

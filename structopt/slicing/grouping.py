@@ -34,6 +34,7 @@ from structopt.slicing.grouped import (
     mixing,
 )
 from structopt.training.copying import copied
+from structopt.training.hooked import in_place_of
 from structopt.training.observing import observed
 
 
@@ -104,7 +105,7 @@ def group_layers(
         for key, parameter in new.named_parameters():
             like = layer.bias if key.endswith("bias") else layer.weight
             parameter.requires_grad_(like is None or like.requires_grad)
-        exchange_(made, name, new.train(layer.training))
+        exchange_(made, name, in_place_of(layer, new, name))
     return made
 
 
@@ -162,6 +163,8 @@ def _candidates(
         outputs, inputs = module.weight.shape[:2]
         if module not in ran or getattr(module, "groups", 1) > 1:
             reasons[name] = f"{name} is not called by itself, or has groups already"
+        elif "weight" not in module._parameters:
+            reasons[name] = f"a hook computes the weight of {name}: prune.remove first"
         elif weights[id(module.weight)] > 1:
             reasons[name] = f"{name} shares its weight with another layer"
         elif outputs % groups or inputs % groups:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from structopt import losses
 from structopt.losses.checks import range_message, real
+from structopt.measure.running import device_of
 from structopt.slicing.exits import EarlyExits
 from structopt.slicing.heads import confidence
 from structopt.training import Objective, evaluating
@@ -132,7 +133,7 @@ def choose_threshold(
 def _observed(network: EarlyExits, batches: Iterable[Any]) -> tuple[Tensor, Tensor, Tensor]:
     """Confidence and correctness at each exit, (exits, examples), and the MACs until each."""
     sure, right, example = list[Tensor](), list[Tensor](), None
-    device = next(network.parameters()).device
+    device = device_of(network, ())
     with evaluating(network):
         for batch in batches:
             inputs, targets = (t.to(device) for t in _pair(batch))

@@ -43,14 +43,14 @@ class Plan:
 
     @property
     def bubble(self) -> float:
-        """The share of the devices' time in which they wait."""
-        work = self.microbatches * sum(self.stages)
-        return 1 - work / (len(self.stages) * self.seconds)
+        """The share of the devices' time in which they wait; 0 where nothing takes any."""
+        work, seconds = self.microbatches * sum(self.stages), self.seconds
+        return 1 - work / (len(self.stages) * seconds) if seconds else 0.0
 
     @property
     def throughput(self) -> float:
-        """Micro-batches a second."""
-        return self.microbatches / self.seconds
+        """Micro-batches a second; infinite where nothing takes any time."""
+        return self.microbatches / self.seconds if self.seconds else math.inf
 
 
 def pipeline_cost(

@@ -68,8 +68,19 @@ class Rotated:
             return model
 
         full = silenced(substitute(self.model, wide))
-        _demand_equal(full, scaled(substitute(made, wide)), self._example, "narrowed")
+        narrow = scaled(substitute(made, wide))
+        _demand_equal(full, narrow, self._example, "narrowed", self._tied)
         return scaled(made)
+
+    @functools.cached_property
+    def _tied(self) -> str:
+        """The layers off the stream that `take` narrows with it, in words."""
+        stream = self._stream
+        known = {f"{name}.weight": 1 for name in stream.readers} | dict(stream.writers)
+        known |= {f"{name}.weight": 0 for name in stream.norms}
+        others = [m for m in self._group.members if known.get(m.parameter) != m.dim]
+        names = dict.fromkeys(member.parameter.rpartition(".")[0] for member in others)
+        return f"; {', '.join(names)} would get the width of the stream too" if names else ""
 
     @functools.cached_property
     def _group(self) -> ChannelGroup:
@@ -178,7 +189,9 @@ def _edited(
     return edit(model)
 
 
-def _demand_equal(model: nn.Module, made: nn.Module, example: Any, what: str) -> None:
+def _demand_equal(
+    model: nn.Module, made: nn.Module, example: Any, what: str, why: str = ""
+) -> None:
     other = lively(model, example)
     for one in [example] if other is None else [example, other]:
         expected = outputs(model, one)
@@ -186,5 +199,5 @@ def _demand_equal(model: nn.Module, made: nn.Module, example: Any, what: str) ->
         if error > tolerance(expected):
             raise ValueError(
                 f"the residual stream cannot be {what} exactly: the outputs differ by {error:.1e} "
-                "of their size. The model is as it was"
+                f"of their size{why}. The model is as it was"
             )

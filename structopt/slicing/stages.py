@@ -10,8 +10,9 @@ from torch import Tensor, fx, nn
 
 from structopt.measure.running import Example, call, tensors_of
 from structopt.slicing.cutpoints import CutPoint, as_it_is, crossing, find, points_of
-from structopt.slicing.tracing import Stage, traced
+from structopt.slicing.tracing import Stage, kept_whole, traced
 from structopt.training.copying import copied
+from structopt.training.hooked import say_traced
 
 
 class Stages(nn.Sequential):
@@ -75,6 +76,7 @@ def split_stages(
             for stage in stages:
                 stage.register_forward_pre_hook(_SameShapes(), with_kwargs=True)
         _verify(model, stages, example)
+    say_traced(model, kept_whole(graph, whole), "the stages")
     return stages
 
 

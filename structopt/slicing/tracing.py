@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -80,6 +80,13 @@ class _Tracer(fx.Tracer):
         return module_qualified_name in self.whole or super().is_leaf_module(
             m, module_qualified_name
         )
+
+
+def kept_whole(graph: Stage, whole: Collection[str]) -> Callable[[nn.Module, str], bool]:
+    """Whether a module, given with its name, is called by the graph and not opened."""
+    if "exported" in graph.meta:
+        return lambda module, name: False
+    return lambda module, name: bool(name) and _Tracer(whole).is_leaf_module(module, name)
 
 
 def _symbolic(model: nn.Module, example: Example, whole: Collection[str], flip: bool) -> fx.Graph:

@@ -14,6 +14,7 @@ from structopt.channels.widening import wide
 from structopt.measure.running import call
 from structopt.slicing.cutting import named
 from structopt.slicing.streams import Stream
+from structopt.training.hooked import in_place_of
 from structopt.training.observing import observed
 from structopt.training.statistics import inputs_of, placed
 
@@ -52,9 +53,9 @@ def fold_norms_(model: nn.Module, stream: Stream) -> nn.Module:
             _set(tensors[writer], values - values.mean(dim, keepdim=True))
     for name, norm in norms.items():
         like = named(model)[stream.writers[0][0]]
-        made = nn.RMSNorm(stream.size, norm.eps).to(like).train(norm.training)
+        made = nn.RMSNorm(stream.size, norm.eps).to(like)
         made.requires_grad_(norm.weight is None or norm.weight.requires_grad)
-        exchange_(model, name, made)
+        exchange_(model, name, in_place_of(norm, made, name))
     return model
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from structopt import losses
 from structopt.losses.checks import range_message
+from structopt.measure.running import device_of
 
 Objective = Callable[[nn.Module, Any], Tensor]
 """``objective(model, batch) -> loss``: a scalar tensor with a gradient."""
@@ -137,8 +138,7 @@ def evaluate(
     >>> evaluate(nn.Identity(), [(torch.eye(4), torch.tensor([0, 1, 2, 0]))])
     0.75
     """
-    own = next((p.device for p in model.parameters()), torch.device("cpu"))
-    device = torch.device(device) if device else own
+    device = torch.device(device) if device else device_of(model, ())
     model.to(device)
     kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
     dtype = kinds.pop() if len(kinds) == 1 else None

@@ -10,14 +10,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from structopt.measure.running import call, tensors_of
+from structopt.measure.running import device_of as device_of  # for rooms that do not see `measure`
 from structopt.training.objectives import evaluating
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
 def placed(batch: Any, model: nn.Module) -> Any:
-    """The batch on the device of the model."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    """The batch on the device of the model: of its weights, be they buffers."""
+    device = device_of(model, batch)
     return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
 
 

@@ -1,95 +1,15 @@
-"""Networks whose structure was changed, saved without pickle and loaded into their own class.
-
-The file (safetensors) holds every tensor, and for every module its class and the plain numbers and
-words that it keeps: ``out_channels``, ``num_heads``, ``normalized_shape``, a model's own sizes.
-Loaded into a fresh model of the original class, widths, missing biases and ties become those of
-the saved one; layers that became another torch layer (a norm folded into ``Identity``, a ``Linear``
-factorised into a ``Sequential``) are built anew. Code never travels: hooks and functions are those
-of the fresh model.
-"""
+"""A fresh model made the network that a file describes, or nothing changed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from structopt import files
-
-__all__ = ["load", "save"]
-
-KIND = "structopt.network 1"
-INTERNAL = frozenset(vars(nn.Module()))  # what every module keeps, such as `training`
-
-# Where a module keeps tensors: its parameters, its buffers, and attributes that are neither.
-KINDS: dict[str, Callable[[nn.Module], dict[str, Any]]] = {
-    "parameters": lambda module: module._parameters,
-    "buffers": lambda module: module._buffers,
-    "tensors": lambda module: {k: v for k, v in vars(module).items() if isinstance(v, Tensor)},
-}
-
-# Layers that the file alone describes fully, by their plain attributes and tensors: what folding,
-# removal, factorisation and a change of units put in the place of the layers of the original class.
-BUILDABLE: dict[str, type[nn.Module]] = {
-    layer.__name__: layer
-    for layer in (
-        nn.Identity, nn.Sequential, nn.Flatten, nn.Dropout, nn.Linear, nn.Embedding,
-        nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d,
-        nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardswish,
-        nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Threshold, nn.ChannelShuffle,
-    )
-}  # fmt: skip
-
-
-def save(model: nn.Module, path: str | Path) -> None:
-    """Write ``model`` to one file, atomically and without pickle.
-
-    Tensors that are tied are stored once. Buffers that a ``state_dict`` leaves out (rotary
-    frequencies, masks) are stored too, since a change of structure may have changed them.
-
-    Raises ``ValueError`` for tensors without data (``meta``, lazy layers) and for modules with an
-    extra state of their own, ``OSError`` for a disk that is full or read-only.
-
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "narrow.safetensors"
-    >>> save(nn.Sequential(nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 1)), path)
-    >>> load(path, into=nn.Sequential(nn.Linear(4, 9), nn.ReLU(), nn.Linear(9, 1)))[0]
-    Linear(in_features=4, out_features=2, bias=True)
-    """
-    tensors: dict[str, Tensor] = {}
-    names: dict[int, str] = {}  # each tensor object's first name
-    structure: dict[str, Any] = {}
-    places: dict[nn.Module, str] = {}  # each module's first name
-    for name, module in model.named_modules(remove_duplicate=False):
-        if (place := places.setdefault(module, name)) != name:
-            if "class" in structure.get(name.rpartition(".")[0], {}):  # not below another twin
-                structure[name] = {"same": place}
-            continue
-        if type(module).get_extra_state is not nn.Module.get_extra_state:
-            raise ValueError(f"{name or 'the model'} has an extra state, which needs pickle")
-        kept = {key: value for key, value in vars(module).items() if key not in INTERNAL}
-        attributes = {
-            key: files.pack(value) for key, value in kept.items() if files.is_plain(value)
-        }
-        record: dict[str, Any] = {"class": _kind(module), "attributes": attributes}
-        for kind, slots in KINDS.items():
-            record[kind] = dict.fromkeys(slots(module))
-            for key, tensor in slots(module).items():
-                if tensor is None:
-                    continue
-                where = f"{name}.{key}".lstrip(".")
-                if is_lazy(tensor):
-                    raise ValueError(f"{where} has no shape yet: run the model once, then save it")
-                first = names.setdefault(id(tensor), where)
-                if first == where:
-                    tensors[where] = tensor
-                record[kind][key] = [first, tensor.requires_grad and kind == "parameters"]
-        structure[name] = record
-    files.save_tensors(path, tensors, {"kind": KIND, "structure": structure})
+from structopt.checkpoint.saving import BUILDABLE, INTERNAL, KIND, KINDS, kind_of
 
 
 def load(path: str | Path, into: nn.Module) -> nn.Module:
@@ -155,7 +75,7 @@ class _Plan:
             return  # here the model itself says which of its modules are one
         if module is None and not below:
             self.problems.append(f"this model has no {name} ({kind})")
-        elif module is not None and _kind(module) == kind:
+        elif module is not None and kind_of(module) == kind:
             self._attributes(name, module, record)
             self._tensors(name, module, record)
         elif free and "same" in record and record["same"] not in ("", *_above(name)):
@@ -167,7 +87,7 @@ class _Plan:
             self.replaced[name] = self._built(name, record).train(mode)
             self._tensors(name, self.replaced[name], record)
         else:
-            here = _kind(module) if module is not None else "nothing"
+            here = kind_of(module) if module is not None else "nothing"
             self.problems.append(f"{name or 'the model'} is {kind} there, {here} here")
 
     def _built(self, name: str, record: dict[str, Any]) -> nn.Module:
@@ -240,12 +160,6 @@ class _Plan:
         for module in list(self.into.modules()):  # wherever the old one stands
             for child in [k for k, v in module._modules.items() if v is old]:
                 module._modules[child] = layer
-
-
-def _kind(module: nn.Module) -> str:
-    """Its class; one that only bears a torch layer's name must never be built as that layer."""
-    name = type(module).__name__
-    return name if BUILDABLE.get(name, type(module)) is type(module) else f"another {name}"
 
 
 def _above(name: str) -> list[str]:
