@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator
-from types import CellType, CodeType, FunctionType
+from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
 from torch import nn
@@ -32,20 +32,23 @@ def _names(kind: type) -> frozenset[str]:
 
 
 def _reached(kind: type) -> Iterator[str]:
-    """The names in all functions that `forward` calls, directly or not."""
-    seen: set[CodeType] = set()
+    """The names in the functions that `forward` calls, directly or not.
+
+    Those of the class, and those that stand beside it: behind others lie whole libraries.
+    """
+    seen: set[FunctionType] = set()
     todo = [*_functions(kind, "forward"), *_functions(kind, "__call__")]
     while todo:
         function = todo.pop()
-        for code in _nested(function.__code__):
-            if code not in seen:
-                seen.add(code)
-                yield from code.co_names
-                for name in code.co_names:
-                    todo += _functions(kind, name)
-                    todo += _plain(function.__globals__.get(name))
+        if function in seen:
+            continue
+        seen.add(function)
+        names = {name for code in _nested(function.__code__) for name in code.co_names}
+        yield from names
+        for name in names:
+            todo += [*_functions(kind, name), *_beside(function, function.__globals__.get(name))]
         for cell in function.__closure__ or ():
-            todo += _plain(cell.cell_contents) if cell != CellType() else ()
+            todo += _beside(function, cell.cell_contents) if cell != CellType() else ()
 
 
 def _functions(kind: type, name: str) -> list[FunctionType]:
@@ -54,10 +57,14 @@ def _functions(kind: type, name: str) -> list[FunctionType]:
     return [function for one in held for function in _plain(getattr(one, "fget", one))]
 
 
+def _beside(function: FunctionType, held: Any) -> list[FunctionType]:
+    return [found for found in _plain(held) if found.__module__ == function.__module__]
+
+
 def _plain(held: Any) -> list[FunctionType]:
     """The function itself, what it decorates too, where it is not torch's."""
     found = []
-    while held is not None:
+    while isinstance(held, FunctionType | MethodType | classmethod | staticmethod):
         if isinstance(held, FunctionType) and not (held.__module__ or "").startswith("torch."):
             found.append(held)
         held = getattr(held, "__wrapped__", None) or getattr(held, "__func__", None)
