@@ -28,7 +28,9 @@ def channel_groups(model: nn.Module, example: Any) -> Channels:
     `example` is what the model is called with: a tensor, a tuple of positional arguments, or a
     dict of keyword arguments. Each index of each dimension of each parameter gets a label; the
     labels travel beside the tensors of one forward pass, and what meets is tied. The pass needs
-    no values, unless the model's own control flow asks for some. The model is not touched.
+    no values, unless the model's own control flow asks for some. It is made in evaluation mode, and
+    once more in training mode where some weights were not used, or the Python of a layer that holds
+    weights asks for the mode. The model is not touched.
 
     Raises ValueError where the model does not accept the example, returns no tensor, or lies on
     several devices.

@@ -37,8 +37,10 @@ def reference(
     """What the model computes when the channels that were not chosen are masked."""
     gone = _gone(channels, choice)
     masks: dict[str, list[tuple[int, Vector]]] = {}
+    # A direction without length is no number: a row of it goes with its length, which is masked.
+    rows = {direction: dim for _, direction, dim in lengths.pairs(model)}
     for (name, dim), labels in channels.axes.items():
-        if gone[labels].any():
+        if gone[labels].any() and rows.get(name) != dim:
             masks.setdefault(name, []).append((dim, np.flatnonzero(gone[labels])))
     averaged = any(channels.every[number].averaged for number in choice)
     return _computed(
