@@ -5,6 +5,7 @@ import copy
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -104,6 +105,14 @@ def test_outputs_are_found_in_any_container(way):
     channels = channel_groups(model, torch.randn(2, 8))
     assert [group.name for group in channels] == ["a"]
     assert take(model, {channels["a"]: [1, 3]}).o.out_features == 4
+
+
+@pytest.mark.parametrize("beside", [np.zeros(()), np.zeros(3), range(10**12), "word", b"word"])
+def test_what_lies_beside_the_outputs_is_passed_over(beside):
+    model = Wrapped(lambda y: (y, beside)).eval()
+    channels = channel_groups(model, torch.randn(2, 8))
+    assert [group.name for group in channels] == ["a"]
+    assert take(model, {channels["a"]: [1, 3]}).o.in_features == 2
 
 
 @pytest.mark.parametrize("way", [torch.Tensor.tolist, iter, lambda y: y.detach().numpy()])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Set, ValuesView
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def tensors_of(tree: Any) -> Iterator[Tensor]:
     elif isinstance(tree, Mapping):
         for value in tree.values():
             yield from tensors_of(value)
-    elif isinstance(tree, Collection) and not isinstance(tree, str | bytes | type):
+    elif isinstance(tree, list | tuple | Set | ValuesView | deque):
         for value in tree:
             yield from tensors_of(value)
     elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):

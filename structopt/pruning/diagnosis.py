@@ -31,9 +31,9 @@ def diagnose(
 
     Looks for layers that were emptied, hold NaN or are the narrowest for what they were, statistics
     of batch norms that no longer fit (tried on a copy), a mask that came undone, zeros that save
-    nothing, odd widths, and blocks that are gone. `data` are labelled examples for the accuracies; `batches`
-    are some of the training batches, for the statistics. Neither model is changed. Empty where
-    nothing stands out.
+    nothing, odd widths, and blocks that are gone. `data` are labelled examples for the accuracies;
+    `batches` are some of the training batches, for the statistics. Neither model is changed. Empty
+    where nothing stands out.
 
     Raises ValueError for masks that are no bool tensors, or of weights that neither model has, and
     for data that :func:`structopt.training.evaluate` refuses.
