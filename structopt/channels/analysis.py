@@ -17,6 +17,7 @@ from structopt.channels.nests import first_line, map_tensors, tensors_of
 from structopt.channels.probe import Probe, settle
 from structopt.channels.shadow import to_shadow
 from structopt.channels.tracing import label_parameters, trace
+from structopt.channels.walking import Modules, modules_of, tensors_in
 
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
@@ -78,14 +79,15 @@ def _check(model: nn.Module, example: Any) -> None:
     """Refuse at once what is no model, has no weights yet, or lies on several devices."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"give the model as an nn.Module, not {type(model).__name__}")
-    for name, module in model.named_modules():
+    modules = modules_of(model)
+    for name, module in modules.items():
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(
                 f"{name or 'the model'} is compiled by torch.jit, which cannot be edited: give the "
                 "model that it was made from"
             )
     places: dict[torch.device, str] = {}
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    for name, tensor in tensors_in(modules):
         if is_lazy(tensor):
             raise ValueError(f"{name} has no size yet: run the model once first, on the example")
         places.setdefault(tensor.device, name)
@@ -134,23 +136,23 @@ def _beware(channels: Channels) -> None:
 
 
 def _traced(labelled: nn.Module, example: Any) -> tuple[Book, Axes, list[torch.Size]]:
-    book = Book()
-    flatten(labelled)
-    axes = label_parameters(book, labelled)
-    for made, read in _insisted(labelled):
+    book, modules = Book(), modules_of(labelled)
+    flatten(modules.values())
+    axes = label_parameters(book, modules)
+    for made, read in _insisted(modules):
         rows, columns = axes.get((made, 0)), axes.get((read, 1))
         if rows is not None and columns is not None:
             book.labels.tie(rows, np.tile(columns, len(rows) // len(columns)))
-    return book, axes, trace(book, labelled, example)
+    return book, axes, trace(book, labelled, modules, example)
 
 
-def _insisted(model: nn.Module) -> Iterator[tuple[str, str]]:
+def _insisted(modules: Modules) -> Iterator[tuple[str, str]]:
     """Weights whose results are others' inputs, whatever the example shows: torch's layers insist.
 
     An attention has one width, inside and outside; what a recurrent layer makes, for each of its
     gates, it reads in the next step, though the example may have one step alone.
     """
-    for path, module in model.named_modules():
+    for path, module in modules.items():
         before = f"{path}." if path else ""
         if isinstance(module, nn.MultiheadAttention):
             yield (f"{before}out_proj.weight",) * 2

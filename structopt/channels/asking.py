@@ -13,6 +13,7 @@ from structopt.channels.groups import Channels
 from structopt.channels.labels import Vector
 from structopt.channels.members import ChannelGroup
 from structopt.channels.rows import Edit, Reals, Refused
+from structopt.channels.walking import modules_of, tensors_in
 
 
 def asked(model: nn.Module, groups: Any, preserve: bool, scale: Any) -> tuple[Channels, Edit]:
@@ -52,7 +53,7 @@ def _one_analysis(model: nn.Module, groups: list[ChannelGroup]) -> Channels:
     for group in groups:
         if group.channels is not channels:
             raise ValueError(f"group {group.name!r} comes from another analysis than the first")
-    shapes = {n: t.shape for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    shapes = {name: tensor.shape for name, tensor in tensors_in(modules_of(model))}
     for (name, dim), labels in channels.axes.items():
         if name not in shapes or dim >= len(shapes[name]) or shapes[name][dim] != len(labels):
             raise ValueError(
@@ -82,14 +83,16 @@ def _index(group: ChannelGroup, index: Any, preserve: bool) -> Vector:
             f"group {group.name!r} has {group.size} channels, numbered from 0: "
             f"there is no channel {int(wrong[0])}"
         )
-    if not preserve and len(np.unique(chosen)) < len(chosen):
+    if not preserve and np.bincount(chosen).max() > 1:
         raise ValueError(f"group {group.name!r}: a channel is repeated; widen with preserve=True")
     return chosen
 
 
 def _tensor(given: Any, wanted: str) -> Tensor:
     try:
-        made = torch.as_tensor(list(given) if isinstance(given, range) else given).detach()
+        if isinstance(given, range):
+            return torch.from_numpy(np.arange(given.start, given.stop, given.step))
+        made = torch.as_tensor(given).detach()
     except (TypeError, ValueError, RuntimeError, OverflowError) as problem:
         raise ValueError(f"{wanted}, not {repr(given)[:60]}") from problem
     if made.is_meta:

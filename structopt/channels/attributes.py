@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from structopt.channels.mirrors import Book, Extent, Key, mirror_of
 from structopt.channels.reading import mentions, own
+from structopt.channels.walking import Modules
 
 
 class Known(int):
@@ -69,7 +70,7 @@ _WIDTHLESS = {
     "sigmoid", "tanh", "leaky_relu", "elu", "mish", "dropout", "dim", "flatten", "mean", "cat",
     "add", "add_", "sub", "mul", "mul_", "permute", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
     "adaptive_avg_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d", "max_pool2d",
-    "max_pool3d",
+    "max_pool3d", "interpolate",
 }
 # fmt: on
 _CONVOLUTIONS = tuple(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3))
@@ -82,7 +83,7 @@ def is_convolution(module: nn.Module) -> bool:
     return type(module).__module__ == "torch.nn.modules.conv" and not changed
 
 
-def mark(model: nn.Module, book: Book) -> None:
+def mark(modules: Modules, book: Book) -> None:
     """Replace the whole numbers that a model's own modules keep by ones that can be followed.
 
     And the widths of layers by ones that tell when Python looks at them.
@@ -91,8 +92,8 @@ def mark(model: nn.Module, book: Book) -> None:
     def tell() -> None:
         book.insists = True
 
-    book.insists |= mentions(model.modules(), _SPOKEN)
-    for path, module in model.named_modules():
+    book.insists |= mentions(modules.values(), _SPOKEN)
+    for path, module in modules.items():
         for name in _WIDTHS if isinstance(module, _WIDE) else ():
             if type(vars(module).get(name)) is int:
                 vars(module)[name] = Width.of(vars(module)[name], path, name, -1).telling(tell)

@@ -13,6 +13,7 @@ from structopt.channels.groups import Channels
 from structopt.channels.layout import laid_out_as, lay_plainly_
 from structopt.channels.rows import Edit, rows_of
 from structopt.channels.sizes import refresh
+from structopt.channels.walking import modules_of, tensors_in
 
 
 def build(
@@ -30,7 +31,7 @@ def build(
     choice = edit.choice
     factors = keeping.factors(channels, model, edit)
     even = bool((factors == 1).all())
-    names = {id(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    names = {id(tensor): name for name, tensor in tensors_in(modules_of(model))}
 
     def change(tensor: Tensor, name: str = "", scaled: bool = True) -> Tensor:
         name, made = name or names.get(id(tensor), ""), start(tensor) if start else tensor

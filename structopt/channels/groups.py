@@ -16,6 +16,7 @@ from structopt.channels.attributes import keeper
 from structopt.channels.labels import Labels, Vector
 from structopt.channels.members import ChannelGroup, Member
 from structopt.channels.mirrors import Book, Extent
+from structopt.channels.walking import Modules, modules_of, parameters_of
 
 Axes = Mapping[tuple[str, int], Vector]
 _SIDES: tuple[Literal["left"], Literal["right"]] = ("left", "right")
@@ -32,8 +33,7 @@ class Channels:
         self.book = book
         self.axes = axes
         self.model = weakref.ref(model)
-        modules = dict(model.named_modules())
-        self.extents = _extents(modules, book)
+        self.extents = _extents(modules_of(model), book)
         self.scored = book.scored
         self.regroup()
 
@@ -42,6 +42,7 @@ class Channels:
         self.book.labels.settle()
         self._along: dict[int, tuple[Vector, dict[int, Vector]]] = {}
         self._alike: dict[bytes, dict[int, Vector]] = {}
+        self._row = dict[int, bytes]()  # the roots of each axis of a weight
         self.asked: Mapping[int, Vector] = {}
         self.answers: dict[int, Vector | None] = {}  # of `rows_of`, to what was asked last
         self.group_of = np.full(self.book.labels.size, -1)  # of a root
@@ -106,7 +107,8 @@ class Channels:
         known = self._along.get(id(labels))
         if known is not None and known[0] is labels:
             return known[1]
-        same = self.book.labels.find(labels).tobytes()  # a norm has five axes of the same channels
+        # A norm has five axes of the same channels.
+        same = self._row.get(id(labels)) or self.book.labels.find(labels).tobytes()
         if same not in self._alike:
             self._alike[same] = self._lookup(labels)
         self._along[id(labels)] = labels, self._alike[same]
@@ -116,13 +118,14 @@ class Channels:
         found: dict[int, Vector] = {}
         for roots in self.book.labels.leaves(labels).values():
             group = np.where(roots >= 0, self.group_of[roots], -1)
-            for number in np.flatnonzero(np.bincount(group + 1)[1:]):
+            numbers = np.flatnonzero(np.bincount(group + 1)[1:]).tolist()
+            for number in numbers:
                 mine = group == number
                 channel = np.where(mine, self.ordinal_of[roots], -1)
-                before = found.get(int(number))
+                before = found.get(number)
                 if before is not None and ((before >= 0) & mine).any():
-                    self.twice.add(int(number))
-                found[int(number)] = channel if before is None else np.maximum(channel, before)
+                    self.twice.add(number)
+                found[number] = channel if before is None else np.maximum(channel, before)
         return found
 
     def freedom(self, groups: Iterable[ChannelGroup] | None = None) -> float:
@@ -131,7 +134,7 @@ class Channels:
         assert model is not None, "the model that was analysed is gone"
         chosen = {self.number[id(g)] for g in (self.groups if groups is None else groups)}
         free = total = 0.0
-        for name, parameter in model.named_parameters():
+        for name, parameter in parameters_of(modules_of(model)).items():
             locked = 1.0
             for dim in range(parameter.ndim):
                 labels = self.axes.get((name, dim))  # complex weights have none
@@ -146,7 +149,7 @@ class Channels:
         return f"Channels({len(self.groups)} groups, {len(self.frozen)} frozen)"
 
 
-def _extents(modules: Mapping[str, nn.Module], book: Book) -> list[Extent]:
+def _extents(modules: Modules, book: Book) -> list[Extent]:
     """The sizes that modules remember as attributes: those known by name, then those by value."""
     found = [e for e in book.claims.values() if e.labels is not None]
     for extent in book.extents.values():
@@ -163,7 +166,10 @@ def _extents(modules: Mapping[str, nn.Module], book: Book) -> list[Extent]:
 def _collect(channels: Channels) -> list[ChannelGroup]:
     """Channels with the same signature, the axes they lie on and how often, form a group."""
     labels = channels.book.labels
-    every = _apart(labels, [*channels.axes.values(), *channels.book.pieces])
+    axes = [*channels.axes.values(), *channels.book.pieces]
+    rows = _rows(labels, axes)
+    channels._row = {id(axis): row for axis, (row, _) in zip(axes, rows, strict=True)}
+    every = list(dict(rows).values())  # each once: a norm has five axes of the same channels
     if not every:
         return []
     owner = np.repeat(np.arange(len(every)), [len(vector) for vector in every])
@@ -185,13 +191,13 @@ def _collect(channels: Channels) -> list[ChannelGroup]:
     return _build(channels, root[starts], signature, place[starts])
 
 
-def _apart(labels: Labels, axes: list[Vector]) -> list[Vector]:
-    """The roots of these axes, each row once: a norm has five axes of the same channels."""
+def _rows(labels: Labels, axes: list[Vector]) -> list[tuple[bytes, Vector]]:
+    """The roots of these axes, and the same as bytes."""
     if not axes:
         return []
-    ends = np.cumsum([len(axis) for axis in axes])
-    rows = np.split(labels.find(np.concatenate(axes)), ends[:-1])
-    return list({row.tobytes(): row for row in rows}.values())
+    roots, ends = labels.find(np.concatenate(axes)), itertools.accumulate(map(len, axes))
+    rows = [roots[start:end] for start, end in itertools.pairwise((0, *ends))]
+    return [(row.tobytes(), row) for row in rows]
 
 
 def _mix(values: Vector) -> Vector:
@@ -218,7 +224,7 @@ def _build(
     members: list[list[Member]] = [[] for _ in bounds[:-1]]
     for (name, dim), vector in channels.axes.items():
         for number, channel in channels.along(vector).items():
-            reads = bool(channels.reading(number)[vector].any())
+            reads = bool(np.count_nonzero(channels.reading(number)[vector]))
             members[number].append(Member(name, dim, channel, reads))
     averaged = np.zeros(len(members), bool)
     for axis in channels.book.averaged:
@@ -226,7 +232,7 @@ def _build(
             averaged[channels.group_of[leaf[leaf >= 0]]] = True
     whys = [labels.reasons[labels.reason[roots[order[a]]]] for a in bounds[:-1]]
     model = channels.model()
-    learned = {name for name, _ in model.named_parameters()} if model is not None else set()
+    learned = set(parameters_of(modules_of(model))) if model is not None else set()
     for number, (a, b) in enumerate(itertools.pairwise(bounds)):
         if not whys[number] and b - a == 1:
             whys[number] = "a single channel"

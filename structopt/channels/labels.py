@@ -83,13 +83,14 @@ class Labels:
 
     def _hang(self, new: Vector, old: Vector) -> bool:
         """A row of labels that nothing was tied to hangs below older ones at once."""
-        if not len(new) or new[-1] - new[0] != len(new) - 1:
+        count = len(new)
+        if not count or not self.fresh[new[0]] or new[-1] - new[0] != count - 1:
             return False
         row = slice(new[0], new[-1] + 1)
-        if np.count_nonzero(~self.fresh[row]) or np.count_nonzero(new[1:] - new[:-1] != 1):
+        if np.count_nonzero(self.fresh[row]) < count or np.count_nonzero(new[1:] <= new[:-1]):
             return False
         roots = self.find(old)
-        if roots.max() >= new[0]:  # the least label is the root
+        if np.count_nonzero(roots >= new[0]):  # the least label is the root
             return False
         self.parent[row] = roots
         self.fresh[row] = self.fresh[old] = False

@@ -22,7 +22,6 @@ def lay_plainly_(model: nn.Module) -> nn.Module:
     All weights have to change: one in channels-last order is enough to give the convolution that
     :func:`structopt.devices.needs_plain_order` speaks of such an input.
     """
-    devices = {tensor.device.type for tensor in model.parameters()}
-    if devices == {"cpu"} and needs_plain_order(model):
+    if needs_plain_order(model) and {p.device.type for p in model.parameters()} == {"cpu"}:
         nn.Module.to(model, memory_format=torch.contiguous_format)
     return model

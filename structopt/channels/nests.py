@@ -5,13 +5,25 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Set, ValuesView
+from collections.abc import Callable, Iterable, Mapping, Set, ValuesView
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_LEAVES = (int, bool, float, str, type(None), torch.dtype, torch.device, torch.layout)
+_LEAVES = frozenset(
+    (
+        int,
+        bool,
+        float,
+        str,
+        type(None),
+        torch.dtype,
+        torch.device,
+        torch.layout,
+        torch.memory_format,
+    )
+)
 
 
 def map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -31,23 +43,32 @@ def map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return tree
 
 
-def tensors_of(tree: Any) -> Iterator[Tensor]:
+def tensors_of(tree: Any) -> list[Tensor]:
     """Every tensor in nested arguments or outputs of a model."""
+    found: list[Tensor] = []
+    _gather(tree, found)
+    return found
+
+
+def _gather(tree: Any, found: list[Tensor]) -> None:
     if isinstance(tree, Tensor):
-        yield tree
-    elif type(tree) in _LEAVES:  # most arguments: asked first, since the rest takes its time
+        found.append(tree)
         return
+    parts: Iterable[Any] = ()
+    if type(tree) in _LEAVES:  # most arguments: asked first, since the rest takes its time
+        return
+    if type(tree) in (tuple, list):
+        parts = tree
     elif isinstance(tree, Mapping):
-        for value in tree.values():
-            yield from tensors_of(value)
+        parts = tree.values()
     elif isinstance(tree, list | tuple | Set | ValuesView | deque):
-        for value in tree:
-            yield from tensors_of(value)
+        parts = tree
     elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        for field in dataclasses.fields(tree):
-            yield from tensors_of(getattr(tree, field.name, None))
+        parts = (getattr(tree, field.name, None) for field in dataclasses.fields(tree))
     elif hasattr(tree, "__dict__") and not isinstance(tree, type | nn.Module):
-        yield from tensors_of(vars(tree))
+        parts = vars(tree).values()
+    for part in parts:
+        _gather(part, found)
 
 
 def call(model: nn.Module, example: Any) -> Any:

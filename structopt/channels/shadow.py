@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from structopt.channels.nests import tensors_of
 from structopt.channels.shortcuts import META, shortcut
 
 # What these get beside the tensor they work on are places, which have to be known.
@@ -42,9 +43,7 @@ class Shadow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """One operator, with its tensors on `meta` where one of them is."""
         if calls_experts(func, args):
             return multiply(*args[:3])
-        device = {t.is_meta for t in _tensors(args)} | {
-            t.is_meta for t in _tensors(kwargs.values())
-        }
+        device = {tensor.is_meta for tensor in tensors_of((args, kwargs))}
         if True in device:
             name = name_of(func)
             short = shortcut(name, args, kwargs)
@@ -117,14 +116,6 @@ def multiply(tokens: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 def name_of(func: Any) -> str:
     name: str = func._schema.name
     return name.removeprefix("aten::")
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    for part in tree:
-        if isinstance(part, Tensor):
-            yield part
-        elif isinstance(part, list | tuple):
-            yield from _tensors(part)
 
 
 def _moved(tree: Any) -> Any:

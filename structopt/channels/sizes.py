@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +12,14 @@ from structopt.channels.copying import flatten
 from structopt.channels.groups import Channels
 from structopt.channels.mirrors import Extent
 from structopt.channels.rows import Edit, rows_of
+from structopt.channels.walking import Modules, modules_of
 
 DEFORMED = "torchvision.ops.deform_conv"  # a convolution that is none of torch's classes
+_SIZED = (  # layers whose attributes follow from their weights
+    *(nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.RMSNorm),
+    *(nn.GroupNorm, nn.Embedding, nn.EmbeddingBag, nn.PReLU, nn.Bilinear, nn.modules.rnn.RNNBase),
+    *(nn.modules.rnn.RNNCellBase, nn.Transformer, nn.MultiheadAttention),
+)
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class Guess:
     extents: tuple[Extent, ...]
 
 
-def guesses(channels: Channels, modules: Mapping[str, nn.Module]) -> list[Guess]:
+def guesses(channels: Channels, modules: Modules) -> list[Guess]:
     """Attributes that may be sizes, for no better reason than that their value is the same."""
     found: dict[tuple[str, int], list[Extent]] = {}
     for extent in channels.extents:
@@ -42,7 +47,7 @@ def guesses(channels: Channels, modules: Mapping[str, nn.Module]) -> list[Guess]
 
 def refresh(channels: Channels, model: nn.Module, edit: Edit) -> None:
     """Set the sizes that the modules of an edited model remember."""
-    modules = dict(model.named_modules())
+    modules = modules_of(model)
 
     def now(extent: Extent) -> int:
         if extent.labels is None:
@@ -60,9 +65,11 @@ def refresh(channels: Channels, model: nn.Module, edit: Edit) -> None:
     for (path, name, place), new in sizes.items():
         if len(new) == 1:  # else nobody knows which of them the attribute is
             assign(modules[path], name, place, new.pop())
+    kinds = {kind: issubclass(kind, _SIZED) for kind in set(map(type, modules.values()))}
     for module in reversed(modules.values()):  # a whole asks its parts
-        _refresh_torch(module)
-    flatten(model)
+        if kinds[type(module)] or type(module).__module__ == DEFORMED:
+            _refresh_torch(module)
+    flatten(modules.values())
 
 
 def _refresh_torch(module: Any) -> None:

@@ -19,6 +19,7 @@ from structopt.channels.mirrors import MIRROR, Axis, Book, Mirror, mirror_of
 from structopt.channels.nests import call, map_tensors, tensors_of
 from structopt.channels.reading import mentions, own
 from structopt.channels.shadow import Shadow, name_of, plain_kernels
+from structopt.channels.walking import Modules, parameters_of, tensors_in
 
 _PICKED = "_structopt_picked"  # the labels of dimensions that a tensor was picked from by number
 _SCALED = "_structopt_scaled"  # the labels of the weights that scaled a tensor last
@@ -43,7 +44,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         call = Call(self.book, func, tuple(args), kwargs or {}, {})
-        given = list(tensors_of((*args, *call.kwargs.values())))
+        given = tensors_of((args, call.kwargs))
         for tensor in given:
             call.shapes[id(tensor)] = tensor.shape
             self.book.met.add(id(tensor))
@@ -53,7 +54,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         passed = debts.carried(call, given)
         self.book.decided |= bool(call.values) and self.book.op in _DECIDES
         call.out = out = self.compute(func, call.args, call.kwargs)
-        made = [out] if isinstance(out, Tensor) else list(tensors_of(out))
+        made = tensors_of(out)
         for tensor in made if call.values else ():
             setattr(tensor, _VALUE, True)
         debts.owe(made, passed)
@@ -121,12 +122,11 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 setattr(tensor, MIRROR, mirror)
 
 
-def label_parameters(book: Book, model: nn.Module) -> dict[tuple[str, int], Vector]:
+def label_parameters(book: Book, modules: Modules) -> dict[tuple[str, int], Vector]:
     """Give each index of each dimension of each parameter and buffer a label of its own."""
     axes: dict[tuple[str, int], Vector] = {}
     single: list[Vector] = []
-    named = [*model.named_parameters(), *model.named_buffers()]
-    named = [(name, tensor) for name, tensor in named if tensor.is_floating_point()]
+    named = [(name, t) for name, t in tensors_in(modules) if t.is_floating_point()]
     book.labels.reserve(1024 + sum(sum(tensor.shape) for _, tensor in named))
     for name, tensor in named:
         mirror: Mirror = []
@@ -145,20 +145,21 @@ def label_parameters(book: Book, model: nn.Module) -> dict[tuple[str, int], Vect
     return axes
 
 
-def trace(book: Book, shadow: nn.Module, example: Any) -> list[torch.Size]:
+def trace(book: Book, shadow: nn.Module, modules: Modules, example: Any) -> list[torch.Size]:
     """Run the labelled model, freeze what comes out, and say what shapes that had.
 
     In evaluation mode first. If some weights were not met, or a part with weights asks for the
     mode, in training mode too: branches that serve training only read channels all the same.
     """
-    follow_modules(book, shadow)
-    mark(shadow, book)
+    follow_modules(book, modules)
+    mark(modules, book)
     shapes = _run(book, shadow.eval(), example)
-    unmet = [p for p in shadow.parameters() if id(p) not in book.met]
-    if unmet or mentions(_parts(shadow), _MODE):
+    parameters = parameters_of(modules)
+    unmet = [p for p in parameters.values() if id(p) not in book.met]
+    if unmet or mentions(_parts(modules), _MODE):
         with contextlib.suppress(Exception):
             _run(book, shadow.train(), example)
-        for name, p in shadow.named_parameters():
+        for name, p in parameters.items():
             if id(p) not in book.met:
                 for axis in mirror_of(p) or ():
                     freeze(book, axis, "a weight that the example does not use")
@@ -166,18 +167,18 @@ def trace(book: Book, shadow: nn.Module, example: Any) -> list[torch.Size]:
     return shapes
 
 
-def _parts(model: nn.Module) -> Iterator[nn.Module]:
+def _parts(modules: Modules) -> Iterator[nn.Module]:
     """Modules with weights or parts: others, as those that drop paths, do not choose a branch."""
-    return (m for m in model.modules() if own(m) and (m._modules or m._parameters))
+    return (m for m in modules.values() if own(m) and (m._modules or m._parameters))
 
 
-def follow_modules(book: Book, model: nn.Module) -> None:
+def follow_modules(book: Book, modules: Modules) -> None:
     """Keep in `book.module` the name of the module at work.
 
     What a layer of torch's is given to multiply is data to it, parameters too: learned queries.
     """
-    names = {id(module): name for name, module in model.named_modules()}
-    plain = {id(module) for module in model.modules() if is_convolution(module)}
+    names = {id(module): name for name, module in modules.items()}
+    plain = {id(module) for module in modules.values() if is_convolution(module)}
     stack: list[tuple[str, str, bool, frozenset[int]]] = []
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -190,7 +191,7 @@ def follow_modules(book: Book, model: nn.Module) -> None:
     def leave(module: nn.Module, _: Any, __: Any) -> None:
         book.module, book.kind, book.convolves, book.given = stack.pop()
 
-    for module in model.modules():  # what torch's methods do, without a handle to remove each
+    for module in modules.values():  # what torch's methods do, without a handle to remove each
         module._forward_pre_hooks[_FOLLOWS] = enter
         module._forward_pre_hooks_with_kwargs[_FOLLOWS] = True
         module._forward_hooks[_FOLLOWS] = leave
@@ -202,7 +203,7 @@ def _run(book: Book, shadow: nn.Module, example: Any) -> list[torch.Size]:
     for tensor in tensors_of(example):
         setattr(tensor, _VALUE, True)
     with plain_kernels(), Tracer(book), Attributes(book):
-        out = list(tensors_of(call(shadow, example)))
+        out = tensors_of(call(shadow, example))
     for tensor in out:
         debts.settle(book, tensor)
         for axis in mirror_of(tensor) or ():

@@ -21,6 +21,7 @@ from structopt.channels.nests import call, map_tensors, tensors_of
 from structopt.channels.reading import mentions
 from structopt.channels.rows import Choice
 from structopt.channels.tracing import follow_modules, label_parameters
+from structopt.channels.walking import modules_of, parameters_of, tensors_in
 from structopt.channels.widening import Mask, Wide, lendable, masked, repeatable, wide
 
 _BESIDE = frozenset({"numpy", "tolist", "data", "data_ptr"})  # lead to numbers past the dispatcher
@@ -71,7 +72,7 @@ def outputs(model: nn.Module, example: Any, seed: int = 0, watched: Watched = ()
 
 def _computed(model: nn.Module, *args: Any, **options: Any) -> list[Tensor]:
     """On weights that are lent and widened when met, or on a wide copy, which any model takes."""
-    if not (lengths.kept(model) or mentions(model.modules(), _BESIDE)):
+    if not (lengths.kept(model) or mentions(modules_of(model).values(), _BESIDE)):
         with contextlib.suppress(Exception):
             return _run(model, *args, **options, lend=True)
     return _run(model, *args, **options, lend=False)
@@ -89,8 +90,8 @@ def _run(
 ) -> list[Tensor]:
     """The outputs of a copy with these parts of its weights zero, for norms that others average."""
     masks = masks or {}
-    named = [*model.named_parameters(), *model.named_buffers()]
-    names = {id(tensor): name for name, tensor in named}
+    known = modules_of(model)
+    names = {id(tensor): name for name, tensor in tensors_in(known)}
 
     def change(tensor: Tensor) -> Tensor:
         if lend and lendable(tensor):
@@ -100,19 +101,22 @@ def _run(
     copy = substitute(model, change).eval()
     if masks and not lend:
         lengths.adjust(model, copy, lambda _, tensor: wide(tensor))
-    flatten(copy)
+    modules = modules_of(copy)
+    flatten(modules.values())
     seen: list[Any] = []
     for name in watched:
         copy.get_submodule(name).register_forward_hook(
             lambda _, __, out: seen.append(map_tensors(out, torch.clone))
         )
-    lent = [(p, masks.get(name, ())) for name, p in copy.named_parameters() if lendable(p)]
+    parameters = parameters_of(modules)
+    lent = [(p, masks.get(name, ())) for name, p in parameters.items() if lendable(p)]
     inner: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if gone is not None:
         book = Book()
-        label_parameters(book, copy)
+        label_parameters(book, modules)
         inner = Masked(book, gone)
-    sizes = [p.element_size() for p in model.parameters() if p.is_floating_point()]
+    given = parameters_of(known).values()
+    sizes = [p.element_size() for p in given if p.is_floating_point()]
     with repeatable(seed), Wide(lent, min(sizes, default=4)), inner:
         return [*tensors_of(call(copy, map_tensors(example, wide))), *tensors_of(seen)]
 
@@ -120,7 +124,7 @@ def _run(
 def stumbles(model: nn.Module, example: Any) -> str:
     """The name of the module in which the model fails in double precision."""
     copy, book = substitute(model, wide).eval(), Book()
-    follow_modules(book, copy)
+    follow_modules(book, modules_of(copy))
     with contextlib.suppress(Exception), repeatable(), Wide():
         call(copy, map_tensors(example, wide))
     return book.module

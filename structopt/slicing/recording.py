@@ -17,6 +17,7 @@ from structopt.channels.mirrors import Book, Mirror, mirror_of
 from structopt.channels.nests import call, first_line, map_tensors, tensors_of
 from structopt.channels.shadow import plain_kernels
 from structopt.channels.tracing import Tracer, follow_modules, label_parameters
+from structopt.channels.walking import modules_of, tensors_in
 
 _KEY = "_structopt_key"  # the attribute of a tensor that holds its number
 _NUMBERS = itertools.count()
@@ -85,11 +86,11 @@ def recorded(
     The model itself is not touched. Raises ValueError where it does not accept the example.
     """
     book, labelled = Book(), substitute(model, torch.clone).eval()
-    flatten(labelled)
-    axes = label_parameters(book, labelled)
-    named = [*labelled.named_parameters(), *labelled.named_buffers()]
-    ops, sources = list[Op](), {_key(tensor): name for name, tensor in named}
-    follow_modules(book, labelled)
+    modules = modules_of(labelled)
+    flatten(modules.values())
+    axes = label_parameters(book, modules)
+    ops, sources = list[Op](), {_key(tensor): name for name, tensor in tensors_in(modules)}
+    follow_modules(book, modules)
     recorder, own = Recorder(book, ops, sources), map_tensors(example, torch.clone)
     try:
         with plain_kernels(), recorder:

@@ -1,0 +1,32 @@
+"""The modules of a model by name, and the tensors that they hold: one walk serves both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor, nn
+
+Modules = Mapping[str, nn.Module]
+
+
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Each once, a whole before its parts."""
+    return dict(model.named_modules())
+
+
+def parameters_of(modules: Modules) -> dict[str, nn.Parameter]:
+    return dict(_once(modules, "_parameters"))  # type: ignore[arg-type]
+
+
+def tensors_in(modules: Modules) -> list[tuple[str, Tensor]]:
+    """All parameters, then all buffers, each once."""
+    return [*_once(modules, "_parameters"), *_once(modules, "_buffers")]
+
+
+def _once(modules: Modules, store: str) -> Iterator[tuple[str, Tensor]]:
+    seen: set[int] = set()
+    for name, module in modules.items():
+        for key, tensor in getattr(module, store).items():
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield f"{name}.{key}" if name else key, tensor
