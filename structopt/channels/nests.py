@@ -46,20 +46,23 @@ def map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
 def tensors_of(tree: Any) -> list[Tensor]:
     """Every tensor in nested arguments or outputs of a model."""
     found: list[Tensor] = []
-    _gather(tree, found)
+    _gather((tree,), found)
     return found
 
 
-def _gather(tree: Any, found: list[Tensor]) -> None:
-    if isinstance(tree, Tensor):
-        found.append(tree)
-        return
+def _gather(parts: Iterable[Any], found: list[Tensor]) -> None:
+    for part in parts:
+        if type(part) in _LEAVES:  # most arguments: asked first, since the rest takes its time
+            continue
+        if isinstance(part, Tensor):
+            found.append(part)
+        else:
+            _gather(part if type(part) in (tuple, list) else _parts(part), found)
+
+
+def _parts(tree: Any) -> Iterable[Any]:
     parts: Iterable[Any] = ()
-    if type(tree) in _LEAVES:  # most arguments: asked first, since the rest takes its time
-        return
-    if type(tree) in (tuple, list):
-        parts = tree
-    elif isinstance(tree, Mapping):
+    if isinstance(tree, Mapping):
         parts = tree.values()
     elif isinstance(tree, list | tuple | Set | ValuesView | deque):
         parts = tree
@@ -67,8 +70,7 @@ def _gather(tree: Any, found: list[Tensor]) -> None:
         parts = (getattr(tree, field.name, None) for field in dataclasses.fields(tree))
     elif hasattr(tree, "__dict__") and not isinstance(tree, type | nn.Module):
         parts = vars(tree).values()
-    for part in parts:
-        _gather(part, found)
+    return parts
 
 
 def call(model: nn.Module, example: Any) -> Any:
