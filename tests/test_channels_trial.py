@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from structopt.channels import analysis, channel_groups, take
 
 A = torch.ops.aten
+PICTURE = torch.randn(2, 3, 5, 5)
 
 
 class Seen(torch.autograd.Function):
@@ -147,3 +148,59 @@ def test_groups_of_plain_layers_are_not_tried(monkeypatch):
     channels = channel_groups(model, torch.randn(2, 3, 5, 5))
     assert [(g.name, g.size) for g in channels] == [("a", 8)]
     assert take(model, {channels["a"]: [1, 5]}).c.groups == 2
+
+
+class Upwards(nn.Module):
+    """A small network with a way down and up: it reads how large a picture is, and no width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 6, 3, 2, padding=1)
+        self.o = nn.Conv2d(14, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        high = self.a(x).relu()
+        low = F.interpolate(self.b(high).relu(), size=high.shape[-2:])
+        return F.interpolate(self.o(torch.cat([high, low], 1)), x.size()[2:])
+
+
+class Looks(nn.Module):
+    def __init__(self, look: Any) -> None:
+        super().__init__()
+        self.look = look
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.look(x)
+        return x
+
+
+def test_groups_are_not_tried_where_only_the_size_of_a_picture_is_read(monkeypatch):
+    monkeypatch.setattr(analysis, "settle", lambda probe: pytest.fail("tried"))
+    model = filled(Upwards())
+    channels = channel_groups(model, torch.randn(2, 3, 5, 5))
+    assert [(g.name, g.size) for g in channels] == [("a", 8), ("b", 6)]
+    assert take(model, {channels["a"]: [1, 5], channels["b"]: [0, 2]}).o.in_channels == 4
+
+
+@pytest.mark.parametrize(
+    "looks",
+    [
+        lambda x: x.shape[1] == 8,
+        lambda x: x.size(1) // 2,
+        lambda x: x.size(dim=-3) > 4,
+        lambda x: x.shape == (2, 8, 5, 5),
+        lambda x: str(tuple(x.shape)),
+        lambda x: len(x[0]),
+        lambda x: x.new_zeros(x.shape),
+    ],
+)
+def test_groups_are_tried_where_python_looks_at_the_width_of_data(looks, is_tried):
+    is_tried(nn.Sequential(nn.Conv2d(3, 8, 1), Looks(looks), nn.Conv2d(8, 2, 1)), PICTURE)
+
+
+def test_a_width_of_data_that_python_insists_on_is_frozen():
+    def demand(x: Tensor) -> None:
+        assert x.shape[1] == 8
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), Looks(demand), nn.Conv2d(8, 2, 1))
+    assert not channel_groups(model, PICTURE).groups

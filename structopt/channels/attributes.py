@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
@@ -24,7 +25,7 @@ from structopt.channels.walking import Modules
 class Known(int):
     """A whole number that remembers which attribute it was read from."""
 
-    key: Key
+    key: Key | None = None
 
     @classmethod
     def of(cls, value: int, *key: Any) -> Self:
@@ -34,7 +35,7 @@ class Known(int):
 
 
 class Width(Known):
-    """A width of a layer: says so when Python compares it or computes with it."""
+    """A width of a layer or of data: says so when Python compares it or computes with it."""
 
     tell: Callable[[], None]
 
@@ -70,10 +71,11 @@ _WIDTHLESS = {
     "sigmoid", "tanh", "leaky_relu", "elu", "mish", "dropout", "dim", "flatten", "mean", "cat",
     "add", "add_", "sub", "mul", "mul_", "permute", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
     "adaptive_avg_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d", "max_pool2d",
-    "max_pool3d", "interpolate",
+    "max_pool3d", "interpolate", "__get__", "size",
 }
 # fmt: on
 _CONVOLUTIONS = tuple(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3))
+_SHAPES = (Tensor.shape.__get__, Tensor.size)  # type: ignore[attr-defined]
 _TORCH = (None, "torch", "torch._C._nn", "torch.nn.functional", "torch._tensor")  # None: methods
 
 
@@ -125,12 +127,30 @@ class Attributes(TorchFunctionMode):
         book.insists |= not book.widthless
         out = func(*args, **(kwargs or {}))
         book.widthless = False
+        if func in _SHAPES:
+            return self._seen(out, *args, **(kwargs or {}))
         if name not in _SIZED:
             return out
         for number, tensor, dim in _sizes(name, args, kwargs or {}, out):
-            if isinstance(number, Known) and number > 1 and tensor.shape[dim] == number:
-                self._claim(number.key, tensor, dim)
+            key = number.key if isinstance(number, Known) else None
+            if key is not None and number > 1 and tensor.shape[dim] == number:
+                self._claim(key, tensor, dim)
         return out
+
+    def _seen(self, out: Any, tensor: Tensor, dim: Any = None) -> Any:
+        """A shape in which numbers of channels tell when Python looks at them."""
+
+        def tell() -> None:
+            self.book.insists = True
+
+        labelled = [axis is not None for axis in mirror_of(tensor) or [None] * tensor.ndim]
+        sizes = [
+            Width(n).telling(tell) if told else n
+            for n, told in zip(tensor.shape, labelled, strict=True)
+        ]
+        if isinstance(out, torch.Size):
+            return torch.Size(sizes)
+        return sizes[dim] if isinstance(dim, int) else out
 
     def _is_torch(self, func: Any, types: Any, kwargs: Any) -> bool:
         """Whether no Python but torch's runs between the call and its operators."""
