@@ -33,7 +33,7 @@ def entropy_bits(symbols: Tensor) -> float:
 
 
 def encode(symbols: Tensor) -> bytes:
-    """A stream of symbols 0 to 255, of any shape, in the smallest of five ways.
+    """A stream of symbols 0 to 255, of any shape, in the smallest of up to five ways.
 
     One symbol alone, bits side by side, Huffman's words, a range coder with a fixed model, or with
     a model that learns where the most frequent symbol lies: the zeros of a pruned network lie in

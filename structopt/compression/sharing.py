@@ -48,7 +48,7 @@ class Shared:
 
 @torch.no_grad()
 def share(x: Tensor, values: int, per: Granularity | None = None, *, rounds: int = 50) -> Shared:
-    """The ``values`` numbers, in each unit, that stand for ``x`` with the least squared error.
+    """The ``values`` numbers, in each unit, that k-means finds to stand for ``x``.
 
     Lloyd's k-means from two starts, evenly spaced numbers and evenly spaced ranks; the better one
     stays. A unit with no more distinct numbers than that keeps them exactly. Zeros stay exact:

@@ -59,7 +59,7 @@ def share_vectors(
     hessian: Tensor | None = None,
     rounds: int = 50,
 ) -> SharedVectors:
-    """The ``values`` vectors of ``size`` numbers that stand for those of ``x`` with least error.
+    """The ``values`` vectors of ``size`` numbers that k-means finds to stand for those of ``x``.
 
     Each row of the matrix (outputs, everything else) is cut into vectors of ``size`` neighbours,
     for a convolution best the ``size`` of its kernel or a multiple, and each vector becomes the

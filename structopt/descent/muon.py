@@ -47,7 +47,7 @@ def muon(lr: float, beta: float = 0.95, *, rounds: int = 5) -> Rule:
     A convolution's weight is taken as the matrix (outputs, everything else). Muon is meant for
     hidden weight matrices only: a bias or a norm makes it raise ValueError. Give those, and better
     also embeddings and the last layer, a rule of their own: :func:`by_shape` makes such groups.
-    The paper adds decoupled decay: ``chain(muon(0.02), decay(0.1))``.
+    Decoupled decay is added by ``chain(muon(0.02), decay(0.1))``.
     Raises ValueError also for a learning rate below zero, β outside [0, 1) or no rounds.
 
     >>> muon(0.02)
