@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from structopt.channels.nests import first_line
 from structopt.measure.running import Example, undisturbed
+from structopt.slicing.asking import own
 from structopt.slicing.tracing import Stage, aliases, told, traced
 
 
@@ -33,6 +35,7 @@ class CutPoint:
     position: int = field(repr=False)
 
 
+@torch.inference_mode(False)  # whose tensors do not count what is written to them
 def cut_points(
     model: nn.Module, example: Example, *, whole: Collection[str] = ()
 ) -> tuple[CutPoint, ...]:
@@ -112,7 +115,7 @@ def points_of(graph: Stage, model: nn.Module, example: Example) -> tuple[CutPoin
     single = {i: next(iter(past[i])) for i in inside if len(past[i]) == 1}
     watch = _Watch(graph, {nodes[i]: value for i, value in single.items()})
     try:
-        watch.run(*graph.arguments(example))
+        watch.run(*graph.arguments(own(example)))
     except (RuntimeError, TypeError) as problem:
         raise ValueError(f"the model does not accept the example: {first_line(problem)}") from None
     points, taken = dict[fx.Node, CutPoint](), dict[str, int]()

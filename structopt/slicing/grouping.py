@@ -18,7 +18,7 @@ from structopt.channels import ChannelGroup, Channels, channel_groups, take
 from structopt.channels.exchanging import exchange_
 from structopt.losses.checks import whole
 from structopt.measure.running import call
-from structopt.slicing.asking import need_values
+from structopt.slicing.asking import need_values, own
 from structopt.slicing.assigning import Numbers, assign_groups, balanced, partition, squared
 from structopt.slicing.grouped import (
     LAYERS,
@@ -46,6 +46,7 @@ class _Sides:
     reads: tuple[ChannelGroup, Numbers] | None
 
 
+@torch.inference_mode(False)  # else what is made could not be trained
 def group_layers(
     model: nn.Module,
     example: Any,
@@ -189,7 +190,7 @@ def _ran(model: nn.Module, example: Any) -> set[nn.Module]:
     ran = set[nn.Module]()
     handles = [m.register_forward_pre_hook(lambda m, _: ran.add(m)) for m in model.modules()]
     with observed(model, handles):
-        call(model, example)
+        call(model, own(example))
     return ran
 
 

@@ -158,6 +158,7 @@ class Remote:
         self.close()
 
 
+@torch.inference_mode(False)  # else what is made could not be trained
 def bottleneck(values: Tensor, width: int) -> tuple[nn.Module, nn.Module]:
     """Two layers for a cut: one that narrows what passes to `width` channels, one that restores it.
 
@@ -198,10 +199,11 @@ def bottleneck(values: Tensor, width: int) -> tuple[nn.Module, nn.Module]:
     _, axes = torch.linalg.eigh((rows - mean).T @ (rows - mean))
     axes = axes.flip(1)[:, :width]  # (C, width), the widest spread first
     kind: Any = (lambda n, m: nn.Conv2d(n, m, 1)) if images else nn.Linear
-    narrow, restore = kind(channels, width).to(values), kind(width, channels).to(values)
+    with torch.device("meta"):  # draws no random numbers for weights that are replaced
+        narrow, restore = kind(channels, width), kind(width, channels)
     for layer, weight, bias in ((narrow, axes.T, -axes.T @ mean), (restore, axes, mean)):
-        layer.weight.data.copy_(weight.reshape(layer.weight.shape))
-        layer.bias.data.copy_(bias)
+        layer.weight = nn.Parameter(weight.reshape(layer.weight.shape).to(values).contiguous())
+        layer.bias = nn.Parameter(bias.to(values))
     return narrow, restore
 
 

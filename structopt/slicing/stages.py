@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from structopt.measure.running import Example, call, tensors_of
+from structopt.slicing.asking import own
 from structopt.slicing.cutpoints import CutPoint, as_it_is, crossing, find, points_of
 from structopt.slicing.tracing import Stage, kept_whole, traced
 from structopt.training.copying import copied
@@ -27,6 +28,7 @@ class Stages(nn.Sequential):
         return value
 
 
+@torch.inference_mode(False)  # else what is made could not be trained
 def split_stages(
     model: nn.Module,
     example: Example,
@@ -134,7 +136,7 @@ def _verify(model: nn.Module, stages: Stages, example: Example) -> None:
     for one in (model, stages):  # which share their buffers: each begins with them as they are
         with as_it_is(model, stages):
             torch.manual_seed(0)
-            made.append(tensors_of(call(one, example)))
+            made.append(tensors_of(call(one, own(example))))
             written = dict(model.named_buffers())
             for stage in stages if one is stages else ():
                 written |= {n: b for n, b in stage.named_buffers() if n in written}

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten
 
 from structopt.channels.nests import first_line
 from structopt.measure.running import Example, undisturbed
+from structopt.slicing.asking import own
 
 _ANY_NUMBER = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
 
@@ -113,7 +114,7 @@ def _symbolic(model: nn.Module, example: Example, whole: Collection[str], flip: 
 def _exported(model: nn.Module, example: Example, problem: Exception) -> Stage:
     args, named = _call(example)
     try:
-        graph = torch.export.export(model, args, named).module(check_guards=False)
+        graph = torch.export.export(model, *own((args, named))).module(check_guards=False)
     except Exception as refusal:
         raise ValueError(
             f"{type(model).__name__} cannot be traced: {first_line(problem)} (torch.fx); "

@@ -51,6 +51,7 @@ class Slimmable(nn.Module):
         True
     """
 
+    @torch.inference_mode(False)  # else what is made could not be trained
     def __init__(self, model: nn.Module, example: Any, widths: Sequence[float | Slice]) -> None:
         super().__init__()
         if isinstance(widths, (int, float, str, Slice)):
@@ -91,6 +92,7 @@ class Slimmable(nn.Module):
         private = self._private(part).tensors()
         return self._narrow[part].run(self.model, private, args, kwargs)
 
+    @torch.inference_mode(False)  # else what is made could not be trained
     def extract(
         self, width: float | Slice = 1.0, batches: Iterable[Any] | None = None
     ) -> nn.Module:

@@ -27,6 +27,11 @@ def inputs_of(batch: Any) -> Any:
     return batch[0] if isinstance(batch, tuple | list) else batch
 
 
+def _copied(leaf: Any) -> Any:
+    """A model may write to what it is given, and the batches serve again."""
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+
 @torch.no_grad()
 def recalibrate_(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     """Take the running statistics of batch norms anew from these batches, in place; no training.
@@ -54,7 +59,7 @@ def recalibrate_(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
                 norm.momentum = None  # torch's way to say: the plain average
                 norm.train()
             for batch in batches:
-                given = placed(inputs_of(batch), model)
+                given = tree_map(_copied, placed(inputs_of(batch), model))
                 if any(tensor.numel() for tensor in tensors_of(given)):  # else it counts as zeros
                     call(model, given)
                     count += 1
