@@ -339,6 +339,15 @@ def test_what_is_wrong_is_named():
         EarlyExits(Skipping(), x, ["pair", "pair"])
     with pytest.raises(ValueError, match=r"needs values.* none on the meta device"):
         EarlyExits(Skipping().to("meta"), x.to("meta"), ["pair"])
+    for number in (torch.nan, torch.inf):
+        broken = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+        nn.init.constant_(broken[1].bias, number)
+        with pytest.raises(ValueError, match="gives no finite number on the example"):
+            EarlyExits(broken, x, ["0"])
+    residual = Skipping()  # numbers that are not finite hide no difference of the others
+    residual.head.bias.data[0] = torch.inf
+    with pytest.raises(ValueError, match="no example can leave at inner"):
+        EarlyExits(residual, x, ["inner"])
     image = torch.zeros(1, 1, 28, 28)
     with pytest.raises(ValueError, match="at least one: 'conv1'"):
         EarlyExits(SimpleNet(), image, "conv1")

@@ -591,7 +591,7 @@ def test_a_pipeline_needs_a_process_for_each_stage():
 
 
 def test_a_micro_batch_of_another_size_is_refused():
-    parts = _equal_parts(nn.functional.mse_loss)
+    parts = _equal_parts(nn.functional.mse_loss, 2)
     assert parts(torch.ones(2, 3), torch.zeros(2, 3)) == 1
     with pytest.raises(ValueError, match="1 targets and 2 outputs"):
         parts(torch.ones(2, 3), torch.zeros(1, 3))

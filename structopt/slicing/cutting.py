@@ -64,6 +64,9 @@ class Narrow:
         made = filled(self.structure, lambda name, _: tensors[name].detach().clone())
         for mine, whole in zip(made.modules(), self._matching(model), strict=True):
             mine.training = whole.training
+        weights = named(model, every=True)
+        for name, parameter in made.named_parameters():  # it may have been frozen since
+            parameter.requires_grad_(weights[name].requires_grad)
         return lay_plainly_(made)
 
     def _matching(self, model: nn.Module) -> Iterator[nn.Module]:

@@ -25,8 +25,10 @@ class Slimmable(nn.Module):
     without `width` it is the model. Gradients reach the shared weights. The running statistics of
     norms are kept for each width apart, since a narrow layer hands on other means and variances;
     scale and shift are shared. ``torch.compile`` compiles the full width alone: for a slice compile
-    what `extract` gives. After Yu et al., 2019, "Slimmable neural networks", and Yu & Huang,
-    2019, "Universally slimmable networks and improved training techniques".
+    what `extract` gives. What is set on the model's layers later (hooks, the share of dropout) is
+    not seen by its slices, and ``torch.utils.checkpoint`` inside of a model runs at full width and
+    in what `extract` gives alone. After Yu et al., 2019, "Slimmable neural networks", and Yu &
+    Huang, 2019, "Universally slimmable networks and improved training techniques".
 
     Args:
         model: any network; its parameters are used, not copied. Put the channels in order of
