@@ -287,6 +287,37 @@ class Skipping(nn.Module):
         return self.head(self.pair(self.twice(self.twice(x)))[0])
 
 
+class Dropping(nn.Sequential):
+    """Leaves its first layer out in training, as layer drop does."""
+
+    def forward(self, x):
+        return super().forward(x) if not self.training else self[2](self[1](x))
+
+
+def test_where_an_exit_does_not_run_no_other_is_taken_for_it(device):
+    """Logits are told apart by their place alone."""
+    model = Dropping(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)).to(device)
+    x = torch.randn(5, 4, device=device)
+    network = EarlyExits(model, x, ["0", "1"])
+    assert len(network.eval()(x)) == 3
+    with pytest.raises(
+        ValueError, match=r"ran as \['1'\], not once each in the order \['0', '1'\]"
+    ):
+        network.train()(x)
+
+
+def test_of_three_axes_behind_a_1d_convolution_the_channels_are_not_guessed(device):
+    model = nn.Sequential(
+        nn.Conv1d(2, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(4, 3)
+    ).to(device)
+    x = torch.randn(2, 2, 9, device=device)
+    with pytest.raises(ValueError, match=r"1 gives .* \(2, 4, 7\).* give a head of your own, {'1'"):
+        EarlyExits(model, x, ["1"])
+    head = nn.Sequential(nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(4, 3)).to(device)
+    longer = torch.randn(2, 2, 20, device=device)
+    assert EarlyExits(model, x, {"1": head})(longer)[0].shape == (2, 3)
+
+
 def test_what_is_wrong_is_named():
     x = torch.randn(2, 4)
     for place, reason in {
@@ -308,6 +339,15 @@ def test_what_is_wrong_is_named():
         EarlyExits(Skipping(), x, ["pair", "pair"])
     with pytest.raises(ValueError, match=r"needs values.* none on the meta device"):
         EarlyExits(Skipping().to("meta"), x.to("meta"), ["pair"])
+    for number in (torch.nan, torch.inf):
+        broken = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+        nn.init.constant_(broken[1].bias, number)
+        with pytest.raises(ValueError, match="gives no finite number on the example"):
+            EarlyExits(broken, x, ["0"])
+    residual = Skipping()  # numbers that are not finite hide no difference of the others
+    residual.head.bias.data[0] = torch.inf
+    with pytest.raises(ValueError, match="no example can leave at inner"):
+        EarlyExits(residual, x, ["inner"])
     image = torch.zeros(1, 1, 28, 28)
     with pytest.raises(ValueError, match="at least one: 'conv1'"):
         EarlyExits(SimpleNet(), image, "conv1")

@@ -304,6 +304,33 @@ def test_strides_paddings_and_missing_biases_stay(device):
 # ------------------------------------------------------------------ bad input
 
 
+class Reading(nn.Module):
+    """Its own Python looks at the weight of a layer, as transformers' T5 does at that of `wo`."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.first, self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.last, self.how = nn.Linear(8, 2), how
+
+    def forward(self, x):
+        x = self.b(self.a(self.first(x).relu()).relu())
+        if self.how == "shares":
+            return self.last(x + nn.functional.linear(x, self.b.weight))
+        return self.last(x.to(self.b.weight.dtype))
+
+
+@pytest.mark.parametrize("exchange", [Branches(), Shuffled(), Averaged(), Mixed(2)], ids=str)
+@pytest.mark.parametrize("how", ["shares", "looks"])
+def test_a_copy_that_would_not_run_is_refused(how, exchange, device):
+    model, x = Reading(how).to(device), torch.randn(2, 4, device=device)
+    if how == "looks" and isinstance(exchange, Branches):  # which leave a weight there
+        assert group_layers(model, x, 2, exchange=exchange)(x).shape == (2, 2)
+        return
+    with pytest.raises(ValueError, match=r"does not run with a, b in groups .*layers="):
+        group_layers(model, x, 2, exchange=exchange)
+    assert group_layers(model, x, 2, exchange=exchange, layers=["a"])(x).shape == (2, 2)
+
+
 def test_what_is_wrong_is_named():
     model, x = LeNet5(widths=(6, 16, 20)), torch.zeros(1, 1, 28, 28)
     for groups in (1, 2.0, "2"):

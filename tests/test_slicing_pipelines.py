@@ -46,6 +46,12 @@ def test_processes_give_the_gradients_of_the_unsplit_network(together, name, lab
 
 
 @pytest.mark.slow
+def test_steps_add_up_whatever_the_stages_are_like(tmp_path):
+    """Several inputs, a value that lies transposed, frozen and empty stages, norms in training."""
+    torchrun_script(SCRIPT, tmp_path, "adds", processes=2, CUDA_VISIBLE_DEVICES="")
+
+
+@pytest.mark.slow
 def test_a_batch_of_another_size_is_refused_without_a_loss_too(tmp_path):
     torchrun_script(SCRIPT, tmp_path, "shrinks", processes=2, CUDA_VISIBLE_DEVICES="")
 

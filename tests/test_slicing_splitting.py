@@ -152,7 +152,7 @@ def test_a_device_hears_that_its_message_was_too_long():
     with served(torch.exp, limit=100) as address, Remote(address, timeout=10) as remote:
         with pytest.raises(ConnectionError, match=r"hung up on .* is its limit lower"):
             remote(torch.zeros(10_000_000))
-        with pytest.raises(OSError, match="Bad file descriptor"):
+        with pytest.raises(ConnectionError, match="is closed: make a new Remote"):
             remote(torch.zeros(1))
 
 
@@ -187,7 +187,7 @@ def test_after_an_error_of_the_connection_it_is_closed():
             peer.sendall(damaged + message(pack(torch.ones(1))))  # which answers nothing
             with pytest.raises(ConnectionError, match="checksum differs"):
                 remote(torch.zeros(2))
-            with pytest.raises(OSError, match="Bad file descriptor"):
+            with pytest.raises(ConnectionError, match="is closed: make a new Remote"):
                 remote(torch.zeros(2))
 
 
@@ -279,6 +279,7 @@ def test_tensors_come_back_from_their_bytes(shape, dtype):
     assert torch.equal(found, value)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_views_and_weights_are_packed_as_they_look():
     weight = torch.nn.Parameter(torch.rand(3, 4))
     for value in (weight, weight.T, weight[::2, 1:]):
@@ -291,9 +292,79 @@ def test_views_and_weights_are_packed_as_they_look():
         ([1.0], "a list"),
         (torch.eye(2).to_sparse(), "one of torch.float32, torch.sparse_coo, on cpu"),
         (torch.ones(2, device="meta"), "on meta"),
+        (torch.ones(2, dtype=torch.complex128), "one of torch.complex128"),
+        (torch.ones(2).to(torch.float8_e8m0fnu), "one of torch.float8_e8m0fnu"),
+        (
+            torch.nested.nested_tensor([torch.ones(1), torch.ones(2)]),
+            "one of torch.float32, nested",
+        ),
     ):
         with pytest.raises(ValueError, match=f"a message is one dense tensor, not {told}|on meta"):
             pack(value)
+
+
+def test_what_torch_conjugates_or_negates_only_when_it_is_read_is_packed_as_it_looks():
+    """Such a view shows other numbers than those that lie in memory."""
+    whole = torch.randn(3, dtype=torch.complex64)
+    for value in (whole.conj(), whole.conj().imag, torch._neg_view(torch.ones(3))):
+        assert torch.equal(unpack(pack(value)), value)
+
+
+class Interrupting(socket.socket):
+    """Ctrl-C, once, while the answer is on its way."""
+
+    interrupted = False
+
+    def recv(self, size):
+        if not self.interrupted:
+            self.interrupted = True
+            raise KeyboardInterrupt
+        return super().recv(size)
+
+
+def test_after_an_interrupt_no_answer_is_taken_for_another():
+    with served(torch.exp) as address, Remote(address) as remote:
+        own = remote._connection
+        remote._connection = Interrupting(fileno=own.detach())
+        with pytest.raises(KeyboardInterrupt):
+            remote(torch.zeros(1))
+        with pytest.raises(ConnectionError, match="is closed: make a new Remote"):
+            remote(torch.ones(1))
+
+
+def test_threads_that_share_a_connection_get_their_own_answers():
+    wrong = []
+    with served(torch.neg) as address, Remote(address) as remote:
+
+        def ask(number):
+            for _ in range(20):
+                given = torch.full((20_000,), float(number))
+                if not torch.equal(remote(given), -given):
+                    wrong.append(number)
+
+        threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert remote.sent == 80 * len(pack(torch.zeros(20_000)))  # none has died in between
+    assert not wrong
+
+
+class Speechless(Exception):
+    def __str__(self):
+        raise RuntimeError
+
+
+@pytest.mark.parametrize("problem", [Speechless(), ValueError("\udcff")])
+def test_an_error_that_no_words_can_be_made_of_ends_no_server(problem):
+    def refuse(value):
+        raise problem
+
+    with served(refuse) as address, Remote(address) as remote:
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=type(problem).__name__):
+                remote(torch.zeros(1))
 
 
 @pytest.mark.parametrize("timeout", [0, -1, None, "1", float("inf")])

@@ -303,7 +303,7 @@ def test_buffers_that_a_run_writes_to_are_those_of_the_network(how, device):
     model, x = Counting(how).to(device), torch.randn(3, 4, device=device)
     before = copy.deepcopy(model.state_dict())
     cut_points(model, x)
-    if how == "adds":
+    if how in ("adds", "decays"):
         stages = split_stages(model, x, ["first"])
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
         for _ in range(2):
@@ -313,6 +313,113 @@ def test_buffers_that_a_run_writes_to_are_those_of_the_network(how, device):
     with pytest.raises(ValueError, match="a counter or an average in a buffer"):
         split_stages(model, x, ["first"])
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+class Masked(nn.Module):
+    """Computes a mask and a scale of its buffers and weights alone, and reads them all the way."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.register_buffer("mask", torch.tensor([True, False, False, True]))
+        self.scale, self.how = nn.Parameter(torch.rand(4)), how
+
+    def forward(self, x):
+        gone, scale = ~self.mask, self.scale * 2
+        x = self.middle(self.first(x).masked_fill(gone, 0.0) * scale)
+        if self.how == "after":
+            self.mask.logical_not_()
+        elif self.how == "view":
+            self.mask[:2].fill_(True)
+        return self.last(x.masked_fill(gone, 1.0) * scale) + self.mask
+
+
+@pytest.mark.parametrize("how", ["", "after", "view"])
+def test_what_is_computed_of_weights_is_no_value_that_passes(how, device):
+    """Each stage computes it anew, from the weights that it has then."""
+    model, x = Masked(how).double().to(device), torch.randn(3, 4, device=device).double()
+    names = [point.name for point in cut_points(model, x)]
+    assert ("middle" in names) == (how == "")  # else it was computed before the mask is written to
+    if how:
+        stages = split_stages(model, x, names[-2:])
+        for _ in range(2):
+            assert torch.equal(stages(x), model(x))
+        return
+    stages = split_stages(model, x, ["middle"])
+    held = {name for stage in stages for name in stage.state_dict()}
+    assert held == model.state_dict().keys()
+    with torch.no_grad():
+        for tensors in (model.state_dict(), *(stage.state_dict() for stage in stages)):
+            if "mask" in tensors:
+                tensors["mask"].copy_(torch.tensor([False, False, True, True]))
+            if "scale" in tensors:
+                tensors["scale"].fill_(3.0)
+    for training in (False, True):  # which fixes no mode
+        assert torch.equal(stages.train(training)(x), model.train(training)(x))
+    found, expected = stages(x), model(x)
+    assert torch.equal(found, expected)
+    found.sum().backward()
+    expected.sum().backward()
+    own = dict(pair for stage in stages for pair in stage.named_parameters())
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(own[name].grad, weight.grad)
+
+
+def test_a_constant_fixes_no_mode(device):
+    class Placed(Residual):
+        def forward(self, x):
+            x = self.inside[0](x + torch.arange(4))
+            return self.inside[2](x * torch.tensor(3.0))
+
+    model, x = Placed().to(device).eval(), torch.randn(2, 4, device=device)
+    stages = split_stages(model, x, ["inside.0"])
+    for training in (True, False):
+        assert torch.equal(stages.train(training)(x), model.train(training)(x))
+
+    class Other(Placed):
+        def forward(self, x):
+            return super().forward(x) * torch.tensor(2.0 if self.training else 3.0)
+
+    fixed = split_stages(Other().to(device).eval(), x, ["inside.0"])
+    with pytest.raises(RuntimeError, match="traced in evaluation mode"):
+        fixed.train()
+
+
+class Keyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x, other=None, *, scale=1.0, flag=False):
+        x = self.first(x) if other is None else x
+        return self.last(x * scale if not flag else x)
+
+
+def test_no_cut_lies_before_an_input(device):
+    """Between the inputs torch.fx checks the defaults of those that the example leaves out."""
+    model, x = Keyword().to(device), torch.randn(2, 4, device=device)
+    example = {"x": x, "scale": 2.0}
+    points = cut_points(model, example)
+    assert [point.name for point in points] == ["mul"]
+    stages = split_stages(model, example, points)
+    for scale in (2.0, 0.5):
+        assert torch.equal(stages(x=x, scale=scale), model(x, scale=scale))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("how", ["fx", "export"])
+def test_stages_are_in_the_modes_of_the_model(training, how, device):
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Dropout()), nn.Tanh(), nn.Linear(4, 4))
+    model = (AnyNumber() if how == "export" else model).to(device).train(training)
+    x = torch.randn(2, 4, device=device)
+    example = (x, x) if how == "export" else x
+    stages = split_stages(model, example, [cut_points(model, example)[0]])
+    assert all(module.training == training for module in stages.modules())
+    if how == "fx":
+        model[0].train(not training)
+        for stage in split_stages(model, x, ["1"]):
+            for name, module in stage.named_modules():
+                assert module.training == (training != name.startswith("0"))
 
 
 def test_buffers_that_each_run_changes_and_reads_are_tried_from_the_same_start():
@@ -591,7 +698,7 @@ def test_a_pipeline_needs_a_process_for_each_stage():
 
 
 def test_a_micro_batch_of_another_size_is_refused():
-    parts = _equal_parts(nn.functional.mse_loss)
+    parts = _equal_parts(nn.functional.mse_loss, 2)
     assert parts(torch.ones(2, 3), torch.zeros(2, 3)) == 1
     with pytest.raises(ValueError, match="1 targets and 2 outputs"):
         parts(torch.ones(2, 3), torch.zeros(1, 3))

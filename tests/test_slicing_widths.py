@@ -148,6 +148,56 @@ def test_calibration_averages_over_the_batches(device):
         slimmable.calibrate_([])
 
 
+@pytest.mark.parametrize("uses", [1, 2])
+def test_instance_norms_are_calibrated_too(uses, device):
+    """The plain average over all that the norm has seen, of each width apart."""
+    torch.manual_seed(0)
+    norm = nn.InstanceNorm1d(4, affine=True, track_running_stats=True)
+    model = nn.Sequential(nn.Conv1d(2, 4, 1), *[norm] * uses, nn.ReLU(), nn.Conv1d(4, 2, 1))
+    model = model.double().to(device)
+    batches = [torch.randn(5, 2, 6, dtype=torch.float64, device=device) for _ in range(3)]
+    slimmable = Slimmable(model, batches[0], [0.5]).calibrate_(batches)
+    assert norm.momentum == 0.1
+    assert not norm._forward_pre_hooks
+    for width in slimmable.widths:
+        narrow = slimmable.extract(width)
+        means, variances = [], []
+        for batch in batches:
+            x = narrow[0](batch)
+            for _ in range(uses):
+                means.append(x.mean((0, 2)))
+                variances.append(x.var(2).mean(0))
+                x = nn.functional.instance_norm(x, weight=narrow[1].weight, bias=narrow[1].bias)
+        assert_close(narrow[1].running_mean, torch.stack(means).mean(0).detach())
+        assert_close(narrow[1].running_var, torch.stack(variances).mean(0).detach())
+
+
+def test_batches_that_a_model_writes_to_serve_every_width_alike(device):
+    class Doubling(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.mul_(2))
+
+    model = Doubling(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2)).to(device)
+    x = torch.randn(5, 3, device=device)
+    slimmable = Slimmable(model, x, [0.5]).calibrate_([x])
+    mean = model[0](2 * x).mean(0).detach()
+    torch.testing.assert_close(slimmable.extract(0.5)[1].running_mean, mean[:2])
+    torch.testing.assert_close(model[1].running_mean, mean)
+
+
+def test_an_extract_is_frozen_where_the_model_is_now(device):
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).to(device)
+    model[0].requires_grad_(False)
+    slimmable = Slimmable(model, torch.zeros(1, 3, device=device), [0.5])
+    for width in (0.25, 0.5):
+        for trained in (False, True):
+            model[0].requires_grad_(trained)
+            model[2].requires_grad_(not trained)
+            made = slimmable.extract(width)
+            assert made[0].weight.requires_grad == trained
+            assert made[2].weight.requires_grad != trained
+
+
 # ------------------------------------------------------------------ nested transformers
 
 

@@ -6,8 +6,10 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from structopt.channels.nests import map_tensors
 from structopt.losses.checks import real
 
 
@@ -20,3 +22,9 @@ def need_values(what: str, tensors: Iterable[Tensor]) -> None:
     """Refuse what lies on the ``meta`` device, for a purpose that shapes are not enough for."""
     if any(tensor.is_meta for tensor in tensors):
         raise ValueError(f"{what} needs values, and there are none on the meta device")
+
+
+@torch.inference_mode(False)
+def own(example: Any) -> Any:
+    """A copy for one run: a model may write to what it is given, as nn.ReLU(inplace=True) does."""
+    return map_tensors(example, torch.clone)

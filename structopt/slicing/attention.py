@@ -104,6 +104,7 @@ def _added(mask: Tensor, like: Tensor) -> Tensor:
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -torch.inf)
 
 
+@torch.inference_mode(False)  # else what is made could not be trained
 def free_attention(model: nn.Module) -> nn.Module:
     """A copy in which each ``nn.MultiheadAttention`` is a :class:`FreeAttention`.
 

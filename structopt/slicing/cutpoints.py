@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from structopt.channels.nests import first_line
 from structopt.measure.running import Example, undisturbed
-from structopt.slicing.tracing import Stage, aliases, told, traced
+from structopt.slicing.asking import own
+from structopt.slicing.tracing import Stage, aliases, fetched, told, traced
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class CutPoint:
     position: int = field(repr=False)
 
 
+@torch.inference_mode(False)  # whose tensors do not count what is written to them
 def cut_points(
     model: nn.Module, example: Example, *, whole: Collection[str] = ()
 ) -> tuple[CutPoint, ...]:
@@ -107,17 +110,19 @@ class _Watch(fx.Interpreter):
 def points_of(graph: Stage, model: nn.Module, example: Example) -> tuple[CutPoint, ...]:
     nodes = list(graph.graph.nodes)
     works = [i for i, n in enumerate(nodes) if n.op.startswith("call")]
-    past = crossing(nodes)
+    past, weights = crossing(nodes), fetched(nodes)
     inside = range(works[0], works[-1]) if works else range(0)
     single = {i: next(iter(past[i])) for i in inside if len(past[i]) == 1}
+    # where an input itself passes nothing has been done, and other inputs may be still to come
+    single = {i: value for i, value in single.items() if value.op != "placeholder"}
     watch = _Watch(graph, {nodes[i]: value for i, value in single.items()})
     try:
-        watch.run(*graph.arguments(example))
+        watch.run(*graph.arguments(own(example)))
     except (RuntimeError, TypeError) as problem:
         raise ValueError(f"the model does not accept the example: {first_line(problem)}") from None
     points, taken = dict[fx.Node, CutPoint](), dict[str, int]()
     for i, passing in single.items():
-        if nodes[i] not in watch.seen or nodes[i].op == "get_attr":
+        if nodes[i] not in watch.seen or nodes[i] in weights:
             continue
         value, version = watch.seen[nodes[i]]
         if value._version != version:
@@ -135,10 +140,11 @@ def points_of(graph: Stage, model: nn.Module, example: Example) -> tuple[CutPoin
 
 def crossing(nodes: list[fx.Node]) -> list[set[fx.Node]]:
     """For each node, the values that are read behind it and made no later than it."""
-    last = {value: i for i, node in enumerate(nodes) for value in node.all_input_nodes}
+    weights = fetched(nodes)  # by each stage
+    last = {v: i for i, n in enumerate(nodes) if n not in weights for v in n.all_input_nodes}
     found, live = [], set[fx.Node]()
     for i, node in enumerate(nodes):
-        made = {node} if node.op != "get_attr" else set()  # each stage has its own weights
+        made = {node} - weights
         live = {value for value in live | made if last.get(value, -1) > i}
         found.append(live)
     return found

@@ -15,6 +15,7 @@ from torch.func import functional_call
 from structopt.channels import ChannelGroup, Channels, take
 from structopt.channels.layout import lay_plainly_
 from structopt.measure.running import call
+from structopt.slicing.asking import own
 from structopt.slicing.slices import Slice, widths_of
 from structopt.training import evaluating
 from structopt.training.copying import copied
@@ -63,6 +64,9 @@ class Narrow:
         made = filled(self.structure, lambda name, _: tensors[name].detach().clone())
         for mine, whole in zip(made.modules(), self._matching(model), strict=True):
             mine.training = whole.training
+        weights = named(model, every=True)
+        for name, parameter in made.named_parameters():  # it may have been frozen since
+            parameter.requires_grad_(weights[name].requires_grad)
         return lay_plainly_(made)
 
     def _matching(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -201,9 +205,9 @@ def _skip(model: nn.Module, made: nn.Module, part: Slice, example: Any) -> None:
         except (AttributeError, ValueError) as problem:
             raise ValueError(f"{part}: the model has no module {name!r} to skip") from problem
     with evaluating(model), observed(made, handles):
-        expected = call(model, example)
+        expected = call(model, own(example))
         try:
-            found = call(made, example)
+            found = call(made, own(example))
         except Exception as problem:
             raise ValueError(
                 f"{part}: the model does not run without these modules ({problem}); skip residual "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from structopt import measure
 from structopt.losses.checks import real
 from structopt.measure.running import device_of, with_batch
-from structopt.slicing.asking import need_values
+from structopt.slicing.asking import need_values, own
 from structopt.slicing.heads import confidence, described, head_for, outputs_of
 from structopt.training import evaluating
 
@@ -44,7 +44,8 @@ class EarlyExits(nn.Module):
         model: gives logits (B, C) for inputs (B, …). It is used, not copied.
         example: inputs for it.
         at: names of modules whose output is all that the rest of the network reads. Each gets a
-            new head: the mean over positions and a linear layer. Or ``{name: head}``.
+            new head: the mean over positions and a linear layer. Or ``{name: head}``, which is
+            asked for where a model with 1-d convolutions gives three axes: which are the channels?
 
     Raises:
         ValueError: a module that does not exist, is not called exactly once, gives no tensor of
@@ -77,20 +78,29 @@ class EarlyExits(nn.Module):
         self.at = tuple(sorted(names, key=list(found).index))
         given = at if isinstance(at, Mapping) else {}
         self.heads = nn.ModuleList(
-            given.get(name) or head_for(name, found[name], final) for name in self.at
+            given.get(name) or head_for(name, found[name], final, model) for name in self.at
         )
         _verify(self, example)
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, ...]:
-        """The logits of every exit, all examples: (B, C) each."""
-        found: list[Tensor] = []
+        """The logits of every exit, all examples: (B, C) each.
+
+        Raises ValueError where the model does not run an exit's module once, as with layer drop.
+        """
+        found: list[tuple[int, Tensor]] = []
 
         def note(number: int, output: Tensor) -> Tensor:
-            found.append(self.heads[number](output))
+            found.append((number, self.heads[number](output)))
             return output
 
         final = self._run(inputs, note)
-        return (*found, final)
+        ran = [self.at[number] for number, _ in found]
+        if ran != list(self.at):  # the logits of one exit would be taken for another's
+            raise ValueError(
+                f"the modules with exits ran as {ran}, not once each in the order {list(self.at)}: "
+                "does the model leave layers out in training? Switch that off"
+            )
+        return (*(logits for _, logits in found), final)
 
     def answer(self, inputs: Tensor, threshold: float) -> Answers:
         """Let each example leave where the largest probability is at least the threshold.
@@ -152,7 +162,7 @@ class EarlyExits(nn.Module):
 
         with evaluating(self):
             return [
-                measure.cost(partial(self.leave, leaves=leaves(at)), example).macs
+                measure.cost(partial(self.leave, leaves=leaves(at)), own(example)).macs
                 for at in range(len(self.at) + 1)
             ]
 
@@ -198,12 +208,17 @@ def _verify(network: EarlyExits, example: Tensor) -> None:
         batch = batch + noise.to(batch)
     with torch.no_grad(), evaluating(network):
         try:
-            expected = network(batch)
+            expected = network(own(batch))  # a model may write to its inputs
         except RuntimeError as failure:
             raise ValueError(
                 f"the model with its heads does not run on such inputs ({failure}): does each head "
                 "take what its module gives?"
             ) from failure
+        if not expected[-1].isfinite().any():
+            raise ValueError(
+                "the model gives no finite number on the example, so that nothing can be compared: "
+                "give another example, or better weights"
+            )
         for name, logits in zip(network.at, expected, strict=False):
             if logits.shape != expected[-1].shape:
                 raise ValueError(
@@ -232,9 +247,9 @@ def _verify_rest(
 ) -> None:
     problem = "the others get other answers"
     try:
-        found = network.leave(batch, leaves).logits[index]
-        scale = float(expected.abs().max())
-        if torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * scale):
+        found = network.leave(own(batch), leaves).logits[index]
+        scale = float(expected.nan_to_num(0, 0, 0).abs().max())
+        if torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * scale, equal_nan=True):
             return
     except (RuntimeError, ValueError, IndexError) as failure:
         problem = str(failure)

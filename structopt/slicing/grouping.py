@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -16,9 +16,10 @@ from torch.nn.modules.conv import _ConvNd
 
 from structopt.channels import ChannelGroup, Channels, channel_groups, take
 from structopt.channels.exchanging import exchange_
+from structopt.channels.nests import first_line
 from structopt.losses.checks import whole
 from structopt.measure.running import call
-from structopt.slicing.asking import need_values
+from structopt.slicing.asking import need_values, own
 from structopt.slicing.assigning import Numbers, assign_groups, balanced, partition, squared
 from structopt.slicing.grouped import (
     LAYERS,
@@ -46,6 +47,7 @@ class _Sides:
     reads: tuple[ChannelGroup, Numbers] | None
 
 
+@torch.inference_mode(False)  # else what is made could not be trained
 def group_layers(
     model: nn.Module,
     example: Any,
@@ -73,7 +75,8 @@ def group_layers(
 
     Raises:
         ValueError: fewer than 2 groups, another exchange, or a pattern of which no layer can be
-            split, with the reasons; weights that are not finite.
+            split, with the reasons; weights that are not finite; a model that reads the weight of a
+            layer outside of its call.
 
     Example:
         >>> from structopt.networks import ResNet20
@@ -106,7 +109,21 @@ def group_layers(
             like = layer.bias if key.endswith("bias") else layer.weight
             parameter.requires_grad_(like is None or like.requires_grad)
         exchange_(made, name, in_place_of(layer, new, name))
+    _try(made, channels.example, fits)
     return made
+
+
+def _try(made: nn.Module, example: Any, names: Collection[str]) -> None:
+    """The model's own Python may read what a grouped layer has no more, such as its weight."""
+    try:
+        with observed(made, ()):
+            call(made, own(example))
+    except Exception as problem:
+        raise ValueError(
+            f"the model does not run with {', '.join(names)} in groups ({first_line(problem)}): "
+            "does its own code use such a layer's weight? Leave it out by naming the others in "
+            "layers="
+        ) from problem
 
 
 def _passing(layer: Layer, groups: int, exchange: Exchange) -> nn.Module:
@@ -189,7 +206,7 @@ def _ran(model: nn.Module, example: Any) -> set[nn.Module]:
     ran = set[nn.Module]()
     handles = [m.register_forward_pre_hook(lambda m, _: ran.add(m)) for m in model.modules()]
     with observed(model, handles):
-        call(model, example)
+        call(model, own(example))
     return ran
 
 

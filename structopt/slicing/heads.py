@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from structopt.channels.nests import first_line
+from structopt.slicing.asking import own
 from structopt.training.observing import observed
 
 
@@ -30,7 +31,7 @@ def outputs_of(
         handles.append(module.register_forward_hook(note))
     with observed(model, handles):
         try:
-            final = model(example)
+            final = model(own(example))  # it may write to its inputs
         except (RuntimeError, TypeError) as problem:
             raise ValueError(
                 f"the model does not accept the example: {first_line(problem)}"
@@ -49,11 +50,17 @@ def _module(model: nn.Module, name: str) -> nn.Module:
         raise ValueError(f"the model has no module {name!r}; it has {near}, …") from problem
 
 
-def head_for(name: str, features: Any, final: Tensor) -> nn.Module:
+@torch.inference_mode(False)  # else the head could not be trained
+def head_for(name: str, features: Any, final: Tensor, model: nn.Module) -> nn.Module:
     if not isinstance(features, Tensor) or not 2 <= features.ndim <= 5:
         given = described(features)
         raise ValueError(f"{name} gives {given}: an exit reads one tensor of features")
     if features.ndim == 3:
+        if any(isinstance(m, nn.Conv1d | nn.ConvTranspose1d) for m in model.modules()):
+            raise ValueError(
+                f"{name} gives {described(features)}, which are tokens (B, T, D), or the channels "
+                f"of a 1-d convolution (B, C, L): give a head of your own, {{{name!r}: head}}"
+            )
         mean: list[nn.Module] = [_TokenMean()]
         width = features.shape[2]
     else:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from structopt import measure
 from structopt.measure.running import Example, call, tensors_of
-from structopt.slicing.cutpoints import cut_points
+from structopt.slicing.asking import own
+from structopt.slicing.cutpoints import as_it_is, cut_points
 from structopt.slicing.stages import Stages, split_stages
 from structopt.training.copying import copied
 
@@ -35,6 +36,7 @@ class Layer:
     sent: int
 
 
+@torch.inference_mode(False)
 def measure_layers(
     model: nn.Module,
     example: Example,
@@ -60,18 +62,20 @@ def measure_layers(
         >>> [(layer.name, layer.state, layer.sent) for layer in layers]
         [('0', 160, 320), ('1', 0, 320), ('', 72, 0)]
     """
-    model = copied(model).train(training)
+    model, example = copied(model).train(training), own(example)
     points = cut_points(model, example, whole=whole)
     stages = split_stages(model, example, points, whole=whole)
-    entered = _entered(stages, example, training)
-    runs = {
-        str(i): _timed(stage, entry, training)
-        for i, (stage, entry) in enumerate(zip(stages, entered, strict=True))
-    }
-    times = measure.latency(runs, example, rounds=rounds)
+    with as_it_is(stages):  # dropout draws numbers
+        entered = _entered(stages, example, training)
+        runs = {
+            str(i): _timed(stage, entry, training)
+            for i, (stage, entry) in enumerate(zip(stages, entered, strict=True))
+        }
+        times = measure.latency(runs, example, rounds=rounds)
+        saved = [_saved(*one) if training else 0 for one in zip(stages, entered, strict=True)]
     ways = 2 if training else 1
     layers = []
-    for i, (stage, entry) in enumerate(zip(stages, entered, strict=True)):
+    for i, stage in enumerate(stages):
         weights, buffers = (
             sum(t.nbytes for t in ts) for ts in (stage.parameters(), stage.buffers())
         )
@@ -81,7 +85,7 @@ def measure_layers(
                 name=point.name if point else "",
                 seconds=float(times[str(i)]),
                 state=ways * weights + buffers,
-                saved=_saved(stage, entry) if training else 0,
+                saved=saved[i],
                 sent=ways * point.bytes if point else 0,
             )
         )

@@ -21,25 +21,33 @@ from torch import Tensor
 
 HEADER = struct.Struct("<4sBBQI")
 MAGIC, VERSION, TENSOR, ERROR = b"SPLT", 1, 0, 1
+_TYPES = {  # that safetensors both writes and reads
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.bool,
+    torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint64, torch.uint32, torch.uint16, torch.uint8,
+    torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz,
+}  # fmt: skip
 
 
 def pack(value: Tensor) -> bytes:
-    """One tensor of any type and shape as bytes, in the safetensors format. ValueError for others.
+    """One dense tensor as bytes, in the safetensors format. ValueError for what is none.
 
     >>> import torch
     >>> unpack(pack(torch.tensor([1.5, 2.5])))
     tensor([1.5000, 2.5000])
     """
-    dense = isinstance(value, Tensor) and value.layout == torch.strided
-    if not dense or value.is_quantized or value.is_meta:
+    dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested
+    if not dense or value.dtype not in _TYPES or value.is_meta:
         raise ValueError(f"a message is one dense tensor, not {_told(value)}")
-    return save({"value": value.detach().cpu().contiguous()})
+    plain = value.detach().resolve_conj().resolve_neg()  # safetensors reads what lies in memory
+    return save({"value": plain.cpu().contiguous()})
 
 
 def _told(value: object) -> str:
     if not isinstance(value, Tensor):
         return f"a {type(value).__name__}"
-    return f"one of {value.dtype}, {value.layout}, on {value.device}"
+    kind = "nested" if value.is_nested else value.layout
+    return f"one of {value.dtype}, {kind}, on {value.device}"
 
 
 def unpack(data: bytes) -> Tensor:

@@ -13,6 +13,7 @@ from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
 from structopt import distributed
+from structopt.measure.running import tensors_of
 from structopt.slicing.asking import check_seconds
 from structopt.slicing.planning import check_run
 from structopt.slicing.stages import Stages
@@ -33,14 +34,15 @@ def pipeline(
     The engine is torch's, and so is what comes back. Process r holds stage r, moved to ``device``,
     and drops the others. All call it once for each batch, of a size that never changes:
 
-    - the first process gives the inputs, ``step(inputs)``; the last, the targets,
+    - the first process gives the inputs, ``step(inputs)``, or several; the last, the targets,
       ``step(target=targets)``; those between, ``step()``;
     - ``eval`` in the place of ``step`` runs forward alone. The last process gets the outputs, and
       gives targets there too where there is a loss.
 
-    ``step`` adds up the gradients of the loss's mean over micro-batches: those of the unsplit
-    network for the whole batch, where the loss is a mean over examples and no layer (a batch norm
-    in training) looks at the batch as a whole. Then each process's own optimiser steps.
+    ``step`` adds the gradients of the loss's mean over micro-batches to what ``.grad`` holds: those
+    of the unsplit network for the whole batch, where the loss is a mean over examples and no layer
+    (a batch norm in training) looks at the batch as a whole. Then each process's own optimiser
+    steps.
 
     Where a process dies, or waits longer than ``timeout`` for another, each of its neighbours gets
     torch's error, a ``RuntimeError``, and the others at the latest after ``timeout``; none waits
@@ -71,39 +73,62 @@ def pipeline(
     _check_shared(stages)
     group = dist.new_group(timeout=timedelta(seconds=timeout))
     assert isinstance(group, dist.ProcessGroup)  # this process is in it
-    own = stages[rank].to(device)
-    module = own if rank else _EqualInputs(own)
-    stage = PipelineStage(module, rank, world, device, group=group)
-    return schedule(stage, microbatches, None if loss is None else _equal_parts(loss))
+    own = _Sending(stages[rank].to(device), entered=rank == 0)
+    stage = PipelineStage(own, rank, world, device, group=group)
+    scaled = None if loss is None else _equal_parts(loss, microbatches)
+    # torch would divide all that is in ``.grad``, the gradients of earlier steps with it
+    return schedule(stage, microbatches, scaled, scale_grads=False)
 
 
 _EQUAL = "the size of each batch must be the same, and divide into micro-batches of equal size"
 
 
-class _EqualInputs(nn.Module):
-    """The first stage, held to one size: the others would read what is left of a larger message."""
+class _Sending(nn.Module):
+    """A stage whose outputs and gradients can be sent: they lie in one piece.
 
-    def __init__(self, stage: nn.Module) -> None:
+    The first is held to one size; the others would read what is left of a larger message.
+    """
+
+    def __init__(self, stage: nn.Module, entered: bool) -> None:
         super().__init__()
-        self.stage = stage
-        self.shape: torch.Size | None = None
+        self.stage, self.entered = stage, entered
+        self.shapes: list[tuple[int, ...]] | None = None
 
-    def forward(self, inputs: Tensor) -> Any:
-        self.shape = self.shape or inputs.shape
-        if inputs.shape != self.shape:
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        shapes = [tuple(tensor.shape) for tensor in tensors_of((inputs, named))]
+        if self.entered and self.shapes not in (None, shapes):
             raise ValueError(
-                f"a micro-batch of shape {tuple(inputs.shape)} after {tuple(self.shape)}: {_EQUAL}"
+                f"a micro-batch of shape {_told(shapes)} after {_told(self.shapes)}: {_EQUAL}"
             )
-        return self.stage(inputs)
+        self.shapes = shapes
+        made = self.stage(*map(_in_one_piece, inputs), **named)
+        return made.contiguous() if isinstance(made, Tensor) else made
 
 
-def _equal_parts(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+def _in_one_piece(value: Any) -> Any:
+    """The same, with a gradient in one piece."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        value = value.view_as(value)
+        value.register_hook(torch.Tensor.contiguous)
+    return value
+
+
+def _told(shapes: list[tuple[int, ...]] | None) -> str:
+    return ", ".join(map(str, shapes or ()))
+
+
+def _equal_parts(
+    loss: Callable[[Tensor, Tensor], Tensor], microbatches: int
+) -> Callable[[Tensor, Tensor], Tensor]:
     def checked(outputs: Tensor, targets: Tensor) -> Tensor:
         if len(outputs) != len(targets):
             raise ValueError(
                 f"a micro-batch has {len(targets)} targets and {len(outputs)} outputs: {_EQUAL}"
             )
-        return loss(outputs, targets)
+        found = loss(outputs, targets)
+        if found.requires_grad:  # the number itself stays: the caller sees it in ``losses``
+            found.register_hook(lambda gradient: gradient / microbatches)  # type: ignore[no-untyped-call]
+        return found
 
     return checked
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import threading
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -74,7 +76,8 @@ def _answer(
         with torch.no_grad():
             return TENSOR, pack(stage(decode(payload)))
     except Exception as problem:  # whatever it is, the device must hear of it
-        return ERROR, f"{type(problem).__name__}: {problem}".encode()
+        told = "".join(traceback.format_exception_only(problem)).strip()  # also where str() fails
+        return ERROR, told.encode(errors="replace")
 
 
 class Remote:
@@ -92,7 +95,8 @@ class Remote:
         RuntimeError: the server's stage refused what was sent; its error in words.
         ValueError: what is no dense tensor, or no number of seconds.
 
-    After an error of the connection, make a new one. Example: see `serve`.
+    After an error of the connection, or an interrupt (Ctrl-C), make a new one. Threads may share
+    one, and wait for each other. Example: see `serve`.
     """
 
     def __init__(
@@ -108,10 +112,24 @@ class Remote:
         self.sent = 0
         """Bytes of payload sent so far."""
         self._connection = socket.create_connection(address, timeout)
+        self._turn = threading.Lock()
 
     def __call__(self, value: Tensor) -> Tensor:
         """What the server makes of it, on the CPU."""
         payload = self.encode(value)
+        with self._turn:
+            kind, data = self._asked(payload)
+            if kind == TENSOR:
+                try:
+                    return unpack(data)
+                except ValueError:
+                    self.close()
+                    raise
+        raise RuntimeError(f"the server could not answer: {data.decode(errors='replace')}")
+
+    def _asked(self, payload: bytes) -> tuple[int, bytes]:
+        if self._connection.fileno() < 0:
+            raise ConnectionError("this connection is closed: make a new Remote")
         try:
             self._connection.settimeout(self.timeout)
             send(self._connection, TENSOR, payload)
@@ -119,18 +137,15 @@ class Remote:
             answer = receive(self._connection, self.limit, self.timeout)
             if answer is None:
                 raise ConnectionError("the server closed the connection in place of an answer")
-            kind, data = answer
-            if kind == TENSOR:
-                return unpack(data)
+            return answer
         except (ConnectionResetError, BrokenPipeError) as problem:
             self.close()
             raise ConnectionError(
                 f"the server hung up on a message of {len(payload):,} bytes: is its limit lower?"
             ) from problem
-        except (OSError, ValueError):
+        except BaseException:  # an interrupt too: the next call would read this one's answer
             self.close()
             raise
-        raise RuntimeError(f"the server could not answer: {data.decode(errors='replace')}")
 
     def close(self) -> None:
         """Hang up."""
@@ -143,6 +158,7 @@ class Remote:
         self.close()
 
 
+@torch.inference_mode(False)  # else what is made could not be trained
 def bottleneck(values: Tensor, width: int) -> tuple[nn.Module, nn.Module]:
     """Two layers for a cut: one that narrows what passes to `width` channels, one that restores it.
 
@@ -183,10 +199,11 @@ def bottleneck(values: Tensor, width: int) -> tuple[nn.Module, nn.Module]:
     _, axes = torch.linalg.eigh((rows - mean).T @ (rows - mean))
     axes = axes.flip(1)[:, :width]  # (C, width), the widest spread first
     kind: Any = (lambda n, m: nn.Conv2d(n, m, 1)) if images else nn.Linear
-    narrow, restore = kind(channels, width).to(values), kind(width, channels).to(values)
+    with torch.device("meta"):  # draws no random numbers for weights that are replaced
+        narrow, restore = kind(channels, width), kind(width, channels)
     for layer, weight, bias in ((narrow, axes.T, -axes.T @ mean), (restore, axes, mean)):
-        layer.weight.data.copy_(weight.reshape(layer.weight.shape))
-        layer.bias.data.copy_(bias)
+        layer.weight = nn.Parameter(weight.reshape(layer.weight.shape).to(values).contiguous())
+        layer.bias = nn.Parameter(bias.to(values))
     return narrow, restore
 
 

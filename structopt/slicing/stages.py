@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from structopt.measure.running import Example, call, tensors_of
+from structopt.slicing.asking import own
 from structopt.slicing.cutpoints import CutPoint, as_it_is, crossing, find, points_of
-from structopt.slicing.tracing import Stage, kept_whole, traced
+from structopt.slicing.tracing import Stage, fetched, kept_whole, traced
 from structopt.training.copying import copied
 from structopt.training.hooked import say_traced
 
@@ -27,6 +28,7 @@ class Stages(nn.Sequential):
         return value
 
 
+@torch.inference_mode(False)  # else what is made could not be trained
 def split_stages(
     model: nn.Module,
     example: Example,
@@ -76,8 +78,18 @@ def split_stages(
             for stage in stages:
                 stage.register_forward_pre_hook(_SameShapes(), with_kwargs=True)
         _verify(model, stages, example)
+    _set_modes(stages, model)
     say_traced(model, kept_whole(graph, whole), "the stages")
     return stages
+
+
+def _set_modes(stages: Stages, model: nn.Module) -> None:
+    """Modules that the graph only opens are made anew, in training mode."""
+    modes = {name: module.training for name, module in model.named_modules()}
+    stages.training = model.training
+    for stage in stages:
+        for name, module in stage.named_modules():
+            module.training = modes.get(name, model.training)
 
 
 class _SameShapes:
@@ -98,28 +110,33 @@ class _SameShapes:
 def _stages(whole: Stage, ends: Sequence[int]) -> Iterator[Stage]:
     """The graph's nodes dealt out to stages; weights are fetched by the stage that reads them."""
     nodes = list(whole.graph.nodes)
-    start = 0
+    weights, start = fetched(nodes), 0
     for end in [*ends, len(nodes) - 1]:
         graph = fx.Graph()
         env = dict[fx.Node, fx.Node]()
         last = end == len(nodes) - 1
-        part = nodes[start : end + 1]
+        part = [node for node in nodes[start : end + 1] if node not in weights]
         if start:
-            inside = {node for node in part if node.op != "get_attr"}
-            reads = {n for node in inside for n in node.all_input_nodes if n.op != "get_attr"}
-            (coming,) = reads - inside
+            reads = {n for node in part for n in node.all_input_nodes} - weights
+            (coming,) = reads - set(part)
             env[coming] = graph.placeholder("value")
         for node in part:
             for value in node.all_input_nodes:
-                if value.op == "get_attr" and value not in env:
-                    env[value] = graph.node_copy(value)
-            if node.op != "get_attr":
-                env[node] = graph.node_copy(node, env.__getitem__)
+                _fetch(value, graph, env)
+            env[node] = graph.node_copy(node, env.__getitem__)
         if not last:
             (passing,) = crossing(nodes)[end]
             graph.output(env[passing])
         yield whole.part(graph, first=not start, last=last)
         start = end + 1
+
+
+def _fetch(value: fx.Node, graph: fx.Graph, env: dict[fx.Node, fx.Node]) -> None:
+    """Copy a weight, or what is computed of weights, into the stage that reads it."""
+    if value not in env:
+        for inner in value.all_input_nodes:
+            _fetch(inner, graph, env)
+        env[value] = graph.node_copy(value, env.__getitem__)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -134,7 +151,7 @@ def _verify(model: nn.Module, stages: Stages, example: Example) -> None:
     for one in (model, stages):  # which share their buffers: each begins with them as they are
         with as_it_is(model, stages):
             torch.manual_seed(0)
-            made.append(tensors_of(call(one, example)))
+            made.append(tensors_of(call(one, own(example))))
             written = dict(model.named_buffers())
             for stage in stages if one is stages else ():
                 written |= {n: b for n, b in stage.named_buffers() if n in written}
@@ -144,5 +161,6 @@ def _verify(model: nn.Module, stages: Stages, example: Example) -> None:
         raise ValueError(
             f"the stages of {type(model).__name__} do not give what it gives: its forward pass "
             "holds something that tracing has frozen, such as random numbers, a counter or an "
-            "average in a buffer; name the module where that is in whole="
+            "average in a buffer; name the module where that is in whole=. A hook on the model "
+            "itself is not traced"
         )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Collection, Mapping
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +14,20 @@ from torch.utils._pytree import tree_flatten
 
 from structopt.channels.nests import first_line
 from structopt.measure.running import Example, undisturbed
+from structopt.slicing.asking import own
 
+_IN_PLACE = {
+    "setitem",
+    "iadd",
+    "isub",
+    "imul",
+    "itruediv",
+    "ior",
+    "iand",
+    "ixor",
+    "imatmul",
+    "ipow",
+}
 _ANY_NUMBER = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
 
 
@@ -62,19 +76,19 @@ def traced(model: nn.Module, example: Example, whole: Collection[str]) -> Stage:
     if missing:
         raise ValueError(f"whole={sorted(missing)}: the model has no such modules")
     try:
-        here, there = (_symbolic(model, example, whole, flip) for flip in (False, True))
+        here, there = _both_modes(model, example, whole)
     except Exception as problem:  # whatever a tracer meets inside a network of others
         return _exported(model, example, problem)
     stage = Stage(model, here)
-    if str(here) != str(there):
+    if not _alike(model, here, there):
         stage.meta["mode"] = model.training
     return stage
 
 
 class _Tracer(fx.Tracer):
-    def __init__(self, whole: Collection[str]) -> None:
+    def __init__(self, whole: Collection[str], buffers: bool = False) -> None:
         super().__init__()
-        self.whole = whole
+        self.whole, self.proxy_buffer_attributes = whole, buffers
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name in self.whole or super().is_leaf_module(
@@ -89,7 +103,30 @@ def kept_whole(graph: Stage, whole: Collection[str]) -> Callable[[nn.Module, str
     return lambda module, name: bool(name) and _Tracer(whole).is_leaf_module(module, name)
 
 
-def _symbolic(model: nn.Module, example: Example, whole: Collection[str], flip: bool) -> fx.Graph:
+def _both_modes(model: nn.Module, example: Example, whole: Collection[str]) -> Iterator[fx.Graph]:
+    """Traced in the mode of the model and in the other.
+
+    What is computed of buffers alone is traced too, so that the stages read the buffers; where the
+    model decides by them it is fixed.
+    """
+    try:
+        return iter([_symbolic(model, example, _Tracer(whole, True), f) for f in (False, True)])
+    except Exception:
+        return iter([_symbolic(model, example, _Tracer(whole), f) for f in (False, True)])
+
+
+def _alike(model: nn.Module, here: fx.Graph, there: fx.Graph) -> bool:
+    """The same operations on the same constants, which have other names in each trace."""
+    constant = re.compile(r"_tensor_constant\d+")
+    texts = [constant.sub("", str(graph)) for graph in (here, there)]
+    names = [[n.target for n in graph.nodes if n.op == "get_attr"] for graph in (here, there)]
+    pairs = [(a, b) for a, b in zip(*names, strict=False) if a != b]
+    return texts[0] == texts[1] and all(
+        torch.equal(getattr(model, str(a)), getattr(model, str(b))) for a, b in pairs
+    )
+
+
+def _symbolic(model: nn.Module, example: Example, tracer: fx.Tracer, flip: bool) -> fx.Graph:
     """What the example leaves out keeps its default."""
     args, named = _call(example)
     signature = inspect.signature(model.forward)
@@ -107,13 +144,13 @@ def _symbolic(model: nn.Module, example: Example, whole: Collection[str], flip: 
     with undisturbed(model, ()), torch.set_grad_enabled(grad):  # a buffer may be written to
         for module, was in modes:
             module.training = was != flip
-        return _Tracer(whole).trace(model, concrete_args=left or None)
+        return tracer.trace(model, concrete_args=left or None)
 
 
 def _exported(model: nn.Module, example: Example, problem: Exception) -> Stage:
     args, named = _call(example)
     try:
-        graph = torch.export.export(model, args, named).module(check_guards=False)
+        graph = torch.export.export(model, *own((args, named))).module(check_guards=False)
     except Exception as refusal:
         raise ValueError(
             f"{type(model).__name__} cannot be traced: {first_line(problem)} (torch.fx); "
@@ -143,6 +180,33 @@ def aliases(node: fx.Node, following: fx.Node) -> list[str]:
     inside = _path(following)
     ended = [path for path in _path(node) if path not in inside]
     return ended or [node.name]
+
+
+def fetched(nodes: list[fx.Node]) -> set[fx.Node]:
+    """Weights, and what is computed of weights alone: each stage that reads one makes its own.
+
+    Not of those that the network writes to.
+    """
+    found, written = set[fx.Node](), set[object]()
+    of = dict[fx.Node, set[object]]()  # the weights that a node shows
+    for node in nodes:
+        of[node] = {node.target} if node.op == "get_attr" else set()
+        of[node] = of[node].union(*(of[value] for value in node.all_input_nodes))
+        if node.op in ("call_function", "call_method") and _writes(node):
+            written |= of[node]
+    for node in nodes:
+        pure = node.op in ("call_function", "call_method") and node.all_input_nodes
+        if node.op == "get_attr" or (
+            pure and found.issuperset(node.all_input_nodes) and not of[node] & written
+        ):
+            found.add(node)
+    return found
+
+
+def _writes(node: fx.Node) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    return in_place or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
 
 
 def told(node: fx.Node) -> str:

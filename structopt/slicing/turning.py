@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from structopt.channels.exchanging import exchange_
 from structopt.channels.widening import wide
 from structopt.measure.running import call
+from structopt.slicing.asking import own
 from structopt.slicing.cutting import named
 from structopt.slicing.streams import Stream
 from structopt.training.hooked import in_place_of
@@ -97,7 +98,7 @@ def gram(model: nn.Module, stream: Stream, batches: Iterable[Any]) -> Tensor:
     handles = [model.get_submodule(name).register_forward_hook(add) for name in stream.norms]
     with observed(model, handles):
         for batch in batches:
-            call(model, placed(inputs_of(batch), model))
+            call(model, own(placed(inputs_of(batch), model)))
     if not found.any():
         raise ValueError("the batches are empty: there is nothing to find the axes from")
     if not found.isfinite().all():

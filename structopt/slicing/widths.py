@@ -25,8 +25,10 @@ class Slimmable(nn.Module):
     without `width` it is the model. Gradients reach the shared weights. The running statistics of
     norms are kept for each width apart, since a narrow layer hands on other means and variances;
     scale and shift are shared. ``torch.compile`` compiles the full width alone: for a slice compile
-    what `extract` gives. After Yu et al., 2019, "Slimmable neural networks", and Yu & Huang,
-    2019, "Universally slimmable networks and improved training techniques".
+    what `extract` gives. What is set on the model's layers later (hooks, the share of dropout) is
+    not seen by its slices, and ``torch.utils.checkpoint`` inside of a model runs at full width and
+    in what `extract` gives alone. After Yu et al., 2019, "Slimmable neural networks", and Yu &
+    Huang, 2019, "Universally slimmable networks and improved training techniques".
 
     Args:
         model: any network; its parameters are used, not copied. Put the channels in order of
@@ -51,6 +53,7 @@ class Slimmable(nn.Module):
         True
     """
 
+    @torch.inference_mode(False)  # else what is made could not be trained
     def __init__(self, model: nn.Module, example: Any, widths: Sequence[float | Slice]) -> None:
         super().__init__()
         if isinstance(widths, (int, float, str, Slice)):
@@ -91,6 +94,7 @@ class Slimmable(nn.Module):
         private = self._private(part).tensors()
         return self._narrow[part].run(self.model, private, args, kwargs)
 
+    @torch.inference_mode(False)  # else what is made could not be trained
     def extract(
         self, width: float | Slice = 1.0, batches: Iterable[Any] | None = None
     ) -> nn.Module:

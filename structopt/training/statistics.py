@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+from torch.utils.hooks import RemovableHandle
 
 from structopt.measure.running import call, tensors_of
 from structopt.measure.running import device_of as device_of  # for rooms that do not see `measure`
 from structopt.training.objectives import evaluating
 
-_BatchNorm = nn.modules.batchnorm._BatchNorm
+_Norm = nn.modules.batchnorm._NormBase
+_InstanceNorm = nn.modules.instancenorm._InstanceNorm
 
 
 def placed(batch: Any, model: nn.Module) -> Any:
@@ -27,14 +30,29 @@ def inputs_of(batch: Any) -> Any:
     return batch[0] if isinstance(batch, tuple | list) else batch
 
 
+def _copied(leaf: Any) -> Any:
+    """A model may write to what it is given, and the batches serve again."""
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+
+def _averaging(norm: nn.Module) -> RemovableHandle:
+    """Instance norms take None for a momentum of 0: the share of each call in the plain average."""
+    calls = itertools.count(1)
+
+    def count(norm: nn.Module, _: Any) -> None:
+        norm.momentum = 1 / next(calls)  # type: ignore[assignment]
+
+    return norm.register_forward_pre_hook(count)
+
+
 @torch.no_grad()
 def recalibrate_(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
-    """Take the running statistics of batch norms anew from these batches, in place; no training.
+    """Take the running statistics of norms anew from these batches, in place; no training.
 
     A changed layer hands on other means and variances than those that the norm behind it remembers.
     The new ones are the plain average over the batches (a hundred batches are plenty). Only norms
-    run in training mode, so that dropout rests; the modes are restored. A model without batch
-    norms stays as it is.
+    run in training mode, so that dropout rests; the modes are restored. A model without such norms
+    stays as it is.
 
     Raises ValueError for no batches, and for batches of one value a channel.
 
@@ -42,10 +60,10 @@ def recalibrate_(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     >>> recalibrate_(model, [torch.tensor([[1.0], [3.0]])]).running_mean
     tensor([2.])
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    norms = [m for m in model.modules() if isinstance(m, _Norm) and m.running_mean is not None]
     if not norms:
         return model
-    momenta, count = [norm.momentum for norm in norms], 0
+    momenta, count, handles = [norm.momentum for norm in norms], 0, list[RemovableHandle]()
     before = [{k: b.clone() for k, b in norm._buffers.items() if b is not None} for norm in norms]
     try:
         with evaluating(model):
@@ -53,8 +71,9 @@ def recalibrate_(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
                 norm.reset_running_stats()
                 norm.momentum = None  # torch's way to say: the plain average
                 norm.train()
+            handles = [_averaging(norm) for norm in norms if isinstance(norm, _InstanceNorm)]
             for batch in batches:
-                given = placed(inputs_of(batch), model)
+                given = tree_map(_copied, placed(inputs_of(batch), model))
                 if any(tensor.numel() for tensor in tensors_of(given)):  # else it counts as zeros
                     call(model, given)
                     count += 1
@@ -65,6 +84,8 @@ def recalibrate_(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
             norm.load_state_dict({**norm.state_dict(), **buffers})
         raise
     finally:
+        for handle in handles:
+            handle.remove()
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
     return model

@@ -96,6 +96,60 @@ def equal(folder, device):
             files.save_tensors(folder / f"{name}-{label}-{distributed.rank()}", found, {})
 
 
+class Turning(nn.Module):
+    """Two inputs, and a value that lies transposed in memory where it is cut."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(2, 6)
+        self.norm, self.o = nn.BatchNorm1d(6), nn.Linear(5, 3)
+        self.tanh = nn.Tanh()
+
+    def forward(self, x, y):
+        x = self.norm(self.a(x).transpose(1, 2)) + self.b(y)[..., None]  # (B, 6, 5)
+        x = self.tanh(x.transpose(1, 2))
+        return self.o(x.transpose(1, 2)).mean(1)
+
+
+def adds(device):
+    """Gradients of two steps are the sum; running statistics see one micro-batch after another."""
+    rank = distributed.rank()
+    torch.manual_seed(0)
+    turning = Turning()
+    frozen = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3))
+    frozen[0].requires_grad_(False)
+    x, y = torch.randn(8, 4).double(), torch.randint(3, (8,))
+    two = torch.randn(8, 5, 4).double(), torch.randn(8, 2).double()
+    for model, cut, given in (
+        (turning, "tanh", two),
+        (frozen, "0", (x,)),
+        (nn.Sequential(nn.Tanh(), nn.ReLU(), nn.Linear(4, 3)), "1", (x,)),
+        (nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Tanh()), "1", (x,)),
+    ):
+        stages = split_stages(model.double().train(), tuple(part[:2] for part in given), [cut])
+        loss = nn.functional.cross_entropy
+        run = pipeline(stages, device, microbatches=4, loss=loss)
+        losses, expected = [], []
+        for _ in range(2):
+            if rank == 0:
+                run.step(*given)
+            else:
+                run.step(target=y, losses=losses)
+            for number in range(4):
+                part = [tensor.chunk(4)[number] for tensor in given]
+                expected.append(loss(model(*part), y.chunk(4)[number]))
+                (expected[-1] / 4).backward()
+        own = dict(stages[rank].named_parameters())
+        for name, weight in model.named_parameters():
+            if name in own and weight.requires_grad:
+                torch.testing.assert_close(own[name].grad, weight.grad, rtol=1e-9, atol=1e-12)
+        buffers = dict(model.named_buffers())
+        for name, buffer in stages[rank].named_buffers():
+            torch.testing.assert_close(buffer, buffers[name], rtol=1e-9, atol=1e-12)
+        if rank == 1:  # of the last step
+            torch.testing.assert_close(torch.stack(losses), torch.stack(expected[4:]))
+
+
 def shrinks(device):
     """A batch of another size is not sent: the others would read what is left of the one before."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).eval()
@@ -140,6 +194,8 @@ def main(folder, what):
     with distributed.join() as device:
         if what == "equal":
             equal(folder, device)
+        elif what == "adds":
+            adds(device)
         elif what == "shrinks":
             shrinks(device)
         else:
