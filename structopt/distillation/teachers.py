@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple, Protocol
@@ -24,7 +25,10 @@ class Lesson(NamedTuple):
 
 
 class Source(Protocol):
-    """Anything that teaches: :class:`Teacher`, :class:`MovingTeacher`, :class:`Cached`."""
+    """Anything that teaches: :class:`Teacher`, :class:`MovingTeacher`, :class:`Cached`.
+
+    One of your own may be an ``nn.Module``: it is asked by ``teach``, never called as a network.
+    """
 
     def teach(self, inputs: Any, targets: Any, names: Sequence[str] = ()) -> Lesson:
         """The lesson of a batch; ``names`` are the layers whose features are wanted."""
@@ -118,12 +122,31 @@ def picked(found: dict[str, Any], name: str) -> Tensor:
 
 
 def as_source(teacher: nn.Module | Sequence[nn.Module] | Source) -> Source:
+    if teaches(teacher):
+        return teacher  # type: ignore[return-value]
     if isinstance(teacher, nn.Module):
         return Teacher(teacher)
     if isinstance(teacher, (list, tuple)):
+        if several := [type(one).__name__ for one in teacher if teaches(one)]:
+            raise ValueError(
+                f"several teachers are networks, and {several[0]} is a source of its own: name it "
+                "alone, or ask the others inside its teach()"
+            )
         return Teacher(*teacher)
-    if not hasattr(teacher, "teach"):
-        raise ValueError(
-            f"a teacher is a module, several, or cached outputs, not {type(teacher).__name__}"
-        )
-    return teacher  # type: ignore[return-value]
+    raise ValueError(
+        f"a teacher is a module, several, or cached outputs, not {type(teacher).__name__}"
+    )
+
+
+def teaches(what: object) -> bool:
+    """Whether it is a :class:`Source`; a network may have a method of that name for another use."""
+    method = getattr(what, "teach", None)
+    if not callable(method) or isinstance(what, type):
+        return False
+    if not isinstance(what, nn.Module):
+        return True
+    try:
+        inspect.signature(method).bind("inputs", "targets", ["names"])
+    except TypeError:
+        return False
+    return True

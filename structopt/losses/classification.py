@@ -19,6 +19,7 @@ from structopt.losses.checks import (
     tame,
     wide,
 )
+from structopt.losses.positions import blanked, need_counts, over
 
 
 def cross_entropy(
@@ -119,7 +120,12 @@ def focal(
 
 
 def kl_divergence(
-    prediction: Tensor, target: Tensor, *, temperature: float = 1.0, reduction: Reduction = "mean"
+    prediction: Tensor,
+    target: Tensor,
+    *,
+    temperature: float = 1.0,
+    reduction: Reduction = "mean",
+    counts: Tensor | None = None,
 ) -> Tensor:
     """T²·KL(softmax(target / T) || softmax(prediction / T)), in nats: both are *logits*.
 
@@ -129,11 +135,14 @@ def kl_divergence(
     Args:
         prediction: logits, (B, C, ...).
         target: logits of the same shape. The gradient reaches them too: `detach()` a teacher.
+            A class that it masks with -inf has probability 0, and counts 0.
         temperature: T > 0. Above 1 it shows what the target thinks of the unlikely classes.
         reduction: "mean" or "sum" over all but the classes, or "none".
+        counts: bool (B, ...), false at positions that do not count, such as padding.
 
     Raises:
-        ValueError: as :func:`structopt.losses.mse`, or a temperature that is not above 0.
+        ValueError: as :func:`structopt.losses.mse`, a temperature that is not above 0, counts of
+            another shape; on a CPU also the mean where nothing counts.
 
     Example:
         >>> import torch
@@ -142,13 +151,20 @@ def kl_divergence(
     """
     need_temperature(temperature)
     prediction, target = pair(prediction, target, reduction)
+    need_counts(counts, prediction)
+    prediction, target = blanked(prediction, counts), blanked(target, counts)
     dim = class_dim(prediction)
     log_p = F.log_softmax(prediction / temperature, dim)
     log_q = F.log_softmax(target / temperature, dim)
-    each = temperature**2 * (log_q.exp() * (log_q - log_p)).sum(dim)
+    each = temperature**2 * excess(log_q, log_p).sum(dim)
     if reduction != "none":
-        each = each.mean() if reduction == "mean" else each.sum()
+        each = over(each, counts) if reduction == "mean" else each.sum()
     return seen(each, prediction, target)
+
+
+def excess(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """q·log(q/p), the terms of a divergence; 0 where q is 0, whatever p is there."""
+    return log_q.exp() * (log_q - log_p).masked_fill(log_q == -math.inf, 0.0)
 
 
 def log_sum_exp(x: Tensor, dim: int = -1) -> Tensor:

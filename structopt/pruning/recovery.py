@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from structopt import descent, losses
 from structopt.losses.checks import real
+from structopt.losses.positions import counted
 from structopt.pruning.masks import hold
 from structopt.training import History, Objective, evaluating, supervised, train
 from structopt.training.statistics import inputs_of, recalibrate_
@@ -27,7 +28,7 @@ def with_teacher(
 
     (1 - weight) · loss(logits, targets) + weight · T² KL(teacher ‖ student at temperature T), after
     Hinton et al., 2015. The teacher runs in evaluation mode, without gradients, on the
-    device of the student.
+    device of the student. Positions (B, ...) whose label `loss` ignores count for neither.
 
     Raises ValueError for a weight outside [0, 1].
 
@@ -43,7 +44,8 @@ def with_teacher(
             known, inputs = loss(logits, targets), inputs_of(batch)
             with torch.no_grad(), evaluating(teacher):
                 soft = teacher.to(logits.device)(inputs)
-            told = losses.kl_divergence(logits, soft, temperature=temperature)
+            counts = counted(logits, targets, loss)
+            told = losses.kl_divergence(logits, soft, temperature=temperature, counts=counts)
             return (1 - weight) * known + weight * told
 
         return supervised(both)(model, batch)
