@@ -74,7 +74,7 @@ def test_a_network_with_a_method_of_that_name_is_a_network() -> None:
 def test_what_is_no_network_is_not_taken_for_one() -> None:
     with pytest.raises(ValueError, match="several teachers are networks, and Mixture is a source"):
         d.from_logits([nn.Linear(4, 3), Mixture()])
-    with pytest.raises(ValueError, match="one nn.Module, not Mixture: name the network itself"):
+    with pytest.raises(ValueError, match=r"one nn.Module, not Mixture: name the network itself"):
         d.diagnose(Mixture(), [batch()], [batch()])
     with pytest.raises(ValueError, match="a teacher is a module, several, or cached outputs"):
         d.from_logits(d.Cached)  # the class
