@@ -222,6 +222,19 @@ def test_movement_is_ranked_as_the_scope_and_the_pattern_say(device, scope, patt
         assert unit[~mask].max() < unit[mask].min()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_movement_in_16_bits_adds_up(device, dtype):
+    """256 + 1 is 256 there: of many steps the later ones would not count."""
+    model = nn.Sequential(nn.Linear(4, 4, bias=False)).to(device, dtype)
+    after = MovementWhileTraining(OneShot(0.5, at=10**6))
+    after(model, 0)
+    weight = model[0].weight
+    for step in range(1, 1001):
+        weight.grad = torch.ones_like(weight)
+        after(model, step)
+    torch.testing.assert_close(after.movement["0.weight"], -1000 * weight.detach().float())
+
+
 def test_movement_begins_with_its_first_call_and_a_copy_goes_on_by_itself(device):
     model = network(device)
     how = {"pattern": Filters(), "scope": Global(), "leave": ("0.*",)}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Iterable
 from numbers import Real
 from typing import Literal
 
@@ -36,6 +37,15 @@ def need_temperature(temperature: object) -> None:
     if not 0 < (temperature if isinstance(temperature, Tensor) else real(temperature)) < math.inf:
         raise ValueError(
             f"temperature divides the logits: a finite number above 0, not {temperature!r}"
+        )
+
+
+def need_values(what: str, tensors: Iterable[Tensor]) -> None:
+    """Refuse what lies on the ``meta`` device, for a purpose that shapes are not enough for."""
+    if any(tensor.is_meta for tensor in tensors):
+        raise ValueError(
+            f"{what} needs values, and there are none on the meta device: give the model its "
+            "weights first, model.to_empty(device=...) and load_state_dict"
         )
 
 

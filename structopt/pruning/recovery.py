@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from structopt import descent, losses
-from structopt.losses.checks import real
+from structopt.losses.checks import need_values, real
 from structopt.losses.positions import counted
 from structopt.pruning.masks import hold
 from structopt.training import History, Objective, evaluating, supervised, train
@@ -38,6 +38,7 @@ def with_teacher(
     """
     if not 0 <= real(weight) <= 1:
         raise ValueError(f"weight is the teacher's share of the loss, in [0, 1], not {weight!r}")
+    need_values("a teacher", (*teacher.parameters(), *teacher.buffers()))
 
     def objective(model: nn.Module, batch: Any) -> Tensor:
         def both(logits: Tensor, targets: Tensor) -> Tensor:
@@ -81,6 +82,7 @@ def recover(
         raise ValueError(
             f"epochs are passes over the batches, a whole number, at least 1: {epochs}"
         )
+    need_values("training", (*model.parameters(), *model.buffers()))
     optimizer = descent.fused_adamw(model, lr)  # complains of what it cannot step first
     after_step = options.pop("after_step", None)
     if masks is not None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from structopt.channels import ChannelGroup, Channels, channel_groups, take
+from structopt.losses.checks import need_values
 from structopt.pruning.budgets import Budget
 from structopt.pruning.choosing import Choice, Limits, choose_channels, need_limits
 from structopt.pruning.computed import Computed, computed_weights
@@ -71,6 +72,7 @@ def _magnitudes(model: nn.Module, channels: Channels) -> Scores:
     parts = {part for weight in computed for part in weight.parts}
     found = {n: magnitude(p.detach()) for n, p in weights(model, False) if n not in parts}
     found |= {w.original: magnitude(w.value()) for w in computed if _alike(w, every)}
+    need_values("a score", found.values())
     for name, one in found.items():
         need_numbers(name, one)
     for group in channels:

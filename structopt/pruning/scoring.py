@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from structopt.channels import ChannelGroup, Channels
-from structopt.losses.checks import wide
+from structopt.losses.checks import need_values, wide
 from structopt.pruning.computed import computed_weights, is_scored
 from structopt.pruning.criteria import magnitude
 from structopt.pruning.evidence import KINDS
@@ -56,6 +56,7 @@ def score(
     if not found:
         what = "scale of a norm" if "scale" in needs else "weight"
         raise ValueError(f"{type(model).__name__} has no {what} to score besides those left alone")
+    need_values("a score", found.values())
     if isinstance(batches, Iterator):
         batches = list(batches)  # each kind of evidence reads them anew
     evidence: dict[str, Scores] = {}
@@ -137,6 +138,7 @@ def need_numbers(name: str, scores: Tensor) -> None:
     if not scores.is_floating_point() or scores.dtype.itemsize < 2:
         what = "floating-point numbers of 16 bits or more"
         raise ValueError(f"the scores of {name} are {scores.dtype}: give {what}")
+    need_values(f"the ranking of {name}", [scores])
     if scores.isnan().any():
         raise ValueError(
             f"{int(scores.isnan().sum())} of {scores.numel()} scores of {name} are NaN: "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from structopt.channels import ChannelGroup
-from structopt.losses.checks import real, whole, wide
+from structopt.losses.checks import need_values, real, whole, wide
 from structopt.pruning.masks import inner
 from structopt.pruning.scoring import along
 
@@ -149,6 +149,7 @@ def _axes(model: nn.Module, group: ChannelGroup) -> list[Axis]:
                 f"group {group.name!r} is of another model: dimension {member.dim} of "
                 f"{member.parameter}, {tuple(weight.shape)}, held {len(member.channel)} there"
             )
+        need_values("what is pressed to zero", [weight])
         channel = torch.from_numpy(member.channel).to(weight.device)
         found.append(Axis(member.parameter, weight, member.dim, channel))
     return found

@@ -16,9 +16,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from structopt.channels import ChannelGroup, Channels, channel_groups, take
 from structopt.channels.exchanging import exchange_
-from structopt.losses.checks import whole
+from structopt.losses.checks import need_values, whole
 from structopt.measure.running import call
-from structopt.slicing.asking import need_values
 from structopt.slicing.assigning import Numbers, assign_groups, balanced, partition, squared
 from structopt.slicing.grouped import (
     LAYERS,
