@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from structopt import distillation as d
 from structopt import losses
+from structopt.data import Examples
 
 
 class Mixture(nn.Module):
@@ -78,3 +79,130 @@ def test_what_is_no_network_is_not_taken_for_one() -> None:
         d.diagnose(Mixture(), [batch()], [batch()])
     with pytest.raises(ValueError, match="a teacher is a module, several, or cached outputs"):
         d.from_logits(d.Cached)  # the class
+
+
+class Standardising(nn.Module):
+    """A network that begins in place, as hand-written ones do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.fc(inputs.sub_(1.0).mul_(3.0))
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_teacher_leaves_the_inputs_to_its_student(inference: bool) -> None:
+    """Also a second one of several, and a cache those of its owner."""
+    teachers, student, (x, y) = [nn.Linear(4, 3), Standardising()], nn.Linear(4, 3), batch()
+    before = x.clone()
+    with torch.no_grad():
+        said = [teachers[0](x), teachers[1](x.clone())]
+    for given in (teachers[1], teachers, teachers[::-1]):
+        asked, many = d.Teacher(*(given if isinstance(given, list) else [given])), None
+        many = torch.stack(said).mean(0) if isinstance(given, list) else said[1]
+        for _ in range(3):  # they are looked at when they are first asked
+            with torch.inference_mode(inference):
+                torch.testing.assert_close(asked.teach(x, y).logits, many)
+            assert torch.equal(x, before)
+        want = losses.cross_entropy(student(x), y) + d.soft_targets(student(x), many)
+        torch.testing.assert_close(d.from_logits(given)(student, (x, y)), want)
+    d.cache_outputs(teachers, Examples(x, y))
+    assert torch.equal(x, before)
+    copied = copy.deepcopy(asked)
+    assert copied.gentle <= set(copied.models)
+    with pytest.raises(ValueError, match="a student changes its inputs in place"):
+        d.mutual()(nn.ModuleList(teachers), (x, y))
+
+
+def test_several_teachers_may_come_as_torch_lists_them() -> None:
+    models, student, (x, y) = [nn.Linear(4, 3) for _ in range(2)], nn.Linear(4, 3), batch()
+    want = d.from_logits(models)(student, (x, y))
+    torch.testing.assert_close(d.from_logits(nn.ModuleList(models))(student, (x, y)), want)
+
+
+def test_what_a_layer_gave_is_not_what_was_made_of_it_in_place() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(inplace=True), nn.Linear(8, 3)), batch()[0]
+    plain = copy.deepcopy(model)
+    plain[1].inplace = False
+    with d.watch(model, ["0", "1"]) as found, d.watch(plain, ["1"]) as want:
+        model(x), plain(x)
+        assert torch.equal(found["1"], want["1"])
+        with pytest.raises(ValueError, match=r"what the layer '0' gave was changed in place"):
+            found["0"]
+    student = nn.Sequential(nn.Linear(4, 8))
+    for teacher, refused in ((model, True), (plain, False)):
+        goal = d.from_features(teacher, {"0": "0"}, d.hint)
+        if refused:
+            with pytest.raises(ValueError, match=r"name the layer that does it, or set inplace"):
+                goal(student, batch())
+        else:
+            assert goal(student, batch()).isfinite()
+
+
+FEATURES = [
+    d.attention_transfer, d.similarity_preserving, d.relational_distance, d.relational_angle,
+    lambda s, t: d.contrastive(s.flatten(1), t.flatten(1), torch.arange(len(s))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(FEATURES)))
+def test_empty_and_broken_features_are_named(number: int) -> None:
+    """Else their loss is NaN, and nobody knows of what."""
+    loss, maps = FEATURES[number], torch.rand(4, 3, 2, 2)
+    assert loss(maps, maps.flip(0)).isfinite()
+    with pytest.raises(ValueError, match=r"are empty: leave out batches of no example"):
+        loss(maps[:0], maps[:0])
+    broken = maps.clone()
+    broken[0, 0, 0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="the prediction holds 1 NaN of 48 numbers"):
+        loss(broken, maps)
+    with pytest.raises(FloatingPointError, match="the target holds 1 NaN of 48 numbers"):
+        loss(maps, broken)
+
+
+LOGITS = [d.soft_targets, d.standardised_logits, d.correlations]
+
+
+def test_logits_that_say_nothing_are_named() -> None:
+    one, none, x = torch.randn(4, 1), torch.zeros(0, 3), torch.randn(4, 3)
+    for loss in LOGITS:
+        with pytest.raises(ValueError, match=r"logits \(4, 1\) have one class, of which all are"):
+            loss(one, one)
+    for loss in (*LOGITS, d.logit_mse, lambda s, t: d.decoupled(s, t, torch.zeros(0).long())):
+        with pytest.raises(ValueError, match="are empty: leave out batches of no example"):
+            loss(none, none)
+    assert d.logit_mse(one, one + 2) == 4
+    with pytest.raises(ValueError, match="a setting, such as a temperature, is out of all"):
+        d.soft_targets(x, x.flip(0), temperature=1e30)
+
+
+def test_what_is_no_weight_and_no_loss_is_named() -> None:
+    teacher, student, given = nn.Linear(4, 3), nn.Linear(4, 3), batch()
+    for wrong in ("1", None, float("inf"), float("nan"), -1):
+        for make in (
+            lambda w: d.from_logits(teacher, weight=w),
+            lambda w: d.from_logits(teacher, label_weight=w),
+            lambda w: d.mutual(weight=w),
+            lambda w: d.deep_supervision(nn.Sequential(student), ["0"], given[0], weight=w),
+            lambda w: d.deep_supervision(nn.Sequential(student), ["0"], given[0], share=w),
+        ):
+            with pytest.raises(ValueError, match=rf"at least 0.*{wrong!r}"):
+                make(wrong)
+    for wrong in ("soft_targets", None):
+        with pytest.raises(ValueError, match=rf"a loss is a function .*, not {wrong!r}"):
+            d.from_logits(teacher, wrong)
+    for wrong, words in (
+        (lambda s, t: s - t, r"<lambda> returned float32 \(6, 3\), and a loss is a scalar"),
+        (lambda s, t: 1.0, "<lambda> returned float, and a loss is a scalar"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            d.from_logits(teacher, wrong)(student, given)
+        with pytest.raises(ValueError, match="the loss of the labels returned"):
+            d.from_logits(teacher, task=wrong)(student, (given[0], student(given[0])))
+    for wrong in ([0, 1, 2, 0, 1, 2], None):
+        with pytest.raises(ValueError, match=f"the target is of {type(wrong).__name__}, no tensor"):
+            d.from_logits(teacher)(student, (given[0], wrong))
+    with pytest.raises(ValueError, match="the prediction is of dict, no tensor"):
+        losses.cross_entropy({"logits": given[0]}, given[1])

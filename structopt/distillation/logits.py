@@ -51,7 +51,13 @@ def soft_targets(
         tensor(0.6919)
     """
     student, teacher = _pair(student, teacher, temperature)
-    return losses.kl_divergence(student, teacher, temperature=temperature, counts=counts)
+    _need_classes(student)
+    return losses.kl_divergence(
+        student,
+        teacher,
+        temperature=temperature,
+        counts=counts,
+    )
 
 
 def standardised_logits(
@@ -77,6 +83,7 @@ def standardised_logits(
         True
     """
     student, teacher = _pair(student, teacher, temperature, counts)
+    _need_classes(student)
     ours, theirs = _scores(student), _scores(teacher)
     return losses.kl_divergence(ours, theirs, temperature=temperature, counts=counts)
 
@@ -199,6 +206,7 @@ def correlations(
         True
     """
     student, teacher = _pair(student, teacher, temperature, counts)
+    _need_classes(student)
     p, q = (_rows(z / temperature).softmax(1) for z in (student, teacher))
     rows = None if counts is None else counts.flatten()
     inter = 1 - over((centred_unit(p, 1) * centred_unit(q, 1)).sum(1), rows)
@@ -211,6 +219,14 @@ def _rows(logits: Tensor) -> Tensor:
     return logits.movedim(1, -1).reshape(-1, logits.shape[1])
 
 
+def _need_classes(student: Tensor) -> None:
+    if student.shape[1] < 2:
+        raise ValueError(
+            f"logits {tuple(student.shape)} have one class, of which all are certain: distil a "
+            "single output by logit_mse, or make two classes of it, torch.cat([-z, z], 1) / 2"
+        )
+
+
 def _pair(
     student: Tensor, teacher: Tensor, temperature: float = 1.0, counts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -221,6 +237,9 @@ def _pair(
             "both need (batch, classes, ...) with the same classes; choose the teacher's columns "
             "that the student has, or distil features"
         )
+    if not student.numel():
+        shape = tuple(student.shape)
+        raise ValueError(f"logits {shape} are empty: leave out batches of no example")
     need_counts(counts, student)
     student = wide(student)
     return blanked(student, counts), blanked(teacher.to(student.dtype), counts)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from structopt import losses
 from structopt.distillation.logits import soft_targets
-from structopt.distillation.teachers import as_logits, as_pair
+from structopt.distillation.objective import is_weight
+from structopt.distillation.teachers import as_logits, as_pair, changes
 from structopt.losses.checks import need_temperature
 from structopt.losses.positions import counted
 from structopt.training import Objective
@@ -66,7 +67,7 @@ def mutual(
     0
     """
     need_temperature(temperature)
-    if not weight >= 0:
+    if not is_weight(weight):
         raise ValueError(f"weight counts what the others say, at least 0: {weight!r}")
 
     def objective(model: nn.Module, batch: Any) -> Tensor:
@@ -75,7 +76,13 @@ def mutual(
                 f"mutual learning trains nn.ModuleList([student, ...]), not {type(model).__name__}"
             )
         inputs, targets = as_pair(batch)
+        before = changes(inputs)
         logits = [as_logits(student(inputs), "student") for student in model]
+        if changes(inputs) != before:
+            raise ValueError(
+                "a student changes its inputs in place, which are those of the others as well: "
+                "let it work on a copy, inputs.clone()"
+            )
         labels = torch.stack([task(each, targets) for each in logits]).sum()
         counts = counted(logits[0], targets, task)
         return labels + weight * mutual_loss(logits, temperature=temperature, counts=counts)

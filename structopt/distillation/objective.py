@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from structopt import losses
 from structopt.distillation.teachers import Source, as_logits, as_pair, picked
 from structopt.distillation.watching import Watcher
+from structopt.losses.checks import real
 from structopt.losses.positions import arguments, counted, positions
 from structopt.training.objectives import describe
 
@@ -34,8 +36,10 @@ class Term:
     adapter: nn.Module | None = None
 
     def __post_init__(self) -> None:
-        if not self.weight >= 0:
-            raise ValueError(f"weight counts the teacher's part, at least 0: {self.weight}")
+        if not is_weight(self.weight):
+            raise ValueError(f"weight counts the teacher's part, at least 0: {self.weight!r}")
+        if not callable(self.loss):
+            raise ValueError(f"a loss is a function of student and teacher, not {self.loss!r}")
 
 
 class Distillation(nn.Module):
@@ -58,8 +62,8 @@ class Distillation(nn.Module):
         task: Callable[[Tensor, Tensor], Tensor] = losses.cross_entropy,
     ) -> None:
         super().__init__()
-        if not label_weight >= 0:
-            raise ValueError(f"label_weight counts the labels, at least 0: {label_weight}")
+        if not is_weight(label_weight):
+            raise ValueError(f"label_weight counts the labels, at least 0: {label_weight!r}")
         self.terms = tuple(terms)
         vars(self)["teacher"] = teacher  # one that is a module would become a part of this one
         self.label_weight, self.task = label_weight, task
@@ -79,7 +83,8 @@ class Distillation(nn.Module):
             ours = {name: picked(found, name) for name, _ in self.pairs}
         parts: dict[str, Tensor] = {}
         if self.label_weight:
-            parts["labels"] = self.label_weight * self.task(logits, lesson.labels)
+            said = self.task(logits, lesson.labels)
+            parts["labels"] = self.label_weight * _scalar("the loss of the labels", said)
         for term, taken in zip(self.terms, self.taken, strict=True):
             pair = (logits, lesson.logits.detach())  # a source of one's own may have a graph
             if term.layers is not None:
@@ -91,13 +96,26 @@ class Distillation(nn.Module):
                 _need_classes_second(logits, lesson.labels)
                 extra["counts"] = counted(logits, lesson.labels, self.task)
             name = term.name if term.name not in parts else f"{term.name} {len(parts)}"
-            parts[name] = term.weight * term.loss(*pair, **extra)
+            parts[name] = term.weight * _scalar(term.name, term.loss(*pair, **extra))
         self.parts = {name: value.detach() for name, value in parts.items()}
         return torch.stack(list(parts.values())).sum()
 
     def extra_repr(self) -> str:
         told = [f"{term.weight:g} · {term.name}" for term in self.terms]
         return " + ".join([f"{self.label_weight:g} · labels", *told])
+
+
+def is_weight(given: object) -> bool:
+    """Whether it is a finite number of at least 0; one that is learned is a tensor."""
+    return isinstance(given, Tensor) or 0 <= real(given) < math.inf
+
+
+def _scalar(name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor) or value.ndim:
+        raise ValueError(
+            f"{name} returned {describe(value)}, and a loss is a scalar tensor: take its mean"
+        )
+    return value
 
 
 def _need_classes_second(logits: Tensor, labels: Any) -> None:

@@ -59,6 +59,11 @@ def class_dim(logits: Tensor) -> int:
 
 
 def check(prediction: Tensor, target: Tensor, reduction: str) -> None:
+    given: dict[str, object] = {"prediction": prediction, "target": target}
+    for what, one in given.items():
+        if not isinstance(one, Tensor):
+            remedy = "hand over the tensor inside it, or make one with torch.as_tensor"
+            raise ValueError(f"the {what} is of {type(one).__name__}, no tensor: {remedy}")
     if not prediction.is_floating_point():
         remedy = "call .float() on it, or hand over the logits in place of their argmax"
         raise ValueError(f"the prediction is {prediction.dtype}, which has no gradient: {remedy}")
@@ -140,4 +145,7 @@ def seen(loss: Tensor, prediction: Tensor, target: Tensor) -> Tensor:
         if x.isinf().any():
             remedy = "it overflowed, or a mask hides some or all of it"
             raise FloatingPointError(f"the loss is NaN, since the {name} holds inf: {remedy}")
-    raise ValueError("no target counts (ignore_index, weight 0): drop this batch or sum instead")
+    raise ValueError(
+        "no target counts (ignore_index, counts, weight 0): drop this batch or sum instead; "
+        "or a setting, such as a temperature, is out of all proportion"
+    )

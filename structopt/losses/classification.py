@@ -58,7 +58,7 @@ def cross_entropy(
     """
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing is a share from 0 to 1, not {label_smoothing}")
-    if target.is_floating_point() and ignore_index != -100:
+    if isinstance(target, Tensor) and target.is_floating_point() and ignore_index != -100:
         raise ValueError("ignore_index needs class indices; these targets are probabilities")
     prediction, target, weight = classified(prediction, target, weight, reduction)
     target, wrong = tame(prediction, target, ignore_index)
@@ -104,7 +104,7 @@ def focal(
     """
     if not gamma >= 0:
         raise ValueError(f"gamma is an exponent of at least 0, not {gamma}")
-    if target.is_floating_point():
+    if isinstance(target, Tensor) and target.is_floating_point():
         raise ValueError("focal needs class indices, not probabilities: use target.argmax(1)")
     prediction, target, weight = classified(prediction, target, weight, reduction)
     surprise = cross_entropy(prediction, target, ignore_index=ignore_index, reduction="none")
