@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -64,6 +65,16 @@ def test_a_source_that_is_a_module_is_asked_and_not_called() -> None:
         losses.cross_entropy(student(x), y)
         + 0.5 * (d.soft_targets(student(x), said) + d.hint(student(x), said)),
     )
+
+
+def test_a_source_may_have_features_alone() -> None:
+    class Kept:
+        def teach(self, inputs: Tensor, targets: Any, names: Sequence[str] = ()) -> d.Lesson:
+            return d.Lesson(None, dict.fromkeys(names, torch.ones(6, 3)), targets)  # type: ignore
+
+    student, (x, y) = nn.Sequential(nn.Linear(4, 3)), batch()
+    got = d.from_features(Kept(), {"0": "any"}, d.hint, label_weight=0)(student, (x, y))
+    torch.testing.assert_close(got, d.hint(student(x), torch.ones(6, 3)))
 
 
 def test_a_network_with_a_method_of_that_name_is_a_network() -> None:
@@ -206,3 +217,45 @@ def test_what_is_no_weight_and_no_loss_is_named() -> None:
             d.from_logits(teacher)(student, (given[0], wrong))
     with pytest.raises(ValueError, match="the prediction is of dict, no tensor"):
         losses.cross_entropy({"logits": given[0]}, given[1])
+
+
+def sentences() -> list[tuple[str, Callable[[], object]]]:
+    net, (x, y) = nn.Sequential(nn.Linear(4, 3)), batch()
+    dreamer = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(16, 3))
+    dream = partial(d.dream, dreamer, torch.zeros(3, 1, 4, 4), y[:3])
+    maps = torch.rand(2, 3, 4, 4)
+    return [
+        (r"names is a list of layers: \['conv1'\]", lambda: d.watch(net, "conv1")),
+        (r"names is a list of layers: \['0'\]", lambda: d.deep_supervision(net, "0", x)),
+        (r"names is a list of layers: \['0'\]",
+         lambda: d.cache_outputs(net, Examples(x, y), names="0")),
+        *((rf"size counts .* at least 1: {size!r}",
+           partial(d.cache_outputs, net, Examples(x, y), size=size)) for size in ("8", 2.5, 0)),
+        ("follows a student, not str", lambda: d.MovingTeacher("student")),
+        (r"at least 1: 2\.5", lambda: d.born_again(lambda: net, print, generations=2.5)),
+        ("at least 1, not '2'", lambda: d.attention_transfer(maps, maps, power="2")),
+        *((rf"dream needs steps.* not .*{wrong!r}", partial(dream, **{name: wrong}))
+          for name, wrong in (("steps", "3"), ("steps", 1.5), ("lr", "1"), ("weights", 1.0),
+                              ("weights", (1.0,)), ("weights", (1.0, "2")))),
+        ("numbers with a gradient, not torch.int64",
+         lambda: d.dream(dreamer, torch.zeros(3, 1, 4, 4).long(), y[:3])),
+        ("a whole number: '9'", lambda: d.tune(lambda *_: net, [(x, y)], budget="9")),
+        ("temperatures above 0",
+         lambda: d.tune(lambda *_: net, [(x, y)], budget=9, temperatures=("1",))),
+        ("diagnose needs class indices", lambda: d.diagnose(net, [(x, [0] * 6)], [(x, y)])),
+        ("such as torch.bfloat16, not 'bf16'", lambda: d.Teacher(net, autocast="bf16")),
+        ("above 0, not '1'", lambda: losses.huber(x, x, delta="1")),
+        ("from 0 to 1, not 'a'", lambda: losses.cross_entropy(x, y, label_smoothing="a")),
+        *((rf"at least 0, not {gamma!r}", partial(losses.focal, x, y, gamma=gamma))
+          for gamma in ("a", float("inf"))),
+        (r"weight list needs a number per class: a tensor \(4,\)",
+         lambda: losses.cross_entropy(x, y, weight=[1.0] * 4)),
+        (r"at least 1, not 2\.5", lambda: losses.expected_calibration_error(x, y, bins=2.5)),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(sentences())))
+def test_what_is_no_setting_is_named(number: int) -> None:
+    message, call = sentences()[number]
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -121,7 +121,7 @@ def diagnose(
 
 
 def _labels(targets: Tensor, cached: Cached | None) -> Tensor:
-    if targets.is_floating_point():
+    if not isinstance(targets, Tensor) or targets.is_floating_point():
         raise ValueError("diagnose needs class indices: soft targets become such by argmax(1)")
     numbered = targets.ndim == 2 and targets.shape[1] == 2
     if cached is not None and not numbered:

@@ -11,7 +11,7 @@ from torch import Tensor
 from structopt import losses
 from structopt.distillation.adapters import smaller
 from structopt.distillation.unit import unit
-from structopt.losses.checks import seen, wide
+from structopt.losses.checks import real, seen, wide
 
 
 def hint(student: Tensor, teacher: Tensor) -> Tensor:
@@ -55,8 +55,8 @@ def attention_transfer(student: Tensor, teacher: Tensor, *, power: float = 2.0) 
         >>> attention_transfer(5 * maps, maps).item() < 1e-6
         True
     """
-    if not 1 <= power < math.inf:
-        raise ValueError(f"power is what activations are raised to, at least 1, not {power}")
+    if not 1 <= real(power) < math.inf:
+        raise ValueError(f"power is what activations are raised to, at least 1, not {power!r}")
     if student.ndim != teacher.ndim or student.ndim not in (3, 4) or len(student) != len(teacher):
         raise ValueError(
             f"attention needs maps (B, C, H, W) or tokens (B, T, D) of both, not "

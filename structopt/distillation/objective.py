@@ -86,9 +86,10 @@ class Distillation(nn.Module):
             said = self.task(logits, lesson.labels)
             parts["labels"] = self.label_weight * _scalar("the loss of the labels", said)
         for term, taken in zip(self.terms, self.taken, strict=True):
-            pair = (logits, lesson.logits.detach())  # a source of one's own may have a graph
+            mine, theirs = logits, lesson.logits
             if term.layers is not None:
-                pair = ours[term.layers[0]], lesson.features[term.layers[1]].detach()
+                mine, theirs = ours[term.layers[0]], lesson.features[term.layers[1]]
+            pair = mine, theirs.detach()  # of a source of one's own it may have a graph
             if term.adapter is not None:
                 pair = term.adapter(*pair)
             extra = {"targets": lesson.labels} if "targets" in taken else {}

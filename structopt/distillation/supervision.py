@@ -13,7 +13,7 @@ from structopt.distillation.adapters import pooled
 from structopt.distillation.logits import soft_targets
 from structopt.distillation.objective import is_weight
 from structopt.distillation.teachers import as_logits, as_pair, picked
-from structopt.distillation.watching import Watch, Watcher
+from structopt.distillation.watching import Watch, Watcher, need_names
 from structopt.losses.checks import need_temperature, real
 from structopt.training import evaluating
 
@@ -100,6 +100,7 @@ def deep_supervision(
           )
         )
     """
+    need_names(layers)
     names = list(dict.fromkeys(layers))
     if not names:
         raise ValueError("name the layers that get a classifier of their own")

@@ -54,6 +54,8 @@ class Teacher:
     def __init__(self, *models: nn.Module, autocast: torch.dtype | None = None) -> None:
         if not models or not all(isinstance(model, nn.Module) for model in models):
             raise ValueError("a teacher is one nn.Module or several")
+        if autocast is not None and not isinstance(autocast, torch.dtype):
+            raise ValueError(f"autocast is a type such as torch.bfloat16, not {autocast!r}")
         self.models, self.autocast = models, autocast
         self.gentle: set[nn.Module] = set()  # those seen to leave their inputs as they are
         self.watcher = Watcher(())

@@ -49,6 +49,7 @@ class Watch:
                 f"layers are watched in an nn.Module, not in {type(model).__name__}: of a slice of "
                 "a slimmable network learn by the logits, or cut it out with extract"
             )
+        need_names(names)
         layers = {
             name.replace("_orig_mod.", ""): layer
             for name, layer in unwrapped(model).named_modules()
@@ -151,6 +152,11 @@ class Watcher:
     def __getstate__(self) -> dict[str, Any]:
         # A copy watches copies: the forwards of a Watch belong to the layers they were made for.
         return {"names": self.names, "model": None, "watch": None}
+
+
+def need_names(names: object) -> None:
+    if isinstance(names, str):  # would be taken for one name a letter
+        raise ValueError(f"names is a list of layers: [{names!r}]")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

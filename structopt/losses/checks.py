@@ -103,8 +103,9 @@ def classified(
         raise ValueError(f"target {given} does not fit logits {shape}: {kind}; {remedy}")
     if target.dtype == torch.bool or target.is_complex():
         raise ValueError(f"the target is {target.dtype}: class indices are integers, call .long()")
-    if weight is not None and weight.shape != (classes,):
-        raise ValueError(f"weight {tuple(weight.shape)} needs a number per class: ({classes},)")
+    if weight is not None and getattr(weight, "shape", None) != (classes,):
+        shown = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+        raise ValueError(f"weight {shown} needs a number per class: a tensor ({classes},)")
     target = target.to(logits.dtype if soft else torch.int64)
     return logits, target, weight if weight is None else weight.to(logits.dtype)
 

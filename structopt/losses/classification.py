@@ -15,6 +15,7 @@ from structopt.losses.checks import (
     need_temperature,
     pair,
     range_message,
+    real,
     seen,
     tame,
     wide,
@@ -56,8 +57,8 @@ def cross_entropy(
         >>> cross_entropy(torch.tensor([[2.0, 0.0], [0.0, 0.0]]), torch.tensor([0, 1]))
         tensor(0.4100)
     """
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing is a share from 0 to 1, not {label_smoothing}")
+    if not 0 <= real(label_smoothing) <= 1:
+        raise ValueError(f"label_smoothing is a share from 0 to 1, not {label_smoothing!r}")
     if isinstance(target, Tensor) and target.is_floating_point() and ignore_index != -100:
         raise ValueError("ignore_index needs class indices; these targets are probabilities")
     prediction, target, weight = classified(prediction, target, weight, reduction)
@@ -102,8 +103,8 @@ def focal(
         >>> focal(torch.tensor([[0.0, 0.0]]), torch.tensor([1]))  # 0.5² · log 2
         tensor(0.1733)
     """
-    if not gamma >= 0:
-        raise ValueError(f"gamma is an exponent of at least 0, not {gamma}")
+    if not 0 <= real(gamma) < math.inf:
+        raise ValueError(f"gamma is a finite exponent of at least 0, not {gamma!r}")
     if isinstance(target, Tensor) and target.is_floating_point():
         raise ValueError("focal needs class indices, not probabilities: use target.argmax(1)")
     prediction, target, weight = classified(prediction, target, weight, reduction)
