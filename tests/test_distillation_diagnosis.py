@@ -270,6 +270,15 @@ def test_one_trial_is_the_best() -> None:
         d.tune(lambda *_: Scored(0.5), iter([VALIDATION]), budget=99)
 
 
+@pytest.mark.parametrize(("candidates", "epochs"), [((4.0,), [9]), ((1.0, 4.0), [4, 4])])
+def test_one_round_has_the_whole_budget(candidates: tuple[float, ...], epochs: list[int]) -> None:
+    """Of two candidates nothing is left to decide after the first."""
+    found = d.tune(
+        lambda t, w, e: Scored(t / 8), VALIDATION, budget=9, temperatures=candidates, weights=(1.0,)
+    )
+    assert (found.temperature, [trial.epochs for trial in found.trials]) == (4.0, epochs)
+
+
 def test_a_student_that_diverged_never_wins() -> None:
     def metric(output: Tensor, target: Tensor) -> Tensor:
         return torch.where(output[:, 0] > 1, torch.nan, output[:, 0])
