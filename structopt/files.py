@@ -12,12 +12,11 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
@@ -184,53 +183,3 @@ def load_tensors(
     if not isinstance(notes, dict):
         raise ValueError(f"{path}: its notes are {type(notes).__name__}, not a dictionary")
     return {name: tensor.to(device) for name, tensor in tensors.items()}, notes
-
-
-def is_plain(value: Any) -> bool:
-    """Whether :func:`pack` takes it: numbers and words, also in tuples, lists and dicts."""
-    if isinstance(value, dict):
-        return all(type(key) is str and is_plain(item) for key, item in value.items())
-    if type(value) in (tuple, list, torch.Size):
-        return all(map(is_plain, value))
-    return value is None or type(_python(value)) in (bool, int, float, str)
-
-
-def inside(value: Any, kinds: type | tuple[type, ...]) -> Iterator[tuple[str, Any]]:
-    """What of these kinds lies in lists, tuples and dicts, with the way to it.
-
-    >>> dict(inside({"a": [1, torch.ones(1)]}, Tensor))
-    {"['a'][1]": tensor([1.])}
-    """
-    items: Any = value.items() if isinstance(value, dict) else ()
-    for key, item in enumerate(value) if isinstance(value, (list, tuple)) else items:
-        if isinstance(item, kinds):
-            yield f"[{key!r}]", item
-        else:
-            yield from ((f"[{key!r}]{way}", found) for way, found in inside(item, kinds))
-
-
-def _python(value: Any) -> Any:
-    """A size that numpy computed as Python's number."""
-    return value.item() if isinstance(value, np.generic) else value
-
-
-def pack(value: Any) -> Any:
-    """JSON has no tuples, so containers say what they are."""
-    if isinstance(value, dict):
-        return {"dict": {key: pack(item) for key, item in value.items()}}
-    if isinstance(value, (tuple, list)):
-        return {type(value).__name__: [pack(item) for item in value]}
-    return _python(value)
-
-
-def unpack(packed: Any) -> Any:
-    """What :func:`pack` was given."""
-    if not isinstance(packed, dict):
-        return packed
-    ((kind, items),) = packed.items()
-    if kind == "dict":
-        return {str(key): unpack(item) for key, item in items.items()}
-    made = [unpack(item) for item in items]
-    if kind == "Size" and not all(type(n) is int and 0 <= n < 2**63 for n in made):
-        raise ValueError(f"{made} is no size of a tensor")
-    return {"tuple": tuple, "list": list, "Size": torch.Size}[kind](made)

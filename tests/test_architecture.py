@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "channels": {"devices", "plots"},
     "descent": {"distributed", "plots"},
     "measure": {"devices", "files"},
-    "checkpoint": {"files"},
+    "checkpoint": {"files", "training"},
     "distributed": {"devices"},
     "training": {"devices", "distributed", "files", "losses", "measure", "plots"},
     "distillation": {"files", "losses", "training"},

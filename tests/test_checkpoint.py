@@ -1,6 +1,7 @@
 """A network of changed structure comes back into its own class, to the bit, or not at all."""
 
 import copy
+import functools
 import json
 import subprocess
 import sys
@@ -580,3 +581,96 @@ def test_what_is_not_stored_is_named(how, named, tmp_path):
 def test_many_that_are_not_stored_are_counted(tmp_path):
     with pytest.warns(UserWarning, match=r"^0.held\[1\], 1.held\[1\], 2.held\[1\] and 2 more: in"):
         checkpoint.save(nn.Sequential(*[Holder("list") for _ in range(5)]), tmp_path / "x")
+
+
+# What holds itself, or is nested deep
+
+
+def nested(levels, inmost):
+    for _ in range(levels):
+        inmost = [inmost]
+    return inmost
+
+
+def in_itself():
+    found = {"a": [1, 2]}
+    found["again"] = {"b": (found,)}
+    return found
+
+
+@pytest.mark.parametrize(
+    "odd", [in_itself(), nested(10**5, 0), functools.reduce(lambda x, _: [x, x], range(80), 1)],
+    ids=["in itself", "deep", "endless"],
+)  # fmt: skip
+def test_containers_that_cannot_be_written_out_are_left_as_the_constructor_makes_them(
+    tmp_path, odd
+):
+    """Beside them what is plain is stored, shared parts and all."""
+    saved, fresh, part = nn.Linear(2, 3), nn.Linear(4, 5), [1, (2.5, None)]
+    saved.odd, saved.even, fresh.odd, fresh.even = odd, [part, {"k": part}], "own", None
+    checkpoint.save(saved, tmp_path / "x")
+    checkpoint.load(tmp_path / "x", into=fresh)
+    assert (fresh.odd, fresh.even) == ("own", [part, {"k": part}])
+    assert torch.equal(fresh.weight, saved.weight)
+
+
+def test_a_tensor_is_found_in_what_holds_itself(tmp_path):
+    for odd, way in ((in_itself(), "odd['again']['b'][1]"), (nested(10**5, torch.ones(1)), "odd")):
+        model = nn.Linear(2, 3)
+        model.odd = odd
+        if isinstance(odd, dict):
+            odd["again"]["b"] += (torch.ones(2),)
+        with pytest.warns(UserWarning, match="and not stored") as found:
+            checkpoint.save(model, tmp_path / "x")
+        assert str(found[0].message).startswith(way)
+        assert len(str(found[0].message)) < 500
+
+
+# Hooks of the model that is loaded into
+
+
+def test_hooks_go_to_the_layer_that_takes_the_place_of_theirs(tmp_path):
+    saved, fresh, seen = filled(block()), block(), []
+    factorised(saved)
+    checkpoint.save(saved.eval(), tmp_path / "x")
+    layer = fresh.eval()[4]
+    layer.register_forward_pre_hook(lambda module, given: seen.append("before"))
+    layer.register_forward_hook(lambda module, given, named, out: 2 * out, with_kwargs=True)
+    layer.register_full_backward_hook(lambda *_: seen.append("back"))
+    checkpoint.load(tmp_path / "x", into=fresh)
+    x = torch.randn(2, 3, 5, 5)
+    out = fresh(x)
+    assert torch.equal(out, 2 * saved(x))
+    out.sum().backward()
+    assert seen == ["before", "back"]
+    assert {m.training for m in fresh.modules()} == {False}
+
+
+class Own(nn.Sequential):
+    """A container of the user's own class."""
+
+
+def test_hooks_that_no_layer_takes_over_are_named(tmp_path):
+    layer, seen = nn.Linear(2, 2), []
+    for saved, lost in (
+        (nn.Sequential(nn.Linear(2, 2)), "0.0, 0.1"),  # one layer for all of them
+        (nn.Sequential(nn.Sequential(layer, layer)), "0.1"),  # which is 0.0 once more
+    ):
+        checkpoint.save(saved, tmp_path / "x")
+        fresh = nn.Sequential(Own(nn.ReLU(), nn.Tanh()))
+        for name in ("0.0", "0.1", "0"):
+            hook = lambda module, given, out: seen.append(out.shape)  # noqa: E731
+            fresh.get_submodule(name).register_forward_hook(hook)
+        with pytest.warns(UserWarning, match=f"^hooks on {lost} are left out, as the") as found:
+            checkpoint.load(tmp_path / "x", into=fresh)
+        assert found[0].filename == __file__
+        seen.clear()
+        x = torch.randn(3, 2)
+        assert torch.equal(fresh(x), saved(x))
+        assert len(seen) == (1 if lost == "0.0, 0.1" else 3)  # 0.0 is called twice
+    fresh = nn.Sequential(Own(nn.ReLU()))
+    fresh[0].register_load_state_dict_post_hook(print)
+    checkpoint.save(nn.Sequential(layer), tmp_path / "x")
+    with pytest.warns(UserWarning, match="hooks on the state dict of 0 do not fit the Linear") as f:
+        checkpoint.load(tmp_path / "x", into=fresh)
+    assert f[0].filename == __file__

@@ -270,6 +270,37 @@ def test_one_trial_is_the_best() -> None:
         d.tune(lambda *_: Scored(0.5), iter([VALIDATION]), budget=99)
 
 
+class Knows(nn.Module):
+    """Right for the inputs below a number, each of class 1."""
+
+    def __init__(self, below: float) -> None:
+        super().__init__()
+        self.below = below
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return nn.functional.one_hot((inputs[:, 0] < self.below).long(), 2).float()
+
+
+def test_as_good_as_its_teacher_is_to_twice_the_standard_error() -> None:
+    """2·√(p(1 - p)·(1/100 + 1/400)) = 0.112 for p = 0.5: 0.11 more is noise, 0.12 is not."""
+    held, own = (
+        [((torch.arange(count) / count)[:, None], torch.ones(count).long())] for count in (100, 400)
+    )
+    for theirs, same in ((0.61, True), (0.62, False)):
+        found = d.diagnose(Knows(theirs), own, held, student=Knows(0.5), temperature=1.0)
+        words = [finding.reason for finding in found.findings if "data enough" in finding.reason]
+        assert words == ["The student has data enough" + " to be as good as its teacher" * same]
+
+
+@pytest.mark.parametrize(("candidates", "epochs"), [((4.0,), [9]), ((1.0, 4.0), [4, 4])])
+def test_one_round_has_the_whole_budget(candidates: tuple[float, ...], epochs: list[int]) -> None:
+    """Of two candidates nothing is left to decide after the first."""
+    found = d.tune(
+        lambda t, w, e: Scored(t / 8), VALIDATION, budget=9, temperatures=candidates, weights=(1.0,)
+    )
+    assert (found.temperature, [trial.epochs for trial in found.trials]) == (4.0, epochs)
+
+
 def test_a_student_that_diverged_never_wins() -> None:
     def metric(output: Tensor, target: Tensor) -> Tensor:
         return torch.where(output[:, 0] > 1, torch.nan, output[:, 0])

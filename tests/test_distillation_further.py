@@ -327,6 +327,18 @@ def test_dreams_are_taken_for_their_labels_and_fit_the_statistics(device: torch.
     assert d.total_variation(smooth) < 0.8 * d.total_variation(images)
 
 
+def test_one_step_of_a_dream_is_one_of_adam(device: torch.device) -> None:
+    """Whose first step is the learning rate in each pixel, against the gradient."""
+    teacher = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(16, 3)).to(device)
+    start, labels = torch.randn(6, 1, 4, 4, device=device), torch.arange(6, device=device) % 3
+    x = start.clone().requires_grad_()
+    logits, gap = d.statistics_gap(teacher, x)
+    loss = F.cross_entropy(logits, labels) + 2 * gap + 0.3 * d.total_variation(x)
+    (slope,) = torch.autograd.grad(loss, x)
+    images = d.dream(teacher, start, labels, steps=1, lr=0.25, weights=(2.0, 0.3))
+    torch.testing.assert_close(images, start - 0.25 * slope.sign(), rtol=1e-3, atol=1e-3)
+
+
 def test_dreams_move_on_under_autocast(device: torch.device) -> None:
     """It keeps what it has cast of a leaf: the teacher would see the first images for ever."""
     teacher = networks.StudentNet().to(device)

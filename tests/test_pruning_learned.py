@@ -77,6 +77,32 @@ def test_what_lies_in_two_groups_takes_both_factors(device):
     torch.testing.assert_close(both[1].weight, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_small_factors_add_up_in_16_bits(device, dtype):
+    """What rounds to 1 there is not lost: a thousand of them are a tenth, after a break too."""
+    layers = [nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)]
+    model = nn.Sequential(*layers).to(device, dtype)
+    wide = copy.deepcopy(model).to("cpu", torch.float64)
+    groups = channel_groups(wide, torch.randn(1, 6, dtype=torch.float64))
+    after, exactly = (ShrinkChannels(groups, strength=1e-4, end=1000) for _ in range(2))
+    before = model[0].weight.detach().clone()
+    for step in range(1, 1001):
+        if step == 500:
+            state, after = after.state_dict(), ShrinkChannels(groups, strength=1e-4, end=1000)
+            after.load_state_dict(copy.deepcopy(state))
+        after(model, step)
+        exactly(wide, step)
+    for name, p in model.named_parameters():
+        want = wide.get_parameter(name).to(dtype)
+        torch.testing.assert_close(p.cpu(), want, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    assert not torch.equal(model[0].weight, before)
+    assert exactly.state_dict() == {"rests": {}}
+    with torch.no_grad():
+        model[0].weight[2] = 0  # a mask, say
+    after(model, 1000)
+    assert not model[0].weight[2].any()
+
+
 class Beside(nn.Module):
     """Two layers read the input, one reads both: of its columns each has some."""
 
@@ -194,6 +220,19 @@ def test_movement_is_ranked_as_the_scope_and_the_pattern_say(device, scope, patt
     for unit, mask in zip(units, masks, strict=True):
         assert int((~mask).sum()) == len(mask) // 4
         assert unit[~mask].max() < unit[mask].min()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_movement_in_16_bits_adds_up(device, dtype):
+    """256 + 1 is 256 there: of many steps the later ones would not count."""
+    model = nn.Sequential(nn.Linear(4, 4, bias=False)).to(device, dtype)
+    after = MovementWhileTraining(OneShot(0.5, at=10**6))
+    after(model, 0)
+    weight = model[0].weight
+    for step in range(1, 1001):
+        weight.grad = torch.ones_like(weight)
+        after(model, step)
+    torch.testing.assert_close(after.movement["0.weight"], -1000 * weight.detach().float())
 
 
 def test_movement_begins_with_its_first_call_and_a_copy_goes_on_by_itself(device):

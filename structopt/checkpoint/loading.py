@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from structopt import files
+from structopt.checkpoint import plain
 from structopt.checkpoint.saving import BUILDABLE, INTERNAL, KIND, KINDS, kind_of
+from structopt.training.hooked import hooked, in_place_of
 
 
 def load(path: str | Path, into: nn.Module) -> nn.Module:
     """Make ``into``, a fresh model of the original class, the network that was saved; return it.
 
     Changed in place, to the bit: tensors, sizes, ties, ``requires_grad``. Each tensor goes to the
-    device of the one it replaces (from ``meta`` to the CPU); the training mode stays.
+    device of the one it replaces (from ``meta`` to the CPU); the training mode stays. Hooks on a
+    layer that another replaces go to that one; a warning names those for which there is none.
 
     Raises ``ValueError`` naming every mismatch (a module that one of the two lacks, a class that
     cannot be built from plain numbers, a tensor of other dimensions), and for files that are
@@ -38,6 +42,12 @@ def load(path: str | Path, into: nn.Module) -> nn.Module:
             f"{path} does not fit this {type(into).__name__}: {shown}{more}. Load it into a fresh "
             "model of the class that it was made from"
         )
+    if lost := plan.lost():
+        warnings.warn(
+            f"hooks on {', '.join(lost)} are left out, as the file has no layer of its own there: "
+            "register them anew",
+            stacklevel=2,
+        )
     plan.apply()
     return into
 
@@ -50,6 +60,7 @@ class _Plan:
         self.modules: dict[str, nn.Module] = dict(into.named_modules())
         self.replaced: dict[str, nn.Module] = {}  # name -> the layer that is built for it
         self.twins: set[str] = set()  # layers that stand again in one that is built
+        self.twin_names: set[str] = set()  # where they do
         self.attributes: list[tuple[nn.Module, str, Any]] = []
         self.slots: list[tuple[nn.Module, str, str, Any]] = []
         devices = {t.device for t in (*into.parameters(), *into.buffers())} - {torch.device("meta")}
@@ -82,6 +93,7 @@ class _Plan:
             first = record["same"]
             self.replaced[name] = (self.replaced if first in self.replaced else self.modules)[first]
             self.twins.add(first)
+            self.twin_names.add(name)
         elif free and kind in BUILDABLE:
             mode = (self.replaced[above] if below else self.modules[name]).training
             self.replaced[name] = self._built(name, record).train(mode)
@@ -98,7 +110,7 @@ class _Plan:
         for key, value in record["attributes"].items():
             if key in INTERNAL or hasattr(layer, key):
                 self.problems.append(f"{name}.{key} is no attribute of {layer.__name__}")
-            vars(module)[key] = files.unpack(value)
+            vars(module)[key] = plain.unpack(value)
         for key in record["parameters"]:
             module.register_parameter(key, None)
         for key in record["buffers"]:
@@ -108,8 +120,8 @@ class _Plan:
     def _attributes(self, name: str, module: nn.Module, record: dict[str, Any]) -> None:
         for key, packed in record["attributes"].items():
             # An attribute that the class does not set (a size noted in forward) is not its state.
-            if key in vars(module) and key not in INTERNAL and files.is_plain(vars(module)[key]):
-                self.attributes.append((module, key, files.unpack(packed)))
+            if key in vars(module) and key not in INTERNAL and plain.is_plain(vars(module)[key]):
+                self.attributes.append((module, key, plain.unpack(packed)))
 
     def _tensors(self, name: str, module: nn.Module, record: dict[str, Any]) -> None:
         for kind, slots in KINDS.items():
@@ -129,8 +141,20 @@ class _Plan:
                 if value[1] and not (tensor.is_floating_point() or tensor.is_complex()):
                     self.problems.append(f"{where} is {tensor.dtype}, which has no gradient")
 
+    def lost(self) -> list[str]:
+        """Layers with hooks that none takes the place of: below one built anew, or made a twin."""
+        found = []
+        for name, module in self.modules.items():
+            built = name in self.replaced and name not in self.twin_names
+            if not built and (name in self.replaced or self._is_replaced(name)) and hooked(module):
+                found.append(name)
+        return found
+
     def apply(self) -> None:
         for name, layer in self.replaced.items():
+            if name in self.modules and name not in self.twin_names:
+                mode = layer.training  # which was that of the layer above, if that is built too
+                in_place_of(self.modules[name], layer, name, level=4).train(mode)
             self._put(name, layer)
         for module, key, value in self.attributes:
             setattr(module, key, value)

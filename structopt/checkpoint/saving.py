@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from structopt import files
+from structopt.checkpoint import plain
 
 KIND = "structopt.network 1"
+LONGEST = 120  # letters of a way in a warning
 INTERNAL = frozenset(vars(nn.Module()))  # what every module keeps, such as `training`
 
 # Where a module keeps tensors: its parameters, its buffers, and attributes that are neither.
@@ -83,8 +85,8 @@ def _record(
     name: str, module: nn.Module, tensors: dict[str, Tensor], names: dict[int, str]
 ) -> dict[str, Any]:
     """What the file says of a module; its tensors are added to those to store."""
-    plain = {key: files.pack(value) for key, value in _kept(module) if files.is_plain(value)}
-    record: dict[str, Any] = {"class": kind_of(module), "attributes": plain}
+    kept = {key: plain.pack(value) for key, value in _kept(module) if plain.is_plain(value)}
+    record: dict[str, Any] = {"class": kind_of(module), "attributes": kept}
     for kind, slots in KINDS.items():
         record[kind] = dict.fromkeys(slots(module))
         for key, tensor in slots(module).items():
@@ -110,8 +112,9 @@ def _left(module: nn.Module, known: Container[Any]) -> Iterator[str]:
     for key, value in _kept(module):
         if key == "_flat_weights" and isinstance(module, nn.RNNBase):
             continue  # torch keeps them in step with the parameters
-        found = files.inside(value, (Tensor, nn.Module))
-        yield from islice((key + way for way, one in found if one not in known), 1)
+        found = plain.inside(value, (Tensor, nn.Module))
+        for way in islice((key + way for way, one in found if one not in known), 1):
+            yield way if len(way) <= LONGEST else f"{way[:LONGEST]}…"
 
 
 def kind_of(module: nn.Module) -> str:

@@ -13,10 +13,11 @@ from structopt import losses
 from structopt.distillation.adapters import regressor
 from structopt.distillation.features import attention_transfer, hint
 from structopt.distillation.logits import soft_targets
-from structopt.distillation.objective import Distillation, Loss, Term, arguments
+from structopt.distillation.objective import Distillation, Loss, Term
 from structopt.distillation.teachers import Source, as_source, picked
 from structopt.distillation.watching import Watch
 from structopt.losses.checks import need_temperature
+from structopt.losses.positions import arguments
 from structopt.training import evaluating
 from structopt.training.objectives import describe
 
@@ -36,21 +37,25 @@ def from_logits(
     """label_weight · task(student, labels) + weight · loss(student, teacher), on the logits.
 
     The convex form of Hinton et al., 2015, is ``weight=0.9, label_weight=0.1``.
-    ``label_weight=0`` never looks at the labels.
+    ``label_weight=0`` needs no labels. Where each position has one, (B, ...), those that ``task``
+    ignores (its ``ignore_index``, else -100) count for no loss named below either.
 
     Args:
         teacher: a module, several (their logits are averaged), :class:`Teacher`,
             :class:`MovingTeacher`, or :class:`Cached` outputs.
         loss: :func:`soft_targets`, :func:`standardised_logits`, :func:`logit_mse`,
             :func:`decoupled`, :func:`correlations`, or any f(student, teacher); one with a
-            parameter ``targets`` gets the labels.
+            parameter ``targets`` gets the labels, one with ``counts`` a bool (B, ...) of the
+            positions that count, or None; one without counts all.
         weight: of the teacher.
         label_weight: of the labels.
         task: the loss of the labels.
         settings: keywords of the loss, such as ``temperature``.
 
     Raises:
-        ValueError: a weight below 0, what is no teacher, a setting that the loss does not have.
+        ValueError: a weight below 0, what is no teacher, a setting that the loss does not have;
+            at a batch, logits of three dimensions whose labels do not say which one the classes
+            are, though a loss above would take the second.
 
     Example:
         >>> teacher, student = nn.Linear(2, 3), nn.Linear(2, 3)
@@ -198,7 +203,7 @@ def seen_features(
 def _bound(loss: Loss, settings: Mapping[str, Any]) -> Loss:
     if not settings:
         return loss
-    known = [name for name in arguments(loss) if name != "targets"][2:]
+    known = [name for name in arguments(loss) if name not in ("targets", "counts")][2:]
     for name in settings:
         if name not in known:
             raise ValueError(

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from structopt import files
 from structopt.distillation.teachers import Lesson, Source, as_source
-from structopt.distillation.watching import unwrapped
+from structopt.distillation.watching import need_names, unwrapped
+from structopt.losses.checks import whole
 
 KIND = "structopt.distillation 1"
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # of functions, other in each process
@@ -114,11 +115,12 @@ def cache_outputs(
         0
         0
     """
+    need_names(names)
     source, names = as_source(teacher), tuple(dict.fromkeys(names))
     if not hasattr(examples, "inputs"):
         raise ValueError(f"outputs are kept of data.Examples, not {type(examples).__name__}")
-    if size < 1:
-        raise ValueError(f"size counts the examples of a forward pass, at least 1: {size}")
+    if not whole(size) >= 1:
+        raise ValueError(f"size counts the examples of a forward pass, at least 1: {size!r}")
     if path is not None and not getattr(source, "models", ()):
         raise ValueError(
             f"nothing tells the outputs of this {type(source).__name__} from another's: "

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from structopt.distillation.adapters import Embeddings, pooled
 from structopt.distillation.builders import AnyTeacher, seen_features
+from structopt.distillation.features import same_batch
 from structopt.distillation.objective import Distillation, Term
 from structopt.distillation.teachers import as_source
 from structopt.distillation.unit import unit
-from structopt.losses.checks import need_temperature, wide
+from structopt.losses.checks import need_temperature, seen, wide
 
 SIZE = 128  # of the embeddings, as in the paper
 
@@ -59,13 +60,15 @@ def contrastive(
         raise ValueError(
             f"contrast needs class indices ({len(student)},), not {tuple(targets.shape)}"
         )
+    same_batch(student, teacher)
     ours, theirs = (unit(wide(x), 1) for x in (student, teacher))
     with torch.autocast(ours.device.type, enabled=False):
         scores = ours @ theirs.to(ours.dtype).T / temperature  # (B, B), log e
     others = targets[:, None] != targets[None, :]
     level = scores.detach().flatten().logsumexp(0) - math.log(scores.numel())
     noise = others.sum(1).clamp(min=1).to(scores.dtype).log() + level  # (B,), log c
-    return _pairs(scores, noise, others) + _pairs(scores.T, noise, others)
+    loss = _pairs(scores, noise, others) + _pairs(scores.T, noise, others)
+    return seen(loss, student, teacher)
 
 
 def _pairs(scores: Tensor, noise: Tensor, others: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from structopt.distillation.cache import Cached
-from structopt.distillation.teachers import Teacher
+from structopt.distillation.teachers import Teacher, teaches
 from structopt.losses.checks import need_temperature
 from structopt.training import evaluate
 from structopt.training.copying import copied
@@ -91,8 +91,9 @@ def diagnose(
         2. The temperature flattens everything: ...
     """
     need_temperature(temperature)
-    if not isinstance(teacher, nn.Module):
-        raise ValueError(f"diagnose looks at one nn.Module, not {type(teacher).__name__}")
+    if not isinstance(teacher, nn.Module) or teaches(teacher):
+        kind = type(teacher).__name__
+        raise ValueError(f"diagnose looks at one nn.Module, not {kind}: name the network itself")
     if isinstance(validation, Iterator):
         raise ValueError("validation can be walked only once: give examples or a list of batches")
     device = device_of(teacher, ())
@@ -120,7 +121,7 @@ def diagnose(
 
 
 def _labels(targets: Tensor, cached: Cached | None) -> Tensor:
-    if targets.is_floating_point():
+    if not isinstance(targets, Tensor) or targets.is_floating_point():
         raise ValueError("diagnose needs class indices: soft targets become such by argmax(1)")
     numbered = targets.ndim == 2 and targets.shape[1] == 2
     if cached is not None and not numbered:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from structopt import losses
 from structopt.distillation.teachers import as_logits
+from structopt.losses.checks import real, whole
 from structopt.training import evaluating
 from structopt.training.observing import first_of
 
@@ -101,10 +103,13 @@ def dream(
         >>> images.shape, images.requires_grad
         (torch.Size([6, 1, 4, 4]), False)
     """
-    gap_weight, variation_weight = weights
-    if steps < 1 or not lr > 0 or not (gap_weight >= 0 and variation_weight >= 0):
-        raise ValueError(f"dream needs steps, lr above 0 and weights of at least 0, not {steps}, "
-                         f"{lr}, {weights}")  # fmt: skip
+    pair = tuple(weights) if isinstance(weights, Sequence) and len(weights) == 2 else (-1.0, -1.0)
+    gap_weight, variation_weight = pair
+    if not (whole(steps) >= 1 and real(lr) > 0 and all(real(weight) >= 0 for weight in pair)):
+        raise ValueError(f"dream needs steps, lr above 0 and weights of at least 0, not {steps!r}, "
+                         f"{lr!r}, {weights!r}")  # fmt: skip
+    if not start.is_floating_point():
+        raise ValueError(f"images are dreamt of numbers with a gradient, not {start.dtype}")
     images = start.detach().clone().requires_grad_()
     optimizer = torch.optim.Adam([images], lr)
     for _ in range(steps):

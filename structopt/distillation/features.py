@@ -11,7 +11,7 @@ from torch import Tensor
 from structopt import losses
 from structopt.distillation.adapters import smaller
 from structopt.distillation.unit import unit
-from structopt.losses.checks import wide
+from structopt.losses.checks import real, seen, wide
 
 
 def hint(student: Tensor, teacher: Tensor) -> Tensor:
@@ -55,13 +55,14 @@ def attention_transfer(student: Tensor, teacher: Tensor, *, power: float = 2.0) 
         >>> attention_transfer(5 * maps, maps).item() < 1e-6
         True
     """
-    if not 1 <= power < math.inf:
-        raise ValueError(f"power is what activations are raised to, at least 1, not {power}")
+    if not 1 <= real(power) < math.inf:
+        raise ValueError(f"power is what activations are raised to, at least 1, not {power!r}")
     if student.ndim != teacher.ndim or student.ndim not in (3, 4) or len(student) != len(teacher):
         raise ValueError(
             f"attention needs maps (B, C, H, W) or tokens (B, T, D) of both, not "
             f"{tuple(student.shape)} and {tuple(teacher.shape)}"
         )
+    same_batch(student, teacher)
     ours, theirs = (_attention(x, power) for x in (student, teacher))
     if student.ndim == 4:
         size = smaller(ours.shape[1:], theirs.shape[1:])
@@ -69,7 +70,8 @@ def attention_transfer(student: Tensor, teacher: Tensor, *, power: float = 2.0) 
     ours, theirs = (unit(x.flatten(1), 1) for x in (ours, theirs))
     if ours.shape != theirs.shape:
         raise ValueError(f"{student.shape[1]} tokens and {teacher.shape[1]} cannot be compared")
-    return 0.5 * (ours - theirs.to(ours.dtype)).square().sum(1).mean()
+    loss = 0.5 * (ours - theirs.to(ours.dtype)).square().sum(1).mean()
+    return seen(loss, student, teacher)
 
 
 def _attention(features: Tensor, power: float) -> Tensor:
@@ -96,7 +98,7 @@ def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
     """
     same_batch(student, teacher)
     ours, theirs = (_similarity(x) for x in (student, teacher))
-    return (ours - theirs.to(ours.dtype)).square().mean()
+    return seen((ours - theirs.to(ours.dtype)).square().mean(), student, teacher)
 
 
 def _similarity(features: Tensor) -> Tensor:
@@ -106,6 +108,9 @@ def _similarity(features: Tensor) -> Tensor:
 
 
 def same_batch(student: Tensor, teacher: Tensor) -> None:
+    if not student.numel() or not teacher.numel():
+        shapes = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
+        raise ValueError(f"features {shapes} are empty: leave out batches of no example")
     if len(student) != len(teacher):
         raise ValueError(
             f"features of {len(student)} examples and of {len(teacher)} cannot be compared: "

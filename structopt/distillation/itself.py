@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from structopt.distillation.builders import from_logits
 from structopt.distillation.teachers import Lesson, Teacher
-from structopt.losses.checks import real
+from structopt.losses.checks import real, whole
 from structopt.training import Objective, supervised
 from structopt.training.averaging import follow_
 from structopt.training.copying import copied
@@ -41,6 +41,8 @@ class MovingTeacher:
     def __init__(self, student: nn.Module, decay: float = 0.99) -> None:
         if not 0 <= real(decay) < 1:
             raise ValueError(f"decay is that of the running mean, 0 <= d < 1, not {decay!r}")
+        if not isinstance(student, nn.Module):
+            raise ValueError(f"a moving teacher follows a student, not {type(student).__name__}")
         self.model, self.decay, self.steps = copied(student), decay, 0
         self.model.requires_grad_(False)
         self.halves: dict[int, Tensor] = {}  # float32 copies, by their place among the numbers
@@ -100,8 +102,8 @@ def born_again(
         >>> taught[1].teacher.models[0] is networks[0]
         True
     """
-    if generations < 1:
-        raise ValueError(f"generations counts the networks, at least 1: {generations}")
+    if not whole(generations) >= 1:
+        raise ValueError(f"generations counts the networks, at least 1: {generations!r}")
     found: list[nn.Module] = []
     for _ in range(generations):
         network = make()

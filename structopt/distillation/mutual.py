@@ -10,12 +10,16 @@ from torch import Tensor, nn
 
 from structopt import losses
 from structopt.distillation.logits import soft_targets
-from structopt.distillation.teachers import as_logits, as_pair
+from structopt.distillation.objective import is_weight
+from structopt.distillation.teachers import as_logits, as_pair, changes
 from structopt.losses.checks import need_temperature
+from structopt.losses.positions import counted
 from structopt.training import Objective
 
 
-def mutual_loss(logits: list[Tensor], *, temperature: float = 1.0) -> Tensor:
+def mutual_loss(
+    logits: list[Tensor], *, temperature: float = 1.0, counts: Tensor | None = None
+) -> Tensor:
     """Σ_k 1/(K - 1)·Σ_{l≠k} T²·KL(p_l || p_k), p_l without a gradient; a mean over the batch.
 
     Zhang et al., 2018, "Deep mutual learning" (T = 1).
@@ -23,6 +27,7 @@ def mutual_loss(logits: list[Tensor], *, temperature: float = 1.0) -> Tensor:
     Args:
         logits: those of K ≥ 2 students, each (B, C, ...).
         temperature: T > 0.
+        counts: bool (B, ...), false where nothing is to be learnt, such as padding.
 
     Raises:
         ValueError: fewer than 2 students, shapes that differ.
@@ -34,7 +39,7 @@ def mutual_loss(logits: list[Tensor], *, temperature: float = 1.0) -> Tensor:
     if len(logits) < 2:
         raise ValueError(f"mutual learning needs at least 2 students, not {len(logits)}")
     told = [
-        soft_targets(ours, theirs.detach(), temperature=temperature)
+        soft_targets(ours, theirs.detach(), temperature=temperature, counts=counts)
         for k, ours in enumerate(logits)
         for other, theirs in enumerate(logits)
         if other != k
@@ -51,7 +56,8 @@ def mutual(
     """Σ_k task(student k, labels) + weight · :func:`mutual_loss`, for an ``nn.ModuleList``.
 
     ``train(nn.ModuleList(students), batches, mutual(), optimizer, ...)``: all learn in one run,
-    each from the labels and from what the others say. They may differ in shape.
+    each from the labels and from what the others say. They may differ in shape. Positions (B, ...)
+    that ``task`` ignores (its ``ignore_index``) count for neither.
 
     Raises ``ValueError`` for a model that is not such a list, a weight below 0, a temperature not
     above 0 or infinite.
@@ -61,7 +67,7 @@ def mutual(
     0
     """
     need_temperature(temperature)
-    if not weight >= 0:
+    if not is_weight(weight):
         raise ValueError(f"weight counts what the others say, at least 0: {weight!r}")
 
     def objective(model: nn.Module, batch: Any) -> Tensor:
@@ -70,8 +76,15 @@ def mutual(
                 f"mutual learning trains nn.ModuleList([student, ...]), not {type(model).__name__}"
             )
         inputs, targets = as_pair(batch)
+        before = changes(inputs)
         logits = [as_logits(student(inputs), "student") for student in model]
+        if changes(inputs) != before:
+            raise ValueError(
+                "a student changes its inputs in place, which are those of the others as well: "
+                "let it work on a copy, inputs.clone()"
+            )
         labels = torch.stack([task(each, targets) for each in logits]).sum()
-        return labels + weight * mutual_loss(logits, temperature=temperature)
+        counts = counted(logits[0], targets, task)
+        return labels + weight * mutual_loss(logits, temperature=temperature, counts=counts)
 
     return objective

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +13,16 @@ from torch import Tensor, nn
 from structopt import losses
 from structopt.distillation.teachers import Source, as_logits, as_pair, picked
 from structopt.distillation.watching import Watcher
+from structopt.losses.checks import real
+from structopt.losses.positions import arguments, counted, positions
+from structopt.training.objectives import describe
 
 Loss = Callable[..., Tensor]
-"""``loss(student, teacher) -> scalar``; one with a parameter ``targets`` gets the labels there."""
+"""``loss(student, teacher) -> scalar``; one with a parameter ``targets`` gets the labels there.
+
+One of logits (B, C, ...) with a parameter ``counts`` gets there a bool (B, ...), false where the
+loss of the labels ignores a position, or None where it ignores none.
+"""
 
 
 @dataclass(frozen=True)
@@ -30,8 +36,10 @@ class Term:
     adapter: nn.Module | None = None
 
     def __post_init__(self) -> None:
-        if not self.weight >= 0:
-            raise ValueError(f"weight counts the teacher's part, at least 0: {self.weight}")
+        if not is_weight(self.weight):
+            raise ValueError(f"weight counts the teacher's part, at least 0: {self.weight!r}")
+        if not callable(self.loss):
+            raise ValueError(f"a loss is a function of student and teacher, not {self.loss!r}")
 
 
 class Distillation(nn.Module):
@@ -43,6 +51,8 @@ class Distillation(nn.Module):
     it: neither moved, nor trained, nor saved with it. ``parts`` holds the last value of each term.
     """
 
+    teacher: Source
+
     def __init__(
         self,
         teacher: Source,
@@ -52,13 +62,14 @@ class Distillation(nn.Module):
         task: Callable[[Tensor, Tensor], Tensor] = losses.cross_entropy,
     ) -> None:
         super().__init__()
-        if not label_weight >= 0:
-            raise ValueError(f"label_weight counts the labels, at least 0: {label_weight}")
-        self.teacher, self.terms = teacher, tuple(terms)
+        if not is_weight(label_weight):
+            raise ValueError(f"label_weight counts the labels, at least 0: {label_weight!r}")
+        self.terms = tuple(terms)
+        vars(self)["teacher"] = teacher  # one that is a module would become a part of this one
         self.label_weight, self.task = label_weight, task
         self.adapters = nn.ModuleList([t.adapter for t in terms if t.adapter is not None])
         self.pairs = [term.layers for term in terms if term.layers is not None]
-        self.wants_labels = [_has_targets(term.loss) for term in terms]
+        self.taken = [set(arguments(term.loss)) for term in terms]
         self.parts: dict[str, Tensor] = {}
         self.watcher = Watcher(ours for ours, _ in self.pairs)
 
@@ -72,16 +83,21 @@ class Distillation(nn.Module):
             ours = {name: picked(found, name) for name, _ in self.pairs}
         parts: dict[str, Tensor] = {}
         if self.label_weight:
-            parts["labels"] = self.label_weight * self.task(logits, lesson.labels)
-        for term, labelled in zip(self.terms, self.wants_labels, strict=True):
-            pair = (logits, lesson.logits)
+            said = self.task(logits, lesson.labels)
+            parts["labels"] = self.label_weight * _scalar("the loss of the labels", said)
+        for term, taken in zip(self.terms, self.taken, strict=True):
+            mine, theirs = logits, lesson.logits
             if term.layers is not None:
-                pair = ours[term.layers[0]], lesson.features[term.layers[1]]
+                mine, theirs = ours[term.layers[0]], lesson.features[term.layers[1]]
+            pair = mine, theirs.detach()  # of a source of one's own it may have a graph
             if term.adapter is not None:
                 pair = term.adapter(*pair)
-            extra = {"targets": lesson.labels} if labelled else {}
+            extra = {"targets": lesson.labels} if "targets" in taken else {}
+            if term.layers is None and "counts" in taken:
+                _need_classes_second(logits, lesson.labels)
+                extra["counts"] = counted(logits, lesson.labels, self.task)
             name = term.name if term.name not in parts else f"{term.name} {len(parts)}"
-            parts[name] = term.weight * term.loss(*pair, **extra)
+            parts[name] = term.weight * _scalar(term.name, term.loss(*pair, **extra))
         self.parts = {name: value.detach() for name, value in parts.items()}
         return torch.stack(list(parts.values())).sum()
 
@@ -90,13 +106,28 @@ class Distillation(nn.Module):
         return " + ".join([f"{self.label_weight:g} · labels", *told])
 
 
-def _has_targets(loss: Loss) -> bool:
-    return "targets" in arguments(loss)
+def is_weight(given: object) -> bool:
+    """Whether it is a finite number of at least 0; one that is learned is a tensor."""
+    return isinstance(given, Tensor) or 0 <= real(given) < math.inf
 
 
-def arguments(loss: Loss) -> list[str]:
-    """Names of what a loss takes; a module's stand in its ``forward``."""
-    inner = loss.func if isinstance(loss, partial) else loss
-    return list(
-        inspect.signature(inner.forward if isinstance(inner, nn.Module) else loss).parameters
-    )
+def _scalar(name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor) or value.ndim:
+        raise ValueError(
+            f"{name} returned {describe(value)}, and a loss is a scalar tensor: take its mean"
+        )
+    return value
+
+
+def _need_classes_second(logits: Tensor, labels: Any) -> None:
+    """Raises where (B, T, C) might be read as (B, C, T): the labels have to show which it is."""
+    given = labels.shape if isinstance(labels, Tensor) else None
+    if logits.ndim < 3 or given in (positions(logits), logits.shape):  # indices, or soft labels
+        return
+    if given == logits.shape[:-1] or logits.ndim == 3:
+        raise ValueError(
+            f"logits {tuple(logits.shape)} are read as (batch, classes, positions), which labels "
+            f"{describe(labels)} do not bear out: where the classes stand last, wrap student and "
+            "teacher in modules that return logits.movedim(-1, 1); where they do not, give labels "
+            f"{tuple(positions(logits))}, whose values are not looked at where they weigh nothing"
+        )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from structopt.distillation.features import same_batch
 from structopt.distillation.unit import unit
-from structopt.losses.checks import wide
+from structopt.losses.checks import seen, wide
 
 
 def relational_distance(student: Tensor, teacher: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def relational_distance(student: Tensor, teacher: Tensor) -> Tensor:
     for x in (ours, theirs):
         pairs = torch.linalg.vector_norm(x[i] - x[j], dim=1)
         found.append(pairs / pairs.mean().clamp(min=1e-12))
-    return F.huber_loss(found[0], found[1].to(found[0].dtype))
+    return seen(F.huber_loss(found[0], found[1].to(found[0].dtype)), student, teacher)
 
 
 def relational_angle(student: Tensor, teacher: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def relational_angle(student: Tensor, teacher: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             e = unit(x[None] - x[:, None], 2)  # (j, i, D): from j to i
             cosines.append((e @ e.transpose(1, 2))[distinct])  # (j, i, k) of distinct ones
-    return F.huber_loss(cosines[0], cosines[1].to(cosines[0].dtype))
+    return seen(F.huber_loss(cosines[0], cosines[1].to(cosines[0].dtype)), student, teacher)
 
 
 def _embeddings(student: Tensor, teacher: Tensor, least: int) -> tuple[Tensor, Tensor]:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from structopt import losses
 from structopt.distillation.adapters import pooled
 from structopt.distillation.logits import soft_targets
+from structopt.distillation.objective import is_weight
 from structopt.distillation.teachers import as_logits, as_pair, picked
-from structopt.distillation.watching import Watch, Watcher
-from structopt.losses.checks import need_temperature
+from structopt.distillation.watching import Watch, Watcher, need_names
+from structopt.losses.checks import need_temperature, real
 from structopt.training import evaluating
 
 
@@ -99,11 +100,12 @@ def deep_supervision(
           )
         )
     """
+    need_names(layers)
     names = list(dict.fromkeys(layers))
     if not names:
         raise ValueError("name the layers that get a classifier of their own")
     need_temperature(temperature)
-    if not weight >= 0 or not 0 <= share <= 1:
+    if not is_weight(weight) or not 0 <= real(share) <= 1:
         raise ValueError(f"weight is at least 0, share from 0 to 1, not {weight!r} and {share!r}")
     with Watch(student, names) as found, evaluating(student), torch.no_grad():
         classes = as_logits(student(example), "student").shape[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple, Protocol
@@ -24,7 +25,10 @@ class Lesson(NamedTuple):
 
 
 class Source(Protocol):
-    """Anything that teaches: :class:`Teacher`, :class:`MovingTeacher`, :class:`Cached`."""
+    """Anything that teaches: :class:`Teacher`, :class:`MovingTeacher`, :class:`Cached`.
+
+    One of your own may be an ``nn.Module``: it is asked by ``teach``, never called as a network.
+    """
 
     def teach(self, inputs: Any, targets: Any, names: Sequence[str] = ()) -> Lesson:
         """The lesson of a batch; ``names`` are the layers whose features are wanted."""
@@ -34,10 +38,11 @@ class Teacher:
     """One network, or several whose logits are averaged, to be asked without a trace.
 
     Each forward pass runs in evaluation mode without a gradient, and leaves the modes of all
-    modules as they were. A network stays on the device where it lies, in its own number type; the
-    inputs go to it and what it says comes back. ``autocast`` names the type in which it computes
-    (``torch.bfloat16``); by default that of the loop around it. The mean of logits is the
-    normalised geometric mean of the predictions, one of the two in Hinton et al., 2015.
+    modules, and the inputs, as they were. A network stays on the device where it lies, in its own
+    number type; the inputs go to it and what it says comes back. ``autocast`` names the type in
+    which it computes (``torch.bfloat16``); by default that of the loop around it. The mean of
+    logits is the normalised geometric mean of the predictions, one of the two in Hinton et al.,
+    2015.
 
     Raises ``ValueError`` for no network, or networks of different class counts.
 
@@ -49,7 +54,10 @@ class Teacher:
     def __init__(self, *models: nn.Module, autocast: torch.dtype | None = None) -> None:
         if not models or not all(isinstance(model, nn.Module) for model in models):
             raise ValueError("a teacher is one nn.Module or several")
+        if autocast is not None and not isinstance(autocast, torch.dtype):
+            raise ValueError(f"autocast is a type such as torch.bfloat16, not {autocast!r}")
         self.models, self.autocast = models, autocast
+        self.gentle: set[nn.Module] = set()  # those seen to leave their inputs as they are
         self.watcher = Watcher(())
 
     def teach(self, inputs: Any, targets: Any, names: Sequence[str] = ()) -> Lesson:
@@ -81,10 +89,21 @@ class Teacher:
         state = (*model.parameters(), *model.buffers())
         own = next((tensor.dtype for tensor in state if tensor.is_floating_point()), None)
         dtype = own if inputs.is_floating_point() else None
-        inputs = inputs.to(device_of(model, inputs), dtype)
-        kind = inputs.device.type
+        given = inputs.to(device_of(model, inputs), dtype)
+        if given is inputs and model not in self.gentle:  # the next one has to see them too
+            given = inputs.clone()
+        kind, before = given.device.type, changes(given)
         with torch.autocast(kind, self.autocast) if self.autocast else nullcontext():
-            return as_logits(model(inputs), "teacher")
+            logits = as_logits(model(given), "teacher")
+        if changes(given) == before is not None:
+            self.gentle.add(model)
+        return logits
+
+
+def changes(inputs: Any) -> int | None:
+    """How often a tensor was changed in place, which torch does not count under inference_mode."""
+    counted = isinstance(inputs, Tensor) and not inputs.is_inference()
+    return inputs._version if counted else None
 
 
 def as_pair(batch: Any) -> tuple[Any, Any]:
@@ -118,12 +137,31 @@ def picked(found: dict[str, Any], name: str) -> Tensor:
 
 
 def as_source(teacher: nn.Module | Sequence[nn.Module] | Source) -> Source:
-    if isinstance(teacher, nn.Module):
+    if teaches(teacher):
+        return teacher  # type: ignore[return-value]
+    if isinstance(teacher, nn.Module) and not isinstance(teacher, nn.ModuleList):
         return Teacher(teacher)
-    if isinstance(teacher, (list, tuple)):
+    if isinstance(teacher, (list, tuple, nn.ModuleList)):
+        if several := [type(one).__name__ for one in teacher if teaches(one)]:
+            raise ValueError(
+                f"several teachers are networks, and {several[0]} is a source of its own: name it "
+                "alone, or ask the others inside its teach()"
+            )
         return Teacher(*teacher)
-    if not hasattr(teacher, "teach"):
-        raise ValueError(
-            f"a teacher is a module, several, or cached outputs, not {type(teacher).__name__}"
-        )
-    return teacher  # type: ignore[return-value]
+    raise ValueError(
+        f"a teacher is a module, several, or cached outputs, not {type(teacher).__name__}"
+    )
+
+
+def teaches(what: object) -> bool:
+    """Whether it is a :class:`Source`; a network may have a method of that name for another use."""
+    method = getattr(what, "teach", None)
+    if not callable(method) or isinstance(what, type):
+        return False
+    if not isinstance(what, nn.Module):
+        return True
+    try:
+        inspect.signature(method).bind("inputs", "targets", ["names"])
+    except TypeError:
+        return False
+    return True

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from structopt.losses.checks import real, whole
 from structopt.training import Metric, accuracy, evaluate
 
 
@@ -87,8 +88,11 @@ def tune(
     if isinstance(validation, Iterator):
         raise ValueError("validation can be walked only once: give examples or a list of batches")
     alive = list(itertools.product(temperatures, weights))
-    if not alive or not all(0 < t < math.inf and 0 <= w < math.inf for t, w in alive):
+    sane = all(0 < real(t) < math.inf and 0 <= real(w) < math.inf for t, w in alive)
+    if not alive or not sane:
         raise ValueError("tune needs temperatures above 0 and weights of at least 0, all finite")
+    if math.isnan(whole(budget)):
+        raise ValueError(f"budget counts the epochs of all trials, a whole number: {budget!r}")
     rounds = max(1, math.ceil(math.log2(len(alive))))
     if budget // rounds < len(alive):
         raise ValueError(

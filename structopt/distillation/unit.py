@@ -19,15 +19,23 @@ def unit(x: Tensor, dim: int) -> Tensor:
     return _divided(x, torch.zeros((), dtype=x.dtype, device=x.device), dim)
 
 
-def centred_unit(x: Tensor, dim: int) -> Tensor:
+def centred_unit(x: Tensor, dim: int, counts: Tensor | None = None) -> Tensor:
     """The same of x - mean(x); of a constant vector, whose differences are rounding alone, 0.
+
+    ``counts``, bool, says which entries along ``dim`` belong to the vectors; the others give 0.
 
     >>> centred_unit(torch.tensor([[0.1, 0.1, 0.1]]), 1)
     tensor([[0., 0., 0.]])
     """
+    if counts is None:
+        centred = x - x.mean(dim, keepdim=True)
+    else:
+        rest = ~counts.view([-1 if d == dim else 1 for d in range(x.ndim)])
+        x = x.masked_fill(rest, 0.0)
+        centred = (x - x.sum(dim, keepdim=True) / counts.sum()).masked_fill(rest, 0.0)
     rounding = 4 * torch.finfo(x.dtype).eps
     least = rounding * torch.linalg.vector_norm(x.detach(), dim=dim, keepdim=True)
-    return _divided(x - x.mean(dim, keepdim=True), least, dim)
+    return _divided(centred, least, dim)
 
 
 def _divided(x: Tensor, least: Tensor, dim: int) -> Tensor:

@@ -13,6 +13,33 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 
+class Found(dict[str, Any]):
+    """Outputs by layer, each as the layer gave it: one that was changed since is not given out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.versions: dict[str, int] = {}
+
+    def keep(self, name: str, output: Any) -> None:
+        self[name] = output
+        if not torch.compiler.is_compiling():  # compiled code counts no changes
+            counted = isinstance(output, torch.Tensor) and not output.is_inference()
+            self.versions[name] = output._version if counted else -1
+
+    def clear(self) -> None:
+        super().clear()
+        self.versions.clear()
+
+    def __getitem__(self, name: str) -> Any:
+        output, before = super().__getitem__(name), self.versions.get(name, -1)
+        if before >= 0 and output._version != before:
+            raise ValueError(
+                f"what the layer {name!r} gave was changed in place by what follows it, such as "
+                "ReLU(inplace=True) or +=: name the layer that does it, or set inplace=False"
+            )
+        return output
+
+
 class Watch:
     """``with Watch(model, names) as found``: see :func:`watch`. May be entered again and again."""
 
@@ -22,11 +49,12 @@ class Watch:
                 f"layers are watched in an nn.Module, not in {type(model).__name__}: of a slice of "
                 "a slimmable network learn by the logits, or cut it out with extract"
             )
+        need_names(names)
         layers = {
             name.replace("_orig_mod.", ""): layer
             for name, layer in unwrapped(model).named_modules()
         }
-        self.found: dict[str, Any] = {}
+        self.found = Found()
         self.layers: dict[str, nn.Module] = {}
         for name in names:
             if name not in layers or not name:
@@ -47,7 +75,7 @@ class Watch:
 
         def forward(*inputs: Any, **options: Any) -> Any:
             output = own(*inputs, **options)
-            found[name] = output
+            found.keep(name, output)
             return output
 
         return forward
@@ -89,7 +117,8 @@ def watch(model: nn.Module, names: Iterable[str]) -> Watch:
 
     Names are those of ``model.named_modules()``, with or without torch.compile and
     ``DistributedDataParallel`` around the model. On leaving the context, by an error too, the
-    layers are as they were and the features are let go: take what you need inside. One watch may
+    layers are as they were and the features are let go: take what you need inside, before anything
+    changes it in place (that is refused). One watch may
     be used again and again, which spares torch.compile from compiling anew. A layer called twice
     in one pass shows its last output.
 
@@ -123,6 +152,11 @@ class Watcher:
     def __getstate__(self) -> dict[str, Any]:
         # A copy watches copies: the forwards of a Watch belong to the layers they were made for.
         return {"names": self.names, "model": None, "watch": None}
+
+
+def need_names(names: object) -> None:
+    if isinstance(names, str):  # would be taken for one name a letter
+        raise ValueError(f"names is a list of layers: [{names!r}]")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from structopt.losses.checks import classified, range_message, seen
+from structopt.losses.checks import classified, range_message, seen, whole
 
 
 def expected_calibration_error(logits: Tensor, targets: Tensor, *, bins: int = 15) -> Tensor:
@@ -28,8 +28,8 @@ def expected_calibration_error(logits: Tensor, targets: Tensor, *, bins: int = 1
         >>> expected_calibration_error(logits, torch.tensor([1, 0]))
         tensor(0.5000)
     """
-    if bins < 1:
-        raise ValueError(f"bins counts the bins: at least 1, not {bins}")
+    if not whole(bins) >= 1:
+        raise ValueError(f"bins counts the bins: a whole number, at least 1, not {bins!r}")
     if logits.ndim != 2 or targets.is_floating_point():
         shapes = f"logits {tuple(logits.shape)} and {targets.dtype} targets"
         raise ValueError(f"calibration needs logits (N, C) and class indices (N,), not {shapes}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Iterable
 from numbers import Real
 from typing import Literal
 
@@ -39,6 +40,15 @@ def need_temperature(temperature: object) -> None:
         )
 
 
+def need_values(what: str, tensors: Iterable[Tensor]) -> None:
+    """Refuse what lies on the ``meta`` device, for a purpose that shapes are not enough for."""
+    if any(tensor.is_meta for tensor in tensors):
+        raise ValueError(
+            f"{what} needs values, and there are none on the meta device: give the model its "
+            "weights first, model.to_empty(device=...) and load_state_dict"
+        )
+
+
 def wide(x: Tensor) -> Tensor:
     """Half precision made float32, in which the loss is computed."""
     return x.float() if x.dtype.itemsize < 4 else x
@@ -49,6 +59,11 @@ def class_dim(logits: Tensor) -> int:
 
 
 def check(prediction: Tensor, target: Tensor, reduction: str) -> None:
+    given: dict[str, object] = {"prediction": prediction, "target": target}
+    for what, one in given.items():
+        if not isinstance(one, Tensor):
+            remedy = "hand over the tensor inside it, or make one with torch.as_tensor"
+            raise ValueError(f"the {what} is of {type(one).__name__}, no tensor: {remedy}")
     if not prediction.is_floating_point():
         remedy = "call .float() on it, or hand over the logits in place of their argmax"
         raise ValueError(f"the prediction is {prediction.dtype}, which has no gradient: {remedy}")
@@ -88,8 +103,9 @@ def classified(
         raise ValueError(f"target {given} does not fit logits {shape}: {kind}; {remedy}")
     if target.dtype == torch.bool or target.is_complex():
         raise ValueError(f"the target is {target.dtype}: class indices are integers, call .long()")
-    if weight is not None and weight.shape != (classes,):
-        raise ValueError(f"weight {tuple(weight.shape)} needs a number per class: ({classes},)")
+    if weight is not None and getattr(weight, "shape", None) != (classes,):
+        shown = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+        raise ValueError(f"weight {shown} needs a number per class: a tensor ({classes},)")
     target = target.to(logits.dtype if soft else torch.int64)
     return logits, target, weight if weight is None else weight.to(logits.dtype)
 
@@ -130,4 +146,7 @@ def seen(loss: Tensor, prediction: Tensor, target: Tensor) -> Tensor:
         if x.isinf().any():
             remedy = "it overflowed, or a mask hides some or all of it"
             raise FloatingPointError(f"the loss is NaN, since the {name} holds inf: {remedy}")
-    raise ValueError("no target counts (ignore_index, weight 0): drop this batch or sum instead")
+    raise ValueError(
+        "no target counts (ignore_index, counts, weight 0): drop this batch or sum instead; "
+        "or a setting, such as a temperature, is out of all proportion"
+    )

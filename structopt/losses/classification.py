@@ -15,10 +15,12 @@ from structopt.losses.checks import (
     need_temperature,
     pair,
     range_message,
+    real,
     seen,
     tame,
     wide,
 )
+from structopt.losses.positions import blanked, need_counts, over
 
 
 def cross_entropy(
@@ -55,9 +57,9 @@ def cross_entropy(
         >>> cross_entropy(torch.tensor([[2.0, 0.0], [0.0, 0.0]]), torch.tensor([0, 1]))
         tensor(0.4100)
     """
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing is a share from 0 to 1, not {label_smoothing}")
-    if target.is_floating_point() and ignore_index != -100:
+    if not 0 <= real(label_smoothing) <= 1:
+        raise ValueError(f"label_smoothing is a share from 0 to 1, not {label_smoothing!r}")
+    if isinstance(target, Tensor) and target.is_floating_point() and ignore_index != -100:
         raise ValueError("ignore_index needs class indices; these targets are probabilities")
     prediction, target, weight = classified(prediction, target, weight, reduction)
     target, wrong = tame(prediction, target, ignore_index)
@@ -101,9 +103,9 @@ def focal(
         >>> focal(torch.tensor([[0.0, 0.0]]), torch.tensor([1]))  # 0.5² · log 2
         tensor(0.1733)
     """
-    if not gamma >= 0:
-        raise ValueError(f"gamma is an exponent of at least 0, not {gamma}")
-    if target.is_floating_point():
+    if not 0 <= real(gamma) < math.inf:
+        raise ValueError(f"gamma is a finite exponent of at least 0, not {gamma!r}")
+    if isinstance(target, Tensor) and target.is_floating_point():
         raise ValueError("focal needs class indices, not probabilities: use target.argmax(1)")
     prediction, target, weight = classified(prediction, target, weight, reduction)
     surprise = cross_entropy(prediction, target, ignore_index=ignore_index, reduction="none")
@@ -119,7 +121,12 @@ def focal(
 
 
 def kl_divergence(
-    prediction: Tensor, target: Tensor, *, temperature: float = 1.0, reduction: Reduction = "mean"
+    prediction: Tensor,
+    target: Tensor,
+    *,
+    temperature: float = 1.0,
+    reduction: Reduction = "mean",
+    counts: Tensor | None = None,
 ) -> Tensor:
     """T²·KL(softmax(target / T) || softmax(prediction / T)), in nats: both are *logits*.
 
@@ -129,11 +136,14 @@ def kl_divergence(
     Args:
         prediction: logits, (B, C, ...).
         target: logits of the same shape. The gradient reaches them too: `detach()` a teacher.
+            A class that it masks with -inf has probability 0, and counts 0.
         temperature: T > 0. Above 1 it shows what the target thinks of the unlikely classes.
         reduction: "mean" or "sum" over all but the classes, or "none".
+        counts: bool (B, ...), false at positions that do not count, such as padding.
 
     Raises:
-        ValueError: as :func:`structopt.losses.mse`, or a temperature that is not above 0.
+        ValueError: as :func:`structopt.losses.mse`, a temperature that is not above 0, counts of
+            another shape; on a CPU also the mean where nothing counts.
 
     Example:
         >>> import torch
@@ -142,13 +152,20 @@ def kl_divergence(
     """
     need_temperature(temperature)
     prediction, target = pair(prediction, target, reduction)
+    need_counts(counts, prediction)
+    prediction, target = blanked(prediction, counts), blanked(target, counts)
     dim = class_dim(prediction)
     log_p = F.log_softmax(prediction / temperature, dim)
     log_q = F.log_softmax(target / temperature, dim)
-    each = temperature**2 * (log_q.exp() * (log_q - log_p)).sum(dim)
+    each = temperature**2 * excess(log_q, log_p).sum(dim)
     if reduction != "none":
-        each = each.mean() if reduction == "mean" else each.sum()
+        each = over(each, counts) if reduction == "mean" else each.sum()
     return seen(each, prediction, target)
+
+
+def excess(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """q·log(q/p), the terms of a divergence; 0 where q is 0, whatever p is there."""
+    return log_q.exp() * (log_q - log_p).masked_fill(log_q == -math.inf, 0.0)
 
 
 def log_sum_exp(x: Tensor, dim: int = -1) -> Tensor:

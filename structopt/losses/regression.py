@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from structopt.losses.checks import Reduction, pair, seen
+from structopt.losses.checks import Reduction, pair, real, seen
 
 
 def mse(prediction: Tensor, target: Tensor, *, reduction: Reduction = "mean") -> Tensor:
@@ -76,8 +76,8 @@ def huber(
         >>> huber(torch.tensor([0.5, 3.0]), torch.zeros(2), reduction="none")
         tensor([0.1250, 2.5000])
     """
-    if not delta > 0:
-        raise ValueError(f"delta is where the loss turns linear: a number above 0, not {delta}")
+    if not real(delta) > 0:
+        raise ValueError(f"delta is where the loss turns linear: a number above 0, not {delta!r}")
     prediction, target = pair(prediction, target, reduction)
     loss = F.huber_loss(prediction, target, delta=delta, reduction=reduction)
     return seen(loss, prediction, target)

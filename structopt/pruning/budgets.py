@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from structopt import measure
-from structopt.losses.checks import real
+from structopt.losses.checks import need_values, real
 
 
 @dataclass(frozen=True)
@@ -93,4 +93,5 @@ class Milliseconds(Budget):
     on_paper: ClassVar[bool] = False
 
     def cost(self, model: nn.Module, example: Any) -> float:
+        need_values("a measured time", (*model.parameters(), *model.buffers()))
         return 1000 * measure.latency(model, example, rounds=15).median

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from structopt.channels.exchanging import exchange_
+from structopt.losses.checks import need_values
 from structopt.measure.running import call
 from structopt.training.copying import copied
 from structopt.training.hooked import in_place_of
@@ -27,6 +28,7 @@ def residual_blocks(model: nn.Module, example: Any) -> list[str]:
     >>> residual_blocks(ResNet20(width=4), torch.zeros(1, 1, 28, 28))[:3]
     ['stage1.0', 'stage1.1', 'stage1.2']
     """
+    need_values("the search for blocks", (*model.parameters(), *model.buffers()))
     names = {module: name for name, module in model.named_modules()}
     seen: dict[nn.Module, Tensor | None] = {}
 
@@ -77,6 +79,7 @@ def block_influence(
     >>> min(influence.values()) >= 0
     True
     """
+    need_values("the influence of a block", (*model.parameters(), *model.buffers()))
     batches = list(batches)
     if not batches:
         raise ValueError("the batches are empty: there is nothing to run the blocks on")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from structopt import measure
+from structopt.losses.checks import need_values
 from structopt.pruning.masks import inner, need_mapping
 from structopt.training import evaluate
 from structopt.training.copying import copied
@@ -44,6 +45,8 @@ def diagnose(
     >>> print(*diagnose(LeNet300(), narrow, torch.zeros(1, 1, 28, 28)), sep="\\n")
     fc2 keeps 2 of 100 channels, far fewer than the other layers: give it more, Limits(ratios={'fc2': 0.5}), or a floor, Limits(floor=0.2).
     """  # noqa: E501
+    for model in (before, after):
+        need_values("a diagnosis", (*model.parameters(), *model.buffers()))
     words = [
         *_emptied(before, after),
         *_undone(before, after, masks or {}),

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from structopt.losses.checks import real
+from structopt.losses.checks import need_values, real
 from structopt.pruning.patterns import NOfM, Pattern, Unstructured, need_pattern
 from structopt.pruning.ranking import (
     Global,
@@ -144,5 +144,6 @@ def sparsity_of(masks: Mapping[str, Tensor]) -> float:
     >>> sparsity_of({"a": torch.tensor([True, False]), "b": torch.tensor([False, False])})
     0.75
     """
+    need_values("a sparsity", masks.values())
     size = sum(mask.numel() for mask in masks.values())
     return 1 - sum(int(mask.sum()) for mask in masks.values()) / size if size else 0.0

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from structopt.losses.checks import need_values
 from structopt.pruning.finding import Masks, find_masks
 from structopt.pruning.patterns import Pattern, Unstructured, need_pattern
 from structopt.pruning.ranking import PerLayer, Scope, need_scope
@@ -46,6 +47,8 @@ def need_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> list[tuple[Tens
                 f"bool, of the weight's shape {tuple(weight.shape)}"
             )
         need_changeable(name, weight)
+        if not weight.is_meta:
+            need_values(f"the mask of {name}", [mask])
         pairs.append((weight, mask))
     return pairs
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from structopt.losses.checks import wide
 from structopt.pruning.masks import PruneWhileTraining, inner
 from structopt.pruning.patterns import Pattern, Unstructured
 from structopt.pruning.ranking import PerLayer, Scope
@@ -58,14 +59,15 @@ class MovementWhileTraining(PruneWhileTraining):
         model = inner(model, self.movement)
         if not self.movement:
             found = score(model, leave=self.leave)
-            self.movement = {name: torch.zeros_like(one) for name, one in found.items()}
+            # In 16 bits a sum would soon be too large for what a step adds to it.
+            self.movement = {name: torch.zeros_like(wide(one)) for name, one in found.items()}
         weights = {name: model.get_parameter(name) for name in self.movement}
         if self._before:
             slopes = [_slope(name, weight, step) for name, weight in weights.items()]
             sums = list(self.movement.values())
             torch._foreach_addcmul_(sums, list(self._before.values()), slopes, value=-1.0)
         super().__call__(model, step)
-        self._before = {name: weight.detach().clone() for name, weight in weights.items()}
+        self._before = {n: wide(weight.detach()).clone() for n, weight in weights.items()}
 
     def _ranked(self, model: nn.Module) -> Scores:
         """The movements in their order, above zero: `find_masks` ranks by absolute value."""
@@ -93,4 +95,4 @@ def _slope(name: str, weight: Tensor, step: int) -> Tensor:
             f"{name} has no gradient after step {step}: call this before gradients are set to "
             "None, as training.train does; or leave it alone, leave=(...)"
         )
-    return weight.grad.to(weight.dtype)
+    return weight.grad.to(torch.promote_types(weight.dtype, torch.float32))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from structopt import descent, losses
-from structopt.losses.checks import real
+from structopt.losses.checks import need_values, real
+from structopt.losses.positions import counted
 from structopt.pruning.masks import hold
 from structopt.training import History, Objective, evaluating, supervised, train
 from structopt.training.statistics import inputs_of, recalibrate_
@@ -27,7 +28,7 @@ def with_teacher(
 
     (1 - weight) · loss(logits, targets) + weight · T² KL(teacher ‖ student at temperature T), after
     Hinton et al., 2015. The teacher runs in evaluation mode, without gradients, on the
-    device of the student.
+    device of the student. Positions (B, ...) whose label `loss` ignores count for neither.
 
     Raises ValueError for a weight outside [0, 1].
 
@@ -37,13 +38,15 @@ def with_teacher(
     """
     if not 0 <= real(weight) <= 1:
         raise ValueError(f"weight is the teacher's share of the loss, in [0, 1], not {weight!r}")
+    need_values("a teacher", (*teacher.parameters(), *teacher.buffers()))
 
     def objective(model: nn.Module, batch: Any) -> Tensor:
         def both(logits: Tensor, targets: Tensor) -> Tensor:
             known, inputs = loss(logits, targets), inputs_of(batch)
             with torch.no_grad(), evaluating(teacher):
                 soft = teacher.to(logits.device)(inputs)
-            told = losses.kl_divergence(logits, soft, temperature=temperature)
+            counts = counted(logits, targets, loss)
+            told = losses.kl_divergence(logits, soft, temperature=temperature, counts=counts)
             return (1 - weight) * known + weight * told
 
         return supervised(both)(model, batch)
@@ -79,6 +82,7 @@ def recover(
         raise ValueError(
             f"epochs are passes over the batches, a whole number, at least 1: {epochs}"
         )
+    need_values("training", (*model.parameters(), *model.buffers()))
     optimizer = descent.fused_adamw(model, lr)  # complains of what it cannot step first
     after_step = options.pop("after_step", None)
     if masks is not None:

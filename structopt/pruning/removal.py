@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from structopt.channels import ChannelGroup, Channels, channel_groups, take
+from structopt.losses.checks import need_values
 from structopt.pruning.budgets import Budget
 from structopt.pruning.choosing import Choice, Limits, choose_channels, need_limits
+from structopt.pruning.computed import Computed, computed_weights
 from structopt.pruning.criteria import magnitude
 from structopt.pruning.ranking import PerLayer, Scope
-from structopt.pruning.scoring import Scores, channel_scores, score
+from structopt.pruning.scoring import Scores, channel_scores, need_numbers, weights
 from structopt.training.copying import copied
 
 _STEPS = 12  # halvings of the interval of sparsities: to 1 in 4096
@@ -35,9 +37,9 @@ def prune_channels(
     MACs), or a budget such as ``MACs(share=0.5)`` or ``Milliseconds(3.0)``: the largest network
     within it is sought by bisection of the sparsity, each candidate built and its true cost taken.
     `scores` come from :func:`score` (by default magnitudes, also of matrices that no layer of torch
-    owns), and are summed over all weights that make or read a channel (:func:`channel_scores`).
-    The model given is not touched; the copy computes exactly what the model computes with those
-    channels masked.
+    owns, and of weights that weight norm and its like compute), and are summed over all weights
+    that make or read a channel (:func:`channel_scores`). The model given is not touched; the copy
+    computes exactly what the model computes with those channels masked.
 
     Raises ValueError for a sparsity outside [0, 1), a budget that cannot be met (the nearest that
     can is named), a group without a score, a name in `limits` that no group has, and whatever
@@ -65,13 +67,25 @@ def prune_channels(
 
 
 def _magnitudes(model: nn.Module, channels: Channels) -> Scores:
-    """Those of weights; where a group has none, of its other matrices (as experts have)."""
-    found, every = score(model), dict(model.named_parameters())
+    """Those of weights, computed ones too; where a group has none, of its other matrices."""
+    every, computed = dict(model.named_parameters()), computed_weights(model)
+    parts = {part for weight in computed for part in weight.parts}
+    found = {n: magnitude(p.detach()) for n, p in weights(model, False) if n not in parts}
+    found |= {w.original: magnitude(w.value()) for w in computed if _alike(w, every)}
+    need_values("a score", found.values())
+    for name, one in found.items():
+        need_numbers(name, one)
     for group in channels:
         names = {member.parameter for member in group.members}
         if not names & found.keys():
             found |= {n: magnitude(every[n]) for n in names & every.keys() if every[n].ndim > 1}
     return found
+
+
+def _alike(weight: Computed, parameters: dict[str, nn.Parameter]) -> bool:
+    """Whether the channels of a computed weight are those of the parameter it is made of."""
+    made_of = parameters.get(weight.original)
+    return made_of is not None and weight.value().shape == made_of.shape
 
 
 def _need_scores(channels: Channels, ranked: dict[ChannelGroup, Tensor], limits: Limits) -> None:

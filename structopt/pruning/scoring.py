@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from structopt.channels import ChannelGroup, Channels
-from structopt.losses.checks import wide
+from structopt.losses.checks import need_values, wide
+from structopt.pruning.computed import computed_weights, is_scored
 from structopt.pruning.criteria import magnitude
 from structopt.pruning.evidence import KINDS
 from structopt.training import Objective, supervised
@@ -21,8 +22,6 @@ Scores = dict[str, Tensor]
 
 Criterion = Callable[..., Tensor]
 """A function of evidence, such as ``magnitude(weight)``."""
-
-_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 def score(
@@ -42,7 +41,8 @@ def score(
     default cross-entropy) and statistics of inputs.
 
     Raises ValueError for a criterion that needs batches where there are none, that asks for
-    something unknown, for NaN scores, and for a layer whose input was not seen.
+    something unknown, for NaN scores, for a layer whose input was not seen, and for a weight that
+    other parameters compute (weight norm), unless it is left alone.
 
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
     >>> {name: tuple(s.shape) for name, s in score(model).items()}
@@ -50,10 +50,13 @@ def score(
     """
     needs = _needs(criterion)
     need_leave(model, leave)
-    found = {n: p for n, p in _weights(model, "scale" in needs) if not matches(n, leave)}
+    made_of = _need_no_computed(model, "scale" in needs, leave)
+    every = weights(model, "scale" in needs)
+    found = {n: p for n, p in every if n not in made_of and not matches(n, leave)}
     if not found:
         what = "scale of a norm" if "scale" in needs else "weight"
         raise ValueError(f"{type(model).__name__} has no {what} to score besides those left alone")
+    need_values("a score", found.values())
     if isinstance(batches, Iterator):
         batches = list(batches)  # each kind of evidence reads them anew
     evidence: dict[str, Scores] = {}
@@ -89,10 +92,24 @@ def need_list(leave: object) -> None:
 def need_leave(model: nn.Module, leave: Sequence[str]) -> None:
     need_list(leave)
     names = [name for name, _ in model.named_parameters()]
+    names += [weight.name for weight in computed_weights(model)]
     for pattern in leave:
         if not any(matches(name, [pattern]) for name in names):
             near = ", ".join(name for name in names if name.endswith("weight"))
             raise ValueError(f"no parameter is called {pattern!r} (leave); weights are {near}")
+
+
+def _need_no_computed(model: nn.Module, norms: bool, leave: Sequence[str]) -> set[str]:
+    """The parameters of computed weights, all of which have to be left alone."""
+    computed = computed_weights(model, norms)
+    for weight in computed:
+        if not matches(weight.name, leave) and not all(matches(n, leave) for n in weight.parts):
+            raise ValueError(
+                f"{weight.name} is computed from {', '.join(weight.parts)}, and is no parameter "
+                "that could be masked: parametrize.remove_parametrizations first (remove_gates_, "
+                f"remove_weight_norm, remove_spectral_norm), or leave=[{weight.name!r}]"
+            )
+    return {part for weight in computed for part in weight.parts}
 
 
 def _broadcast(name: str, one: Tensor, parameter: Tensor) -> Tensor:
@@ -121,6 +138,7 @@ def need_numbers(name: str, scores: Tensor) -> None:
     if not scores.is_floating_point() or scores.dtype.itemsize < 2:
         what = "floating-point numbers of 16 bits or more"
         raise ValueError(f"the scores of {name} are {scores.dtype}: give {what}")
+    need_values(f"the ranking of {name}", [scores])
     if scores.isnan().any():
         raise ValueError(
             f"{int(scores.isnan().sum())} of {scores.numel()} scores of {name} are NaN: "
@@ -149,21 +167,12 @@ def _name(criterion: Criterion) -> str:
     return str(getattr(inner, "__name__", type(criterion).__name__))
 
 
-def _weights(model: nn.Module, norms: bool) -> list[tuple[str, nn.Parameter]]:
+def weights(model: nn.Module, norms: bool) -> list[tuple[str, nn.Parameter]]:
     owners = {
         f"{n}.{key}".lstrip("."): m for n, m in model.named_modules() for key in m._parameters
     }
-    found = []
-    for name, parameter in model.named_parameters():
-        owner = owners[name]
-        if norms:
-            wanted = isinstance(owner, _NORMS) and name.endswith("weight")
-        else:
-            other = isinstance(owner, (nn.Embedding, nn.EmbeddingBag, *_NORMS))
-            wanted = "weight" in name.rpartition(".")[2] and parameter.ndim > 1 and not other
-        if wanted:
-            found.append((name, parameter))
-    return found
+    every = model.named_parameters()
+    return [(name, p) for name, p in every if is_scored(name, owners[name], p, norms)]
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structopt.losses.checks import real, wide
+from structopt.losses.checks import need_values, real, wide
 from structopt.measure.running import call
 from structopt.pruning.evidence import READERS, TRANSPOSED
 from structopt.pruning.finding import Masks, settled
@@ -82,6 +82,8 @@ def _need_tensors(weight: object, hessian: object) -> None:
         kind = given.dtype if isinstance(given, Tensor) else type(given).__name__
         if not (isinstance(kind, torch.dtype) and kind.is_floating_point):
             raise ValueError(f"the {what} is of {kind}: give a tensor of floating-point numbers")
+        assert isinstance(given, Tensor)
+        need_values(f"the {what}", [given])
 
 
 def _sweep(
@@ -151,6 +153,7 @@ def prune_and_update(
     >>> {name: int(mask.sum()) for name, mask in masks.items()}
     {'0.weight': 24, '2.weight': 6}
     """
+    need_values("the inputs of a layer", (*model.parameters(), *model.buffers()))
     made, batches, masks = copied(model), list(batches), Masks()
     layers = _in_order(made, batches, leave)
     for name, layer in layers.items():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from structopt.channels import ChannelGroup
-from structopt.losses.checks import real, whole, wide
+from structopt.losses.checks import need_values, real, whole, wide
 from structopt.pruning.masks import inner
 from structopt.pruning.scoring import along
 
@@ -29,7 +30,8 @@ class ShrinkChannels:
     anything is pressed. After `end` a channel at zero stays there by itself where the activation
     of zero is zero: neither what makes it nor what reads it has a gradient. What lies in two
     groups, a row here and a column there, is multiplied by both factors: exact for each group
-    alone, approximate for both.
+    alone, approximate for both. Of weights in 16 bits, which would round a factor near 1 away, the
+    rest that they cannot hold is kept in float32 for the next step, in a checkpoint too.
 
     Then remove what is zero: ``prune_channels``, whose scores are magnitudes by default. The
     function stays as long as no more is asked for than :meth:`zeros` counts.
@@ -59,6 +61,7 @@ class ShrinkChannels:
                 f"end={end!r} counts steps from 1, a whole number; strength={strength!r} is above 0"
             )
         self.strength, self.end = strength, end
+        self.rests: dict[str, Tensor] = {}  # what 16 bits could not hold, by the weight's name
 
     def pressure(self, step: int) -> float:
         """τ after this step."""
@@ -68,27 +71,54 @@ class ShrinkChannels:
     def __call__(self, model: nn.Module, step: int) -> None:
         if not self.pressure(step) > 0:
             return
-        scales: list[tuple[Tensor, Tensor]] = []
+        scales: list[tuple[str, Tensor]] = []
+        weights, exact = dict[str, Tensor](), dict[str, Tensor]()
         for group in self.groups:
             axes = _axes(model, group)
+            weights |= {axis.name: axis.weight for axis in axes}
+            exact |= {n: self._exact(n, w) for n, w in weights.items() if n not in exact}
+            axes = [axis._replace(weight=exact[axis.name]) for axis in axes]
             squares, count = _squares(axes, group.size)
             norm = squares.sqrt()
             rest = norm - self.pressure(step) * count.sqrt()
             factor = rest.clamp(min=0) / norm.clamp(min=torch.finfo(norm.dtype).tiny)
             if step in (1, self.end) or step % 100 == 0:
-                _need_some(group, factor, axes)
+                _need_some(group, factor, [weights[axis.name] for axis in axes])
             whole = torch.cat([factor, factor.new_ones(1)])  # the last is for entries outside
-            for weight, dim, channel in axes:
+            for name, weight, dim, channel in axes:
                 shape = [-1 if d == dim else 1 for d in range(weight.ndim)]
-                scales.append((weight, whole[channel].view(shape)))
-        for weight, factor in scales:  # after all norms were taken, so that no order matters
-            weight.mul_(factor)
+                scales.append((name, whole[channel].view(shape)))
+        for name, factor in scales:  # after all norms were taken, so that no order matters
+            exact[name].mul_(factor)
+        for name, weight in weights.items():
+            if exact[name] is not weight:
+                weight.copy_(exact[name])
+                self.rests[name] = exact[name].sub_(weight)
+
+    def _exact(self, name: str, weight: Tensor) -> Tensor:
+        """The weight itself, or one in 16 bits with what it could not hold, in float32."""
+        if wide(weight) is weight:
+            return weight
+        whole, rest = weight.detach().float(), self.rests.get(name)
+        if rest is None or rest.shape != whole.shape:
+            return whole
+        return whole + rest.to(whole.device).masked_fill(
+            whole == 0, 0
+        )  # zero, by a mask say, stays
+
+    def state_dict(self) -> dict[str, Any]:
+        """What weights in 16 bits could not hold."""
+        return {"rests": dict(self.rests)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a :meth:`state_dict`."""
+        self.rests = {name: rest.clone() for name, rest in state["rests"].items()}
 
     def zeros(self, model: nn.Module) -> dict[str, int]:
         """How many channels of each group are exactly zero."""
         found = {}
         for group in self.groups:
-            axes = [((w != 0).float(), dim, c) for w, dim, c in _axes(model, group)]
+            axes = [a._replace(weight=(a.weight != 0).float()) for a in _axes(model, group)]
             found[group.name] = int((_squares(axes, group.size)[0] == 0).sum())
         return found
 
@@ -96,7 +126,13 @@ class ShrinkChannels:
         return f"ShrinkChannels({len(self.groups)} groups, τ to {self.strength:g} at {self.end})"
 
 
-Axis = tuple[Tensor, int, Tensor]  # a parameter, one of its dimensions, the channel of each entry
+class Axis(NamedTuple):
+    """One dimension of a parameter, and the channel of each entry."""
+
+    name: str
+    weight: Tensor
+    dim: int
+    channel: Tensor
 
 
 def _axes(model: nn.Module, group: ChannelGroup) -> list[Axis]:
@@ -113,14 +149,16 @@ def _axes(model: nn.Module, group: ChannelGroup) -> list[Axis]:
                 f"group {group.name!r} is of another model: dimension {member.dim} of "
                 f"{member.parameter}, {tuple(weight.shape)}, held {len(member.channel)} there"
             )
-        found.append((weight, member.dim, torch.from_numpy(member.channel).to(weight.device)))
+        need_values("what is pressed to zero", [weight])
+        channel = torch.from_numpy(member.channel).to(weight.device)
+        found.append(Axis(member.parameter, weight, member.dim, channel))
     return found
 
 
 def _squares(axes: list[Axis], size: int) -> tuple[Tensor, Tensor]:
     """Of each channel the sum of the squares of its entries, and how many there are."""
-    squares = torch.stack([along(wide(w).square(), dim, c, size) for w, dim, c in axes]).sum(0)
-    each = [(squares.new_full((len(c),), w.numel() // len(c)), c) for w, _, c in axes]
+    squares = torch.stack([along(wide(w).square(), dim, c, size) for _, w, dim, c in axes]).sum(0)
+    each = [(squares.new_full((len(c),), w.numel() // len(c)), c) for _, w, _, c in axes]
     return squares, torch.stack([along(count, 0, c, size) for count, c in each]).sum(0)
 
 
@@ -140,8 +178,8 @@ def _need_groups(groups: object) -> tuple[ChannelGroup, ...]:
     return found
 
 
-def _need_some(group: ChannelGroup, factor: Tensor, axes: list[Axis]) -> None:
-    if not all(weight.requires_grad for weight, _, _ in axes):
+def _need_some(group: ChannelGroup, factor: Tensor, weights: list[Tensor]) -> None:
+    if not all(weight.requires_grad for weight in weights):
         raise ValueError(
             f"group {group.name!r} holds frozen parameters, with no gradient to hold against the "
             "pressure: leave the group out, or train them"

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from structopt.losses.checks import need_values
 from structopt.pruning.masks import apply_masks_, need_masks
 from structopt.training.copying import need_changeable
 
@@ -59,6 +60,8 @@ def rewind_(
                 f"{name} of `start` is the model's own tensor, which training changed: keep a "
                 "copy, copy.deepcopy(model.state_dict())"
             )
+        if not tensor.is_meta:
+            need_values(f"{name} of `start`", [start[name]])
     need_masks(model, masks)
     model.load_state_dict(start)
     return apply_masks_(model, masks)

@@ -9,8 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from structopt.losses.checks import whole
-from structopt.slicing.asking import need_values
+from structopt.losses.checks import need_values, whole
 
 Reals = npt.NDArray[np.float64]
 Numbers = npt.NDArray[np.int64]

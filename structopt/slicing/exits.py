@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from structopt import measure
-from structopt.losses.checks import real
+from structopt.losses.checks import need_values, real
 from structopt.measure.running import device_of, with_batch
-from structopt.slicing.asking import need_values, own
+from structopt.slicing.asking import own
 from structopt.slicing.heads import confidence, described, head_for, outputs_of
 from structopt.training import evaluating
 

@@ -17,9 +17,9 @@ from torch.nn.modules.conv import _ConvNd
 from structopt.channels import ChannelGroup, Channels, channel_groups, take
 from structopt.channels.exchanging import exchange_
 from structopt.channels.nests import first_line
-from structopt.losses.checks import whole
+from structopt.losses.checks import need_values, whole
 from structopt.measure.running import call
-from structopt.slicing.asking import need_values, own
+from structopt.slicing.asking import own
 from structopt.slicing.assigning import Numbers, assign_groups, balanced, partition, squared
 from structopt.slicing.grouped import (
     LAYERS,

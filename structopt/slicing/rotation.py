@@ -15,8 +15,7 @@ from structopt.channels.copying import substitute
 from structopt.channels.judging import lively
 from structopt.channels.verify import difference, outputs, tolerance
 from structopt.channels.widening import wide
-from structopt.losses.checks import real
-from structopt.slicing.asking import need_values
+from structopt.losses.checks import need_values, real
 from structopt.slicing.attention import FreeAttention, free_attention
 from structopt.slicing.cutting import named
 from structopt.slicing.streams import Stream, find_stream

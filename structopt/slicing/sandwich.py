@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from structopt import losses
 from structopt.losses.checks import whole
+from structopt.losses.positions import taught
 from structopt.slicing.slices import Slice
 from structopt.slicing.widths import Slimmable
 from structopt.training import Objective, supervised
@@ -44,7 +45,8 @@ class Sandwich:
     loss(widest, targets) + Σ teach(narrow, widest) over the narrowest and `between` declared
     widths drawn anew for each batch: the sandwich rule with in-place distillation of Yu & Huang,
     2019, "Universally slimmable networks". The widest network teaches all others, and its
-    output is held fixed while it does.
+    output is held fixed while it does. Positions (B, ...) whose label `loss` ignores (padding)
+    count for neither, where `teach` has a parameter ``counts``.
 
     Args:
         loss: of the widest network's output and the targets.
@@ -89,7 +91,9 @@ class Sandwich:
         labelled = supervised(remembered)(slimmable, batch)
         narrow = [slimmable(batch[0], width=width) for width in self.drawn(slimmable.widths)]
         self.batches += 1
-        return sum((self.teach(output, widest[0]) for output in narrow), start=labelled)
+        pairs = ((output, widest[0]) for output in narrow)
+        told = (taught(self.teach, pair, batch[1], self.loss) for pair in pairs)
+        return sum(told, start=labelled)
 
     def drawn(self, widths: tuple[Slice, ...]) -> list[Slice]:
         """The narrow widths of this batch."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from structopt.channels import ChannelGroup, channel_groups, take
-from structopt.slicing.asking import need_values
+from structopt.losses.checks import need_values
 from structopt.training.copying import copied
 
 

@@ -11,8 +11,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from structopt.losses.checks import real, whole
-from structopt.slicing.asking import check_seconds, need_values
+from structopt.losses.checks import need_values, real, whole
+from structopt.slicing.asking import check_seconds
 from structopt.slicing.layers import Layer
 from structopt.slicing.messages import ERROR, TENSOR, pack, receive, send, unpack
 

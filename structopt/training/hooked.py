@@ -31,7 +31,9 @@ def hooked(layer: nn.Module, kinds: Iterable[str] = RUNNING) -> bool:
     return any(_own(layer, kind) for kind in kinds)
 
 
-def in_place_of(old: nn.Module, new: Module, name: str, kinds: Sequence[str] = RUNNING) -> Module:
+def in_place_of(
+    old: nn.Module, new: Module, name: str, kinds: Sequence[str] = RUNNING, level: int = 3
+) -> Module:
     """The new layer in the mode of the old one and with its hooks, which come after its own.
 
     Give the old layer of the copy that is edited: hooks that are methods belong to it by now. A
@@ -54,7 +56,7 @@ def in_place_of(old: nn.Module, new: Module, name: str, kinds: Sequence[str] = R
         warnings.warn(
             f"hooks on the state dict of {name or 'the model'} do not fit the {type(new).__name__} "
             "that takes its place, and are left out: register them anew",
-            stacklevel=3,
+            stacklevel=level,
         )
     return new.train(old.training)
 

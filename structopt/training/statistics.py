@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
+from structopt.losses.checks import need_values
 from structopt.measure.running import call, tensors_of
 from structopt.measure.running import device_of as device_of  # for rooms that do not see `measure`
 from structopt.training.objectives import evaluating
@@ -63,6 +64,7 @@ def recalibrate_(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     norms = [m for m in model.modules() if isinstance(m, _Norm) and m.running_mean is not None]
     if not norms:
         return model
+    need_values("a running statistic", (*model.parameters(), *model.buffers()))
     momenta, count, handles = [norm.momentum for norm in norms], 0, list[RemovableHandle]()
     before = [{k: b.clone() for k, b in norm._buffers.items() if b is not None} for norm in norms]
     try:
