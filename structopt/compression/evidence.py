@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from structopt.measure.running import call
+from structopt.training.copying import need_numbers
 from structopt.training.observing import first_of, observed
 from structopt.training.statistics import inputs_of, placed
 
@@ -52,6 +53,8 @@ def watch(
     A batch is the inputs, or a pair (inputs, targets). Raises ValueError where there are none.
     """
 
+    need_numbers(model)
+
     def hook(name: str, layer: nn.Module, given: Any, named: Any, made: Tensor) -> None:
         x = first_of(given, named)
         held.append(bool(x.numel() or made.numel()))
@@ -69,6 +72,28 @@ def watch(
             count += 1
     if not count or (held and not any(held)):
         raise ValueError("the batches are empty: there is nothing to calibrate with")
+
+
+def own_forward(layer: nn.Module) -> bool:
+    """Whether it computes otherwise than the layer of torch that it descends from, as adapters do.
+
+    >>> own_forward(nn.Linear(1, 1)), own_forward(nn.Module())
+    (False, False)
+    """
+    kind = next(k for k in type(layer).__mro__ if k.__module__.startswith("torch.nn.modules"))
+    ways = [way for way in ("forward", "_conv_forward") if hasattr(kind, way)]
+    return any(getattr(getattr(layer, w), "__func__", None) is not getattr(kind, w) for w in ways)
+
+
+def need_torchs(*layers: nn.Module) -> None:
+    """Raises ValueError for a layer that is more than its weights say, or whose weight is stale."""
+    for layer in layers:
+        kind = type(layer).__name__
+        if own_forward(layer):
+            raise ValueError(f"{kind} has a forward of its own, which does not merge")
+        if "weight" in vars(layer):
+            remedy = "torch.nn.utils.prune.remove or remove_weight_norm first"
+            raise ValueError(f"the weight of {kind} is what a hook made last: {remedy}")
 
 
 def by_channel(layer: nn.Module, x: Tensor) -> Tensor:

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from structopt.measure.running import first_of as first_of  # for rooms that do not see `measure`
-from structopt.training.objectives import evaluating
+from structopt.measure.running import undisturbed
 
 
 @contextmanager
 def observed(model: nn.Module, handles: Iterable[RemovableHandle]) -> Iterator[None]:
     """Evaluation mode without gradients inside; afterwards these hooks are gone, come what may.
+
+    Buffers, and the generator of random numbers, are afterwards as before, too.
 
     >>> model, seen = nn.ReLU(), list[tuple[int, ...]]()
     >>> see = model.register_forward_hook(lambda module, given, made: seen.append(made.shape))
@@ -31,7 +32,7 @@ def observed(model: nn.Module, handles: Iterable[RemovableHandle]) -> Iterator[N
     try:
         for encoder in nested:  # hooks see padded tensors, as other layers do
             encoder.use_nested_tensor = False
-        with evaluating(model), torch.no_grad():
+        with undisturbed(model, ()):
             yield
     finally:
         for encoder in nested:
@@ -62,4 +63,7 @@ def columns(layer: nn.Linear | nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
         (1, *pair) if flat else pair for pair in (layer.kernel_size, layer.dilation, layer.stride)
     )
     found = F.unfold(x, size, reach, 0, stride)  # (B, C · places of the kernel, L)
-    return found.movedim(1, 0).reshape(layer.groups, -1, found.shape[0] * found.shape[2])
+    rows = (
+        found.shape[1] // layer.groups
+    )  # said, since a batch of none leaves nothing to infer from
+    return found.movedim(1, 0).reshape(layer.groups, rows, found.shape[0] * found.shape[2])
