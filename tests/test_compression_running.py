@@ -37,7 +37,7 @@ def test_changes_are_measured_in_any_container_and_never_of_nothing():
     change = compression.clip_activations(nn.Sequential(*layers), [x], grid).change
     assert compression.clip_activations(inside, [x], grid).change == change > 0
     assert compression.mix_bits(inside, [x], 10_000, Grid()).change > 0
-    with pytest.raises(ValueError, match="makes no number of these batches"):
+    with pytest.raises(ValueError, match="makes no tensor of these batches, or they are empty"):
         compression.mix_bits(inside, [x[:0]], 10_000, Grid())
 
 

@@ -172,10 +172,10 @@ def changed_by(
     """‖other(x) - model(x)‖ / ‖model(x)‖ over all outputs of all batches, in evaluation mode.
 
     ``known`` are the :func:`outputs_of` the model, which then does not run. Random numbers that
-    the two draw are the same. Raises ValueError where outputs are NaN or infinite, where there is
-    no number in them, and where shapes differ.
+    the two draw are the same. Raises ValueError where outputs are NaN or infinite, where there are
+    none, or empty batches alone, and where shapes differ.
     """
-    moved, whole, numbers = 0.0, 0.0, 0
+    moved, whole, some = 0.0, 0.0, False
     for place, batch in enumerate(batches):
         before = _made(model, batch) if known is None else known[place]
         for y, z in zip(before, _made(other, batch), strict=True):
@@ -183,9 +183,10 @@ def changed_by(
                 raise ValueError(f"outputs of {tuple(y.shape)} became {tuple(z.shape)}")
             moved += float((z.double() - y.double()).square().sum())
             whole += float(y.double().square().sum())
-            numbers += y.numel()
-    if not numbers:
-        raise ValueError("the model makes no number of these batches: there is nothing to compare")
+        given = [x for x in tensors_of(inputs_of(batch)) if x.ndim]
+        some = some or (bool(before) and (not given or any(map(len, given))))
+    if not some:
+        raise ValueError("the model makes no tensor of these batches, or they are empty")
     if not math.isfinite(moved + whole):
         raise ValueError(
             "the outputs on these batches are NaN or infinite: they cannot be compared"

@@ -19,6 +19,7 @@ def observed(model: nn.Module, handles: Iterable[RemovableHandle]) -> Iterator[N
 
     Buffers, and the generator of random numbers, are afterwards as before, too.
 
+    >>> import torch
     >>> model, seen = nn.ReLU(), list[tuple[int, ...]]()
     >>> see = model.register_forward_hook(lambda module, given, made: seen.append(made.shape))
     >>> with observed(model, [see]):
@@ -46,6 +47,7 @@ def columns(layer: nn.Linear | nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
 
     n is the number of weights in a row, in the order of ``weight.flatten(1)``.
 
+    >>> import torch
     >>> layer, x = nn.Conv2d(4, 6, 3, padding=1, groups=2), torch.randn(1, 4, 5, 5)
     >>> found = columns(layer, x)
     >>> made = layer.weight.flatten(1).unflatten(0, (2, 3)) @ found
