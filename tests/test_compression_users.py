@@ -223,3 +223,35 @@ def test_a_folded_weight_is_rounded_once(dtype):
     scale = norm.weight / (norm.running_var + norm.eps).sqrt()
     assert torch.equal(made.weight, (conv.weight * scale[:, None, None, None]).to(dtype))
     assert torch.equal(made.bias, ((conv.bias - norm.running_mean) * scale + norm.bias).to(dtype))
+
+
+def test_small_outputs_beside_biases_at_zero_show_a_wrong_edit():
+    model = nn.Sequential(nn.Linear(6, 8), nn.Hardswish(), nn.Linear(8, 2)).double()
+    for layer in model[0], model[2]:
+        nn.init.zeros_(layer.bias)
+    with torch.no_grad():
+        model[2].weight.mul_(1e-12)
+    made = compression.smooth_inputs(model, [torch.randn(50, 6).double()])
+    assert all(map(torch.equal, made.parameters(), model.parameters()))
+
+
+class WithBias(nn.Linear):
+    """Hands its bias on beside its output, as layers that run on several devices do."""
+
+    def forward(self, x):
+        return x @ self.weight.T, self.bias
+
+
+def test_layers_that_hand_on_more_than_a_tensor_are_seen():
+    model, x = nn.Sequential(WithBias(6, 4)), torch.randn(50, 6)
+    plain = nn.Sequential(nn.Linear(6, 4))
+    plain.load_state_dict(model.state_dict())
+    for look in (
+        lambda m: compression.calibrate(m, [x], Grid(8))["0"].scale,
+        lambda m: compression.gptq_weights(m, [x], Grid(4))["0.weight"].codes,
+        lambda m: torch.tensor(compression.input_zeros(m, [x.relu()]).share["0"]),
+    ):
+        assert torch.equal(look(model), look(plain))
+    model[0].forward = lambda x: "no tensor"
+    with pytest.raises(ValueError, match="0 reads or makes no tensor: leave it out"):
+        compression.calibrate(model, [x], Grid(8))

@@ -37,7 +37,8 @@ MODAL = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.ba
 def separate_activations(model: nn.Module, example: Any) -> nn.Module:
     """A copy in which each activation is a module that runs once: those written as functions, too.
 
-    ``F.relu(self.fc1(x))`` gets a module ``fc1_relu``; one ``nn.ReLU`` that serves several places
+    ``F.relu(self.fc1(x))`` gets a module ``fc1_relu`` (``F.prelu``, whose slope the model holds,
+    and ``clamp`` stay as they are); one ``nn.ReLU`` that serves several places
     becomes one for each. The copy is a ``torch.fx.GraphModule`` with the weights under their old
     names; a model that needs no change is merely copied.
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from structopt.channels.nests import tensors_of
 from structopt.measure.running import call
 from structopt.training.copying import need_numbers
 from structopt.training.observing import first_of, observed
@@ -55,8 +56,10 @@ def watch(
 
     need_numbers(model)
 
-    def hook(name: str, layer: nn.Module, given: Any, named: Any, made: Tensor) -> None:
-        x = first_of(given, named)
+    def hook(name: str, layer: nn.Module, given: Any, named: Any, out: Any) -> None:
+        x, made = first_of(given, named), next(tensors_of(out), None)  # a bias may go beside it
+        if not isinstance(x, Tensor) or made is None:
+            raise ValueError(f"{name or 'the model'} reads or makes no tensor: leave it out")
         held.append(bool(x.numel() or made.numel()))
         see(name, x.detach(), made.detach())
 

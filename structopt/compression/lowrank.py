@@ -62,9 +62,11 @@ def factorize(
     kept is what matters for the inputs of the layer in them (for SVD).
 
     Linear layers and two-dimensional convolutions without groups take part, if they have their
-    weight for themselves: factors would part it from a tied embedding, which keeps it. Raises
-    ValueError for other layers that are named, for ranks out of range, and for weights that are not
-    finite.
+    weight for themselves: factors would part it from a tied embedding, which keeps it. With
+    ``batches`` and SVD, layers that are never called stay, and a warning names them: a model that
+    multiplies by ``layer.weight`` itself finds no such thing in a product. Raises ValueError for
+    other layers that are named, for ranks out of range, for weights that are not finite, and for a
+    model that still learns its steps.
 
     >>> from structopt.compression import Energy
     >>> weight = torch.randn(30, 2) @ torch.randn(2, 40)

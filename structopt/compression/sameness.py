@@ -14,14 +14,17 @@ from structopt.training.copying import copied, need_numbers
 
 @torch.no_grad()
 def in_double(model: nn.Module) -> nn.Module:
-    """A copy in double precision to try edits on, in which no parameter is zero throughout.
+    """A copy in double precision to try edits on, in which no weight is zero throughout.
 
-    A head or a gate that begins at zero hides what is computed before it, and any edit of that.
+    A head or a gate that begins at zero hides what is computed before it, and any edit of that. A
+    bias hides nothing, as long as it is zero.
     """
     need_numbers(model)
     made, draw = copied(model).double(), torch.Generator().manual_seed(1)
-    for weight in made.parameters():
-        if weight.dtype == torch.double and weight.numel() and not bool(weight.any()):
+    for name, weight in made.named_parameters():
+        if "bias" in name or weight.dtype != torch.double:
+            continue
+        if weight.numel() and not bool(weight.any()):
             weight.copy_(torch.randn(weight.shape, generator=draw, dtype=torch.double))
     return made
 
