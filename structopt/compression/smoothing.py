@@ -60,7 +60,7 @@ def smooth_inputs(
     example = placed(inputs_of(batches[0]), model)
     for members, before in _readings(model, example):
         asked = [name for name in members if name in wanted]
-        if not asked:
+        if not (asked and all(_weight(made.get_submodule(name)).numel() for name in members)):
             continue
         weights = [_by_input(made.get_submodule(name)).abs().amax((1, 3)) for name in members]
         w = torch.stack([weight.flatten() for weight in weights]).amax(0).double()

@@ -99,7 +99,7 @@ class SkipZeros(nn.Module):
                 self.bias = nn.Parameter(layer.bias.detach().clone(), layer.bias.requires_grad)
 
     def forward(self, input: Tensor) -> Tensor:
-        rows = input.reshape(-1, input.shape[-1])  # (B, in)
+        rows = input.reshape(input.shape[:-1].numel(), input.shape[-1])  # (B, in)
         if len(rows) == 1:
             places = rows[0].nonzero()[:, 0]
             values, starts = rows[0, places], places.new_zeros(1)
