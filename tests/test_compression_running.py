@@ -164,6 +164,29 @@ def test_a_network_without_numbers_is_told(way):
     assert isinstance(lazy[0], nn.LazyLinear)
 
 
+@pytest.mark.parametrize("layer", [nn.ConvTranspose2d(3, 4, 2), nn.GRU(9, 4), nn.LSTMCell(9, 4)])
+@pytest.mark.filterwarnings("error")
+def test_layers_that_nothing_looks_at_are_named(layer):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.other, self.conv = layer, nn.Conv2d(3, 2, 3)
+
+        def forward(self, x):
+            self.other(x if isinstance(layer, nn.ConvTranspose2d) else x[0, 0])
+            return self.conv(x)
+
+    model, x = Net(), torch.randn(1, 3, 9, 9)
+    words = rf"other \({type(layer).__name__}\): no linear layer or plain convolution"
+    with pytest.warns(UserWarning, match=words):
+        assert list(compression.calibrate(model, [x], Grid(8))) == ["conv"]
+    with pytest.warns(UserWarning, match=words):
+        compression.round_inputs(model, Grid(8))
+    with pytest.warns(UserWarning, match=words):
+        assert list(compression.gptq_weights(model, [x], GRID)) == ["conv.weight"]
+    compression.calibrate(model, [x], Grid(8), ["conv"])  # asked for: no warning, or it is raised
+
+
 CHANGES = {
     "put": lambda m: compression.put_(m, compression.quantize_weights(m, GRID)),
     "tie": lambda m: compression.tie(compression.share_weights(m, 4))(m),

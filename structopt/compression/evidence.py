@@ -16,6 +16,8 @@ from structopt.training.observing import first_of, observed
 from structopt.training.statistics import inputs_of, placed
 
 READERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+OTHERS = (nn.RNNBase, nn.RNNCellBase, nn.modules.conv._ConvTransposeNd, nn.Bilinear)
+"""Layers with weights that multiply what they read, too, which nothing here looks at."""
 See = Callable[[str, Tensor, Tensor], object]
 """Called with the name of a layer, its input and its output."""
 
@@ -120,6 +122,19 @@ def say_idle(names: Sequence[str], what: str) -> None:
             f"{', '.join(names)} {what}; structopt.slicing.free_attention makes layers that run of "
             "the projections of nn.MultiheadAttention",
             stacklevel=3,
+        )
+
+
+def say_others(model: nn.Module, what: str) -> None:
+    """Warn of layers that multiply by weights, but are no linear layer or plain convolution."""
+    names = [
+        f"{name or 'the model'} ({type(m).__name__})"
+        for name, m in model.named_modules()
+        if isinstance(m, OTHERS)
+    ]
+    if names:
+        warnings.warn(
+            f"{', '.join(names)}: no linear layer or plain convolution; {what}", stacklevel=3
         )
 
 

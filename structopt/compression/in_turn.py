@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from structopt.compression.codes import Coded, chosen, naming, put_
-from structopt.compression.evidence import all_ran, readers, say_idle, watch
+from structopt.compression.evidence import all_ran, readers, say_idle, say_others, watch
 from structopt.compression.granularity import Granularity
 from structopt.compression.quantize import as_finite
 from structopt.compression.vectors import SharedVectors, share_vectors
@@ -28,8 +28,8 @@ def in_turn(
     """``code(weight, hessian)`` of linear layers and convolutions, in the order in which they run.
 
     ``names`` are parameters; None: the weights of all such layers that run, with a warning that
-    names others. A weight that several
-    layers share is coded once, for what all of them read. One pass over the batches for each
+    names others, recurrent layers and transposed convolutions too. A weight that several layers
+    share is coded once, for what all of them read. One pass over the batches for each
     layer, and one before; the model stays as it is.
     """
     batches, made = list(batches), dict[str, Made]()
@@ -40,6 +40,7 @@ def in_turn(
     wanted = None if names is None else chosen(coded, names)
     if wanted is None:
         need_plain(readers(coded))
+        say_others(coded, "it is not coded here (quantize_weights rounds such weights)")
     else:
         if others := [name for name in wanted if name not in owner.values()]:
             raise ValueError(f"{others[0]!r} is no weight of a linear layer or convolution")
