@@ -255,3 +255,6 @@ def test_layers_that_hand_on_more_than_a_tensor_are_seen():
     model[0].forward = lambda x: "no tensor"
     with pytest.raises(ValueError, match="0 reads or makes no tensor: leave it out"):
         compression.calibrate(model, [x], Grid(8))
+    model[0].forward = lambda x: x[0]
+    with pytest.raises(ValueError, match="0 reads or makes no tensor: leave it out"):
+        compression.calibrate(model, [([x], None)], Grid(8))

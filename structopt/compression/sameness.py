@@ -24,7 +24,7 @@ def in_double(model: nn.Module) -> nn.Module:
     for name, weight in made.named_parameters():
         if "bias" in name or weight.dtype != torch.double:
             continue
-        if weight.numel() and not bool(weight.any()):
+        if not bool(weight.any()):
             weight.copy_(torch.randn(weight.shape, generator=draw, dtype=torch.double))
     return made
 
