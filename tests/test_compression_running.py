@@ -26,6 +26,13 @@ class Last(nn.Module):
         return self.way(x)
 
 
+class Times(nn.Linear):
+    """Reads a plain number."""
+
+    def forward(self, factor):
+        return self.weight * factor
+
+
 def drawn(y):
     return y + torch.randn(y.shape).to(y)
 
@@ -39,6 +46,10 @@ def test_changes_are_measured_in_any_container_and_never_of_nothing():
     assert compression.mix_bits(inside, [x], 10_000, Grid()).change > 0
     with pytest.raises(ValueError, match="makes no tensor of these batches, or they are empty"):
         compression.mix_bits(inside, [x[:0]], 10_000, Grid())
+    numbers = nn.Sequential(*layers, Last(lambda y: float(y.sum())))
+    with pytest.raises(ValueError, match="makes no tensor of these batches"):
+        compression.mix_bits(numbers, [x], 10_000, Grid())
+    assert compression.mix_bits(Times(2, 3), [2.0], 10_000, Grid()).change > 0
 
 
 def test_a_network_that_draws_numbers_is_not_changed_by_them():
@@ -89,7 +100,7 @@ def test_clips_made_under_inference_mode_are_trained(device):
         blended = compression.blend_activations(relu, ["0"])
     for model in (*prepared, skipping, blended):
         model(x.clone()).sum().backward()
-        assert all(p.grad is not None for p in model.parameters())
+        assert all(p.grad is not None and not p.is_inference() for p in model.parameters())
     assert any(isinstance(m, LearnedClip) for m in prepared[0].modules())
 
 
@@ -227,7 +238,9 @@ def test_a_layer_that_reads_nothing_is_left_out_of_products_weighed_by_inputs():
     assert [type(e) for e in made.experts] == [nn.Linear, nn.Sequential]
     with pytest.raises(ValueError, match=r"experts\.0.*never ran on these batches"):
         compression.factorize(model, {"experts.0": 1}, batches=[x])
-    assert list(compression.spectra(model)) == ["experts.0", "experts.1"]
+    for form in compression.SVD(), compression.Spatial():  # the second asks for no inputs
+        batches = None if form.sees_inputs else [x]
+        assert list(compression.spectra(model, form, batches)) == ["experts.0", "experts.1"]
 
 
 def test_biases_are_not_corrected_where_the_routes_differ():
