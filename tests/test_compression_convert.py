@@ -362,7 +362,7 @@ def test_bad_input_is_told():
     broken[0].bias.data[0] = float("nan")
     with pytest.raises(ValueError, match=r"'0.bias' holds NaN"):
         convert(broken, x)
-    with pytest.raises(ValueError, match=r"qat.finish\(\)"):
+    with pytest.raises(ValueError, match=r"its finish\(\)"):
         convert(compression.prepare_qat(model, Grid(8)), x)
 
 

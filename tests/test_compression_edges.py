@@ -327,3 +327,24 @@ def test_shares_that_are_none_are_named(wrong):
         compression.gptq(weight, torch.eye(4), Grid(4), damp=wrong)
     with pytest.raises(ValueError, match=re.escape(f"sparsity={wrong!r}")):
         compression.threshold_activations(pair, [torch.randn(3, 2)], sparsity=wrong)
+
+
+NOTHING_BETWEEN = {
+    "adaround": lambda m, x: compression.put_(
+        copy.deepcopy(m), compression.adaround_weights(m, [x], Grid(8), steps=2)
+    ),
+    "smooth": lambda m, x: compression.smooth_inputs(m, [x]),
+    "skip": lambda m, x: compression.skip_zeros(m, [x], rounds=1, at_least=0).model,
+    "merge": lambda m, x: compression.merge_layers(m, x),
+    "equalize": lambda m, x: compression.equalize(m, x),
+    "train": lambda m, x: compression.prepare_qat(m, Grid(8), inputs=Grid(8), batches=[x]),
+    "factorise": lambda m, x: compression.factorize(m, Energy(0.5)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+@pytest.mark.parametrize("way", NOTHING_BETWEEN)
+def test_layers_with_nothing_between_them_hand_on_their_bias(way):
+    model, x = nn.Sequential(nn.Linear(6, 0), nn.Linear(0, 3)), torch.randn(5, 6)
+    nn.init.normal_(model[1].bias)
+    assert torch.equal(NOTHING_BETWEEN[way](model, x)(x), model[1].bias.expand(5, 3))

@@ -92,9 +92,9 @@ class Shared(nn.Module):
     [
         ("read twice", "what conv makes is read elsewhere too"),
         ("run twice", "not all that conv made goes to it"),
-        ("over other axes", "it reads what no linear layer or convolution made"),
-        ("activated", "it reads what no linear layer or convolution made"),
-        ("with another input", "it reads what no linear layer or convolution made"),
+        ("over other axes", "it reads what no linear layer or plain convolution made"),
+        ("activated", "it reads what no linear layer or plain convolution made"),
+        ("with another input", "it reads what no linear layer or plain convolution made"),
     ],
 )
 def test_what_is_not_exact_is_left_and_named(kind, reason):

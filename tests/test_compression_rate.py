@@ -173,3 +173,15 @@ def test_complaints():
     batch = torch.ones(4, 3), torch.zeros(4).long()
     with pytest.raises(ValueError, match="Linear does not say what its bits cost"):
         RatePenalty(training.supervised(), 1.0)(nn.Linear(3, 2), batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_files_hold_what_paid_for_its_bits_and_was_cast(dtype, tmp_path):
+    rated = compression.prepare_rate(nn.Linear(30, 20)).to(dtype)
+    model, codes = rated.finish()
+    x = torch.randn(5, 30).to(dtype)
+    assert torch.equal(model(x), rated(x))
+    compression.save(model, tmp_path / "rated.sopt", codes)
+    made = compression.load(tmp_path / "rated.sopt", into=nn.Linear(30, 20))
+    assert made.weight.dtype == dtype
+    assert torch.equal(made.weight, model.weight)

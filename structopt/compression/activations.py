@@ -13,8 +13,8 @@ from torch.fx.operator_schemas import normalize_function
 
 from structopt.channels.exchanging import exchange_
 from structopt.compression.evidence import need_known
-from structopt.compression.folding import computes_the_same
-from structopt.training.copying import copied
+from structopt.compression.sameness import computes_the_same
+from structopt.training.copying import copied, need_numbers
 from structopt.training.hooked import bare, in_place_of, say_traced
 
 KINDS = (
@@ -26,6 +26,10 @@ FUNCTIONS: dict[Any, type[nn.Module]] = {
     F.relu6: nn.ReLU6, F.hardtanh: nn.Hardtanh, F.leaky_relu: nn.LeakyReLU, F.elu: nn.ELU,
     F.gelu: nn.GELU, F.silu: nn.SiLU, F.mish: nn.Mish, F.hardswish: nn.Hardswish,
     torch.tanh: nn.Tanh, F.tanh: nn.Tanh, "tanh": nn.Tanh, "tanh_": nn.Tanh,
+    F.selu: nn.SELU, torch.selu: nn.SELU, torch.selu_: nn.SELU, F.celu: nn.CELU,
+    torch.celu: nn.CELU, torch.celu_: nn.CELU, F.threshold: nn.Threshold,
+    torch.threshold: nn.Threshold, torch.threshold_: nn.Threshold,
+    F.leaky_relu_: nn.LeakyReLU, F.elu_: nn.ELU, F.hardtanh_: nn.Hardtanh,
 }  # fmt: skip
 MODAL = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.batch_norm)
 
@@ -33,7 +37,8 @@ MODAL = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.ba
 def separate_activations(model: nn.Module, example: Any) -> nn.Module:
     """A copy in which each activation is a module that runs once: those written as functions, too.
 
-    ``F.relu(self.fc1(x))`` gets a module ``fc1_relu``; one ``nn.ReLU`` that serves several places
+    ``F.relu(self.fc1(x))`` gets a module ``fc1_relu`` (``F.prelu``, whose slope the model holds,
+    and ``clamp`` stay as they are); one ``nn.ReLU`` that serves several places
     becomes one for each. The copy is a ``torch.fx.GraphModule`` with the weights under their old
     names; a model that needs no change is merely copied.
 
@@ -46,9 +51,11 @@ def separate_activations(model: nn.Module, example: Any) -> nn.Module:
     >>> made.fc1_relu, made.fc1
     (ReLU(), Linear(in_features=784, out_features=300, bias=True))
     """
+    need_numbers(model)
     made = copied(model)
     try:
-        traced = fx.symbolic_trace(made)
+        with torch.random.fork_rng(devices=[]):  # a network that draws numbers draws them now
+            traced = fx.symbolic_trace(made)
     except Exception as error:  # the model's own code fails in its own way on stand-ins
         raise ValueError(
             f"torch.fx cannot follow this {type(model).__name__}: {error}; write its activations "
@@ -140,11 +147,12 @@ class Blend(nn.Module):
     def __init__(self, activation: nn.Module, slope: float = 0.0) -> None:
         super().__init__()
         self.activation = unspoiling(copy.deepcopy(activation))
-        self.slope = nn.Parameter(torch.tensor(float(slope)))
+        with torch.inference_mode(False):  # to be trained, wherever it is made
+            self.slope = nn.Parameter(torch.tensor(float(slope)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        made: Tensor = self.activation(x)
-        return torch.lerp(made, x, self.slope.to(made.dtype))
+    def forward(self, input: Tensor) -> Tensor:
+        made: Tensor = self.activation(input)
+        return torch.lerp(made, input, self.slope.to(made.dtype))
 
 
 def blend_activations(model: nn.Module, names: Iterable[str], slope: float = 0.0) -> nn.Module:

@@ -56,7 +56,8 @@ def adaround(
         low, high = (torch.where(units == 0, near, code) for code in (low, high))
 
     def matrix(part: Tensor) -> Tensor:  # (groups, outputs of each, n)
-        return grid.per.join(part, weight.shape).reshape(len(parts), -1, parts.shape[-1])
+        joined, size = grid.per.join(part, weight.shape), len(weight) // len(parts)
+        return joined.reshape(len(parts), size, parts.shape[-1])
 
     ends = [matrix(grid.values(code, fitted) - units) for code in (low, high)]
     up = matrix((near == high).to(rows.dtype)) > 0

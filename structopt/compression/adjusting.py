@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from structopt.channels import ChannelGroup, Member, channel_groups, take
 from structopt.compression.codes import naming
-from structopt.compression.evidence import by_channel, readers, watch
-from structopt.compression.folding import computes_the_same
+from structopt.compression.evidence import by_channel, readers, say_idle, watch
 from structopt.compression.quantize import as_finite
-from structopt.training.copying import copied
+from structopt.compression.sameness import computes_the_same, in_double
+from structopt.training.copying import copied, need_changeable, need_numbers
 
 Vector = npt.NDArray[np.float64]
 
@@ -39,6 +39,7 @@ def equalize(model: nn.Module, example: Any, *, rounds: int = 4) -> nn.Module:
     >>> torch.allclose(made[0].weight.abs().amax(1), made[2].weight.abs().amax(0))
     True
     """
+    need_numbers(model)
     model, refused = copied(model), set[str]()
     for _ in range(rounds):
         for name in [group.name for group in channel_groups(model, example)]:
@@ -108,7 +109,7 @@ def _before(model: nn.Module, group: ChannelGroup, place: int, example: Any) -> 
         return made
 
     with torch.no_grad():
-        wide = copied(model).double()
+        wide = in_double(model)
         return scaled(model) if computes_the_same(wide, scaled(wide), example) else model
 
 
@@ -132,7 +133,12 @@ def correct_biases_(model: nn.Module, reference: nn.Module, batches: Iterable[An
     if list(layers) != list(others):
         raise ValueError(f"the model has the layers {list(layers)}, the reference {list(others)}")
     expected = _means(reference, batches, others)
-    for name, found in _means(model, batches, layers).items():  # complains before it writes
+    before = _means(model, batches, layers)  # complains before it writes
+    if alone := sorted(expected.keys() ^ before.keys()):
+        raise ValueError(f"{alone[0]} runs in one of the two alone: give it batches in both")
+    for name, found in before.items():
+        if isinstance(bias := layers[name].bias, Tensor):
+            need_changeable(f"the bias of {name or 'the model'}", bias)
         if found.shape != expected[name].shape:
             raise ValueError(
                 f"{name or 'the model'} makes {len(found)} channels, {len(expected[name])} in the "
@@ -141,8 +147,11 @@ def correct_biases_(model: nn.Module, reference: nn.Module, batches: Iterable[An
     for name in expected:  # in the order in which they ran
         layer = layers[name]
         if isinstance(layer.bias, Tensor):
-            found = _means(model, batches, {name: layer})[name]
-            layer.bias += (expected[name] - found).to(layer.bias)
+            now = _means(model, batches, {name: layer})
+            if name not in now:  # routes may change with the layers before
+                say_idle([name], "no longer runs on these batches: its bias stays")
+                continue
+            layer.bias += (expected[name] - now[name]).to(layer.bias)
     return model
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from structopt.channels.exchanging import exchange_
+from structopt.channels.nests import tensors_of
 from structopt.compression.activations import activations
 from structopt.compression.evidence import watch
 from structopt.compression.granularity import PerTensor
@@ -18,8 +19,7 @@ from structopt.compression.grids import Grid
 from structopt.compression.inputs import SAMPLE
 from structopt.compression.quantize import fit
 from structopt.losses.checks import real
-from structopt.measure.running import call, tensors_of
-from structopt.training import evaluating
+from structopt.measure.running import call, undisturbed
 from structopt.training.copying import copied
 from structopt.training.hooked import in_place_of
 from structopt.training.statistics import inputs_of, placed
@@ -159,8 +159,7 @@ def _bounded(
 @torch.no_grad()
 def outputs_of(model: nn.Module, batches: Iterable[Any]) -> list[list[Tensor]]:
     """What the model makes of each batch, in evaluation mode."""
-    with evaluating(model):
-        return [tensors_of(call(model, placed(inputs_of(batch), model))) for batch in batches]
+    return [_made(model, batch) for batch in batches]
 
 
 @torch.no_grad()
@@ -172,21 +171,30 @@ def changed_by(
 ) -> float:
     """‖other(x) - model(x)‖ / ‖model(x)‖ over all outputs of all batches, in evaluation mode.
 
-    ``known`` are the :func:`outputs_of` the model, which then does not run. Raises ValueError where
-    outputs are NaN or infinite, and where shapes differ.
+    ``known`` are the :func:`outputs_of` the model, which then does not run. Random numbers that
+    the two draw are the same. Raises ValueError where outputs are NaN or infinite, where there are
+    none, or empty batches alone, and where shapes differ.
     """
-    moved = whole = 0.0
-    with evaluating(model), evaluating(other):
-        for place, batch in enumerate(batches):
-            given = placed(inputs_of(batch), model)
-            before = tensors_of(call(model, given)) if known is None else known[place]
-            for y, z in zip(before, tensors_of(call(other, given)), strict=True):
-                if y.shape != z.shape:
-                    raise ValueError(f"outputs of {tuple(y.shape)} became {tuple(z.shape)}")
-                moved += float((z.double() - y.double()).square().sum())
-                whole += float(y.double().square().sum())
+    moved, whole, some = 0.0, 0.0, False
+    for place, batch in enumerate(batches):
+        before = _made(model, batch) if known is None else known[place]
+        for y, z in zip(before, _made(other, batch), strict=True):
+            if y.shape != z.shape:
+                raise ValueError(f"outputs of {tuple(y.shape)} became {tuple(z.shape)}")
+            moved += float((z.double() - y.double()).square().sum())
+            whole += float(y.double().square().sum())
+        given = [x for x in tensors_of(inputs_of(batch)) if x.ndim]
+        some = some or (bool(before) and (not given or any(map(len, given))))
+    if not some:
+        raise ValueError("the model makes no tensor of these batches, or they are empty")
     if not math.isfinite(moved + whole):
         raise ValueError(
             "the outputs on these batches are NaN or infinite: they cannot be compared"
         )
     return (moved / whole) ** 0.5 if whole else 0.0 if not moved else float("inf")
+
+
+def _made(model: nn.Module, batch: Any) -> list[Tensor]:
+    given = placed(inputs_of(batch), model)
+    with undisturbed(model, given):
+        return [*tensors_of(call(model, given))]

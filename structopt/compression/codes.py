@@ -13,6 +13,7 @@ from structopt.compression.grids import Grid
 from structopt.compression.quantize import Quantized, quantize
 from structopt.compression.sharing import Shared, share
 from structopt.compression.vectors import SharedVectors
+from structopt.training.copying import need_changeable, need_numbers
 
 Coded = Quantized | Shared | SharedVectors
 """A tensor as codes: on a grid, or in a table of numbers or vectors."""
@@ -69,7 +70,7 @@ def put_(model: nn.Module, codes: Mapping[str, Coded]) -> nn.Module:
     >>> put_(model, quantize_weights(model, Grid(1))).weight.abs().unique().numel()
     1
     """
-    weights = chosen(model, list(codes))
+    weights, values = chosen(model, list(codes)), dict[str, Tensor]()
     for name, weight in weights.items():
         value = codes[name].dequantize()
         if value.shape != weight.shape:
@@ -77,12 +78,16 @@ def put_(model: nn.Module, codes: Mapping[str, Coded]) -> nn.Module:
                 f"the codes of {name} have shape {tuple(value.shape)}, the model's weight "
                 f"{tuple(weight.shape)}: they were made from another network"
             )
-        weight.copy_(value)
+        need_changeable(name, weight)
+        values[name] = value
+    for name, value in values.items():
+        weights[name].copy_(value)
     return model
 
 
 def chosen(model: nn.Module, names: Sequence[str] | None) -> dict[str, Tensor]:
     """The parameters of these names; None: all with two dimensions or more."""
+    need_numbers(model)
     parameters = dict(model.named_parameters())
     if isinstance(names, str):
         raise ValueError(f"names is a list of names: [{names!r}]")

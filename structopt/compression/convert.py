@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -167,7 +168,10 @@ def _chosen(
     slow = {r: t.seconds / tried[EAGER].seconds for r, t in tried.items()}
     running = {r: t for r, t in tried.items() if slow[r] <= SLOW}
     rounds = max(5, min(ROUNDS, int(BUDGET / sum(t.seconds for t in running.values()))))
-    seconds = in_turns(running, example, rounds)
+    with contextlib.ExitStack() as as_before:
+        for one in running.values():
+            as_before.enter_context(undisturbed(one.model, example))
+        seconds = in_turns(running, example, rounds)
     ratios = {r: 1 / slow[r] for r in tried}
     for route, each in seconds.items():
         pairs = zip(seconds[EAGER], each, strict=True)

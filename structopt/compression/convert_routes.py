@@ -90,13 +90,13 @@ class _IntLinear(nn.Module):
         self.register_buffer("scale", scale)
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
 
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])  # (rows, in)
-        steps = (rows.abs().amax(1, keepdim=True) / 127).clamp(min=torch.finfo(x.dtype).tiny)
+    def forward(self, input: Tensor) -> Tensor:
+        rows = input.reshape(-1, input.shape[-1])  # (rows, in)
+        steps = (rows.abs().amax(1, keepdim=True) / 127).clamp(min=torch.finfo(rows.dtype).tiny)
         whole = torch._int_mm((rows / steps).round().to(torch.int8), self.codes)  # (rows, out)
-        made = whole.to(x.dtype) * steps * self.scale
+        made = whole.to(rows.dtype) * steps * self.scale
         made = made if self.bias is None else made + self.bias
-        return made.reshape(*x.shape[:-1], made.shape[-1])
+        return made.reshape(*input.shape[:-1], made.shape[-1])
 
 
 @dataclass(frozen=True)

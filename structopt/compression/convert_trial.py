@@ -18,10 +18,10 @@ from torch.nn.utils import parametrize, prune
 
 from structopt.channels.nests import first_line
 from structopt.compression.convert_parts import Route
+from structopt.compression.finished import need_finished
 from structopt.compression.inputs import RoundInput
-from structopt.compression.qat import QAT
 from structopt.measure.running import call, device_of, tensors_of, undisturbed
-from structopt.training.copying import copied
+from structopt.training.copying import copied, need_numbers
 
 ROUND = 0.005  # seconds
 
@@ -129,8 +129,8 @@ def without_simulation(model: nn.Module) -> nn.Module:
     Simulated quantisers are slower than the network; kernels round by themselves. Raises
     ValueError for a network that still learns its steps, and for weights that are not float32.
     """
-    if any(isinstance(module, QAT) for module in model.modules()):
-        raise ValueError("a QAT model still learns its steps: convert the network of qat.finish()")
+    need_finished(model)
+    need_numbers(model)
     for name, tensor in model.named_parameters():
         if tensor.dtype is not torch.float32:
             raise ValueError(f"{name!r} is {tensor.dtype}: give the float32 network")

@@ -9,11 +9,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from structopt.channels.nests import tensors_of
 from structopt.measure.running import call
+from structopt.training.copying import need_numbers
 from structopt.training.observing import first_of, observed
 from structopt.training.statistics import inputs_of, placed
 
 READERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+OTHERS = (nn.RNNBase, nn.RNNCellBase, nn.modules.conv._ConvTransposeNd, nn.Bilinear)
+"""Layers with weights that multiply what they read, too, which nothing here looks at."""
 See = Callable[[str, Tensor, Tensor], object]
 """Called with the name of a layer, its input and its output."""
 
@@ -52,8 +56,12 @@ def watch(
     A batch is the inputs, or a pair (inputs, targets). Raises ValueError where there are none.
     """
 
-    def hook(name: str, layer: nn.Module, given: Any, named: Any, made: Tensor) -> None:
-        x = first_of(given, named)
+    need_numbers(model)
+
+    def hook(name: str, layer: nn.Module, given: Any, named: Any, out: Any) -> None:
+        x, made = first_of(given, named), next(tensors_of(out), None)  # a bias may go beside it
+        if not isinstance(x, Tensor) or made is None:
+            raise ValueError(f"{name or 'the model'} reads or makes no tensor: leave it out")
         held.append(bool(x.numel() or made.numel()))
         see(name, x.detach(), made.detach())
 
@@ -69,6 +77,28 @@ def watch(
             count += 1
     if not count or (held and not any(held)):
         raise ValueError("the batches are empty: there is nothing to calibrate with")
+
+
+def own_forward(layer: nn.Module) -> bool:
+    """Whether it computes otherwise than the layer of torch that it descends from, as adapters do.
+
+    >>> own_forward(nn.Linear(1, 1)), own_forward(nn.Module())
+    (False, False)
+    """
+    kind = next(k for k in type(layer).__mro__ if k.__module__.startswith("torch.nn.modules"))
+    ways = [way for way in ("forward", "_conv_forward") if hasattr(kind, way)]
+    return any(getattr(getattr(layer, w), "__func__", None) is not getattr(kind, w) for w in ways)
+
+
+def need_torchs(*layers: nn.Module) -> None:
+    """Raises ValueError for a layer that is more than its weights say, or whose weight is stale."""
+    for layer in layers:
+        kind = type(layer).__name__
+        if own_forward(layer):
+            raise ValueError(f"{kind} has a forward of its own, which does not merge")
+        if "weight" in vars(layer):
+            remedy = "torch.nn.utils.prune.remove or remove_weight_norm first"
+            raise ValueError(f"the weight of {kind} is what a hook made last: {remedy}")
 
 
 def by_channel(layer: nn.Module, x: Tensor) -> Tensor:
@@ -92,6 +122,19 @@ def say_idle(names: Sequence[str], what: str) -> None:
             f"{', '.join(names)} {what}; structopt.slicing.free_attention makes layers that run of "
             "the projections of nn.MultiheadAttention",
             stacklevel=3,
+        )
+
+
+def say_others(model: nn.Module, what: str) -> None:
+    """Warn of layers that multiply by weights, but are no linear layer or plain convolution."""
+    names = [
+        f"{name or 'the model'} ({type(m).__name__})"
+        for name, m in model.named_modules()
+        if isinstance(m, OTHERS)
+    ]
+    if names:
+        warnings.warn(
+            f"{', '.join(names)}: no linear layer or plain convolution; {what}", stacklevel=3
         )
 
 

@@ -9,15 +9,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from structopt.channels.exchanging import exchange_
 from structopt.compression.evidence import READERS
 from structopt.compression.merging import merge_pair
+from structopt.compression.sameness import computes_the_same, in_double
 from structopt.measure.running import call, tensors_of
-from structopt.training import evaluating
-from structopt.training.copying import copied
+from structopt.training.copying import copied, need_numbers
 from structopt.training.hooked import AFTER, BEFORE, WAY_BACK, bare, hooked, in_place_of
 from structopt.training.observing import first_of, observed
 
@@ -28,12 +28,13 @@ Kinds = tuple[type[nn.Module], ...]
 def fold_batch_norms(model: nn.Module, example: Any) -> nn.Module:
     """A copy in which batch norms are part of the layer before them, and an ``Identity`` is left.
 
-    Wherever a norm reads exactly what one linear layer or convolution made: w' = w γ / s and
-    b' = (b - μ) γ / s + β, with s = sqrt(σ² + ε). That is the network of evaluation mode; it is no
-    longer to be trained with batch statistics. A norm that several layers share goes into each of
-    them. Each fold is run on random numbers like the example, in double precision, and left out
-    where the output changes (a layer that is read elsewhere too, a norm over other axes), or where
-    hooks look at what lies between; a warning names every norm that stays, and why.
+    Wherever a norm reads exactly what one linear layer or convolution (not a transposed one) made:
+    w' = w γ / s and b' = (b - μ) γ / s + β, with s = sqrt(σ² + ε). That is the network of
+    evaluation mode, no longer to be trained with batch statistics. A norm that several layers share
+    goes into each of them. Each fold is run on random numbers like the example, in double
+    precision, and left out where the output changes (a layer that is read elsewhere too, a norm
+    over other axes), or where hooks look at what lies between; a warning names every norm that
+    stays, and why.
 
     ``example`` is what the model is called with: a tensor, a tuple or a dict. Jacob et al., 2018.
 
@@ -88,11 +89,12 @@ def _folded(layer: nn.Module, norm: nn.Module) -> nn.Module:
     if isinstance(layer, nn.Linear) and layer.out_features != norm.num_features:
         raise ValueError("the norm goes over another axis than the outputs of the linear layer")
     fuse: Any = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
-    plain: Any = copy.deepcopy(norm).eval()
+    plain: Any = copy.deepcopy(norm).double().eval()  # rounded once, to the type of the layer
     for key, value in ("weight", 1.0), ("bias", 0.0):  # torch lets convolutions alone lack them
         if getattr(plain, key) is None:
             setattr(plain, key, nn.Parameter(torch.full_like(plain.running_mean, value)))
-    made: nn.Module = fuse(copy.deepcopy(layer).eval(), plain)
+    made: nn.Module = fuse(copy.deepcopy(layer).double().eval(), plain)
+    made.to(layer.get_parameter("weight").dtype)
     if layer._parameters.get("bias") is None:  # torch leaves a new one frozen
         made.get_parameter("bias").requires_grad_(made.get_parameter("weight").requires_grad)
     return made.train(layer.training)
@@ -110,12 +112,13 @@ def _replaced(
 
     With ``once`` it is the model itself that comes back where none can.
     """
+    need_numbers(model)
     found = copied(model)
     pairs, left = _pairs(found, example, seconds)
     for two, ones in pairs.items():
         if once and len(ones) > 1:
             continue
-        wide = copied(found).double()
+        wide = in_double(found)
         try:
             narrow = joined(wide, ones, two, join)
         except ValueError as error:
@@ -170,7 +173,7 @@ def _pairs(
         if not ones:
             left[two] = "it does not run on this example"
         elif "" in ones:
-            left[two] = "it reads what no linear layer or convolution made"
+            left[two] = "it reads what no linear layer or plain convolution made"
         elif sum(runs[one] for one in ones) != runs[two]:
             left[two] = f"not all that {' and '.join(ones)} made goes to it"
         elif looking:
@@ -221,25 +224,3 @@ def _watched(
     with observed(model, handles):
         call(model, example)
     return runs, reads, seen
-
-
-def computes_the_same(model: nn.Module, other: nn.Module, example: Any) -> bool:
-    """Whether both, in double precision, compute the same of random inputs like the example."""
-    draw = torch.Generator().manual_seed(0)
-
-    def drawn(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
-            return tensor
-        return torch.randn(tensor.shape, generator=draw, dtype=torch.double).to(tensor.device)
-
-    tree = torch.utils._pytree.tree_map_only(Tensor, drawn, example)
-    with evaluating(model), evaluating(other), torch.no_grad():
-        expected = tensors_of(call(model, tree))
-        try:
-            found = tensors_of(call(other, tree))
-        except RuntimeError:  # what was merged is read elsewhere too, with other channels
-            return False
-    return all(
-        a.shape == b.shape and bool(((a - b).abs() <= 1e-9 * a.abs().max()).all())
-        for a, b in zip(expected, found, strict=True)
-    )

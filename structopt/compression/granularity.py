@@ -39,7 +39,10 @@ class PerTensor:
 
 @dataclass(frozen=True)
 class PerAxis:
-    """One step for each index of an axis: with axis 0, for each output of a layer."""
+    """One step for each index of an axis: with axis 0, for each output of a layer.
+
+    Of a transposed convolution without groups, whose inputs come first, with axis 1.
+    """
 
     axis: int = 0
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from structopt.compression.codes import Coded, chosen, naming, put_
-from structopt.compression.evidence import all_ran, readers, say_idle, watch
+from structopt.compression.evidence import all_ran, readers, say_idle, say_others, watch
 from structopt.compression.granularity import Granularity
 from structopt.compression.quantize import as_finite
 from structopt.compression.vectors import SharedVectors, share_vectors
@@ -28,30 +28,31 @@ def in_turn(
     """``code(weight, hessian)`` of linear layers and convolutions, in the order in which they run.
 
     ``names`` are parameters; None: the weights of all such layers that run, with a warning that
-    names others. A weight that several
-    layers share is coded once, for what all of them read. One pass over the batches for each
+    names others, recurrent layers and transposed convolutions too. A weight that several layers
+    share is coded once, for what all of them read. One pass over the batches for each
     layer, and one before; the model stays as it is.
     """
     batches, made = list(batches), dict[str, Made]()
     coded = copied(model)
     known = {id(weight): name for name, weight in coded.named_parameters()}
     layers = {layer: m for layer, m in readers(coded).items() if id(m.weight) in known}
+    owner = {layer: known[id(m.weight)] for layer, m in layers.items()}  # a QAT model swaps weights
     wanted = None if names is None else chosen(coded, names)
     if wanted is None:
         need_plain(readers(coded))
+        say_others(coded, "it is not coded here (quantize_weights rounds such weights)")
     else:
-        own = {known[id(m.weight)] for m in layers.values()}
-        if others := [name for name in wanted if name not in own]:
+        if others := [name for name in wanted if name not in owner.values()]:
             raise ValueError(f"{others[0]!r} is no weight of a linear layer or convolution")
-        layers = {layer: m for layer, m in layers.items() if known[id(m.weight)] in wanted}
+        layers = {layer: m for layer, m in layers.items() if owner[layer] in wanted}
     reading: dict[str, dict[str, None]] = {}  # of each weight the layers, in order; ties share one
 
     def see(layer: str, given: Tensor, out: Tensor) -> None:
-        reading.setdefault(known[id(layers[layer].weight)], {})[layer] = None
+        reading.setdefault(owner[layer], {})[layer] = None
 
     watch(coded, batches, layers, see)  # all of them: an expert may read nothing of the first
     all_ran(wanted or (), reading)
-    idle = [layer for layer, m in layers.items() if known[id(m.weight)] not in reading]
+    idle = [layer for layer in layers if owner[layer] not in reading]
     say_idle(idle, "never ran on these batches: not coded")
     for name, those in reading.items():
         with naming(name):
@@ -107,6 +108,7 @@ def hessian_of(
         found[:] = [found[0] + product if found else product]
 
     watch(model, batches, {name: layer}, see)
+    all_ran([name], [name] * len(found))
     return found[0]
 
 

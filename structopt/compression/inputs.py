@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear as _Projection
 
 from structopt.channels.exchanging import unfuse_
-from structopt.compression.evidence import all_ran, readers, say_idle, watch
+from structopt.compression.evidence import all_ran, readers, say_idle, say_others, watch
 from structopt.compression.granularity import PerTensor
 from structopt.compression.grids import Grid, MinMax, Steps
 from structopt.compression.quantize import fake_quantize, fit
@@ -29,9 +29,9 @@ def calibrate(
     Of each input in each batch, its extremes and 65,536 evenly spread numbers or up to twice as
     many are kept, so that min-max is exact. The model runs in evaluation mode; a batch is the
     inputs, or a pair (inputs, targets). An input that never varies gets a step too. Layers that
-    the model does not call get none, which a warning says: as the projections of
-    ``nn.MultiheadAttention``, which multiplies by their weights itself
-    (:func:`structopt.slicing.free_attention` makes linear layers of them).
+    the model does not call, recurrent ones and transposed convolutions get none, which a warning
+    says; nor do the projections of ``nn.MultiheadAttention``, which multiplies by their weights
+    itself (:func:`structopt.slicing.free_attention` makes linear layers of them).
 
     Raises ValueError for no batches, for grids that are not per tensor, for inputs not finite, and
     for a layer in ``names`` that never ran.
@@ -53,6 +53,8 @@ def calibrate(
     layers = readers(model, names)
     watch(model, batches, layers, see)
     all_ran(names or (), seen)
+    if names is None:
+        say_others(model, "what such a layer reads gets no steps")
     say_idle([name for name in layers if name not in seen], "never ran on these batches: no steps")
     made = {}
     for name, parts in seen.items():
@@ -115,6 +117,8 @@ def round_inputs(
     layers = readers(made, names if names is not None or steps is None else list(steps))
     inside = [name for name, layer in layers.items() if isinstance(layer, _Projection)]
     say_idle(inside, "belong to attention, which does not call them: what they read is not rounded")
+    if names is None and steps is None:
+        say_others(model, "what such a layer reads is not rounded")
     for name, layer in layers.items():
         if steps is not None and name not in steps:
             raise ValueError(f"there are no steps for {name!r}; there are for {', '.join(steps)}")

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from structopt.compression.activations import activations
 from structopt.compression.evidence import readers
-from structopt.compression.folding import computes_the_same
 from structopt.compression.folding import folded as fold
+from structopt.compression.sameness import computes_the_same, in_double
 from structopt.compression.straight import (
     Link,
     merged_in_order,
@@ -91,7 +91,7 @@ def _link(folded: nn.Module, run: Sequence[_Place], example: Any) -> Link:
     """The link of activations in a row, once its merge was tried."""
     names = tuple(place.name for place in run)
     layers = (run[0].first, *(place.second for place in run))
-    wide = without(folded, names).double()
+    wide = in_double(without(folded, names))
     given = run[0].given.double()
     several = cost(nn.Sequential(*(wide.get_submodule(name) for name in layers)), given).macs
     try:

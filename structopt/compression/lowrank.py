@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from structopt.channels.exchanging import exchange_
 from structopt.compression.codes import naming
-from structopt.compression.evidence import readers
+from structopt.compression.evidence import readers, say_idle, watch
+from structopt.compression.finished import need_finished
 from structopt.compression.in_turn import hessian_of
 from structopt.compression.merging import META
 from structopt.compression.quantize import as_finite
 from structopt.compression.ranks import SVD, Form, Ranks
 from structopt.compression.targets import Target, chosen_ranks
-from structopt.training.copying import copied, need_plain
+from structopt.training.copying import copied, need_numbers, need_plain
 from structopt.training.hooked import in_place_of
 
 LAYERS = (nn.Linear, nn.Conv2d)
@@ -39,7 +40,7 @@ def spectra(
     batches = None if batches is None else list(batches)
     made = {}
     need_plain(readers(model))
-    for name, layer in _layers(model).items():
+    for name, layer in _that_run(model, batches, form).items():
         with naming(name):
             weight = as_finite(layer.get_parameter("weight"))
             made[name] = form.spectra(weight, _root(model, batches, name, form))
@@ -61,9 +62,11 @@ def factorize(
     kept is what matters for the inputs of the layer in them (for SVD).
 
     Linear layers and two-dimensional convolutions without groups take part, if they have their
-    weight for themselves: factors would part it from a tied embedding, which keeps it. Raises
-    ValueError for other layers that are named, for ranks out of range, and for weights that are not
-    finite.
+    weight for themselves: factors would part it from a tied embedding, which keeps it. With
+    ``batches`` and SVD, layers that are never called stay, and a warning names them: a model that
+    multiplies by ``layer.weight`` itself finds no such thing in a product. Raises ValueError for
+    other layers that are named, for ranks out of range, for weights that are not finite, and for a
+    model that still learns its steps.
 
     >>> from structopt.compression import Energy
     >>> weight = torch.randn(30, 2) @ torch.randn(2, 40)
@@ -78,6 +81,7 @@ def factorize(
     form = SVD() if form is None else form
     batches = None if batches is None else list(batches)
     wanted = target if isinstance(target, Mapping) else readers(model)
+    need_finished(model)
     need_plain({name: layer for name, layer in readers(model).items() if name in wanted})
     layers = _layers(model)
     if isinstance(target, Mapping):
@@ -85,8 +89,9 @@ def factorize(
     elif not isinstance(target, Target):
         raise ValueError(f"target={target!r}: give Energy, Error, Weights, or ranks by name")
     else:
-        shapes = {name: layer.get_parameter("weight").shape for name, layer in layers.items()}
-        ranks = chosen_ranks(spectra(model, form, batches), shapes, form, target)
+        found = spectra(model, form, batches)
+        shapes = {name: layers[name].get_parameter("weight").shape for name in found}
+        ranks = chosen_ranks(found, shapes, form, target)
     made = copied(model)
     for name, rank in ranks.items():
         with naming(name or "the model"):
@@ -98,7 +103,18 @@ def factorize(
     return made
 
 
+def _that_run(model: nn.Module, batches: Iterable[Any] | None, form: Form) -> dict[str, nn.Module]:
+    """The layers that can be factorised; where their inputs count, those that read any."""
+    layers, ran = _layers(model), set[str]()
+    if batches is None or not form.sees_inputs:
+        return layers
+    watch(model, batches, layers, lambda name, given, made: ran.add(name))
+    say_idle([name for name in layers if name not in ran], "never ran on these batches: left out")
+    return {name: layer for name, layer in layers.items() if name in ran}
+
+
 def _layers(model: nn.Module) -> dict[str, nn.Module]:
+    need_numbers(model)
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values())
     return {
         name: layer

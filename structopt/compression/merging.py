@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from structopt.compression.evidence import need_torchs
 from structopt.training.copying import copied
 from structopt.training.hooked import hooked
 
@@ -42,6 +43,7 @@ def merge_pair(first: nn.Module, second: nn.Module) -> nn.Module:
 
 
 def _pair(first: nn.Module, second: nn.Module) -> Layer:
+    need_torchs(first, second)
     if isinstance(first, nn.Linear) and isinstance(second, nn.Linear):
         if first.out_features != second.in_features:
             raise ValueError(f"{second} does not read what {first} makes")
@@ -127,12 +129,14 @@ def merge_branches(branches: Sequence[nn.Module]) -> nn.Module:
 
 def _as_convolution(branch: nn.Module, first: nn.Conv2d) -> nn.Conv2d:
     """A branch as one convolution without dilation; an identity has the channels of ``first``."""
+    need_torchs(branch)
     if isinstance(branch, nn.Conv2d):
         spread = _spread(branch.weight, branch.dilation)
         pads = _plain(branch)
         return _convolution(spread, branch.bias, branch.stride, pads, like=branch)
     if isinstance(branch, nn.Sequential) and len(branch) == 2:
         conv, norm = branch
+        need_torchs(conv, norm)
         if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
             return _as_convolution(_folded(conv, norm), first)
     if isinstance(branch, nn.Identity | nn.BatchNorm2d):

@@ -54,8 +54,9 @@ class LearnedStep(nn.Module):
                 f"{grid} has one step between its two values, which LSQ does not train"
             )
         self.grid = grid
-        self.scale = nn.Parameter(steps.scale.clone())
-        self.register_buffer("zero", steps.zero.clone())
+        with torch.inference_mode(False):  # to be trained, wherever it is made
+            self.scale = nn.Parameter(steps.scale.clone())
+            self.register_buffer("zero", steps.zero.clone())
 
     @property
     def steps(self) -> Steps:
@@ -85,7 +86,9 @@ class LearnedClip(nn.Module):
 
     def __init__(self, grid: Grid, clip: Tensor) -> None:
         super().__init__()
-        self.grid, self.clip = grid, nn.Parameter(clip.clone())
+        self.grid = grid
+        with torch.inference_mode(False):  # as above
+            self.clip = nn.Parameter(clip.clone())
 
     @property
     def steps(self) -> Steps:
@@ -113,7 +116,8 @@ class QAT(nn.Module):
         self.inputs = nn.ModuleDict()  # the learned steps of inputs; hooks of the layers hold them
         self.layers: list[str] = []
         for place, name in enumerate(self.names):
-            self.register_buffer(f"kept{place}", model.get_parameter(name).detach() != 0)
+            with torch.inference_mode(False):
+                self.register_buffer(f"kept{place}", model.get_parameter(name).detach() != 0)
 
     def weights(self) -> dict[str, Tensor]:
         """The rounded weights, with their gradient."""
@@ -136,7 +140,8 @@ class QAT(nn.Module):
         for place, (name, step) in enumerate(zip(self.names, self.rounding, strict=True)):
             assert isinstance(step, LearnedStep)
             weight = self.model.get_parameter(name) * self.get_buffer(f"kept{place}")
-            codes[name] = quantize(weight, step.grid, step.steps)
+            with naming(name):
+                codes[name] = quantize(weight, step.grid, step.steps)
         made = copied(self.model)
         for layer in readers(made).values():
             for key, hook in list(layer._forward_pre_hooks.items()):

@@ -13,6 +13,7 @@ from torch.func import functional_call
 from structopt.compression.codes import chosen, naming, put_
 from structopt.compression.grids import Grid, Steps
 from structopt.compression.quantize import Quantized, as_finite, straight_through
+from structopt.losses.checks import wide
 from structopt.training import Objective
 from structopt.training.copying import copied
 
@@ -120,7 +121,8 @@ class Rated(nn.Module):
         made = {}
         for name, coding in zip(self.names, self.coding, strict=True):
             assert isinstance(coding, LearnedCode)
-            made[name] = value(coding, self.model.get_parameter(name))
+            with naming(name):
+                made[name] = value(coding, self.model.get_parameter(name))
         return made
 
     def bits(self) -> Tensor:
@@ -142,9 +144,10 @@ class Rated(nn.Module):
 
 def _quantized(coding: LearnedCode, weight: Tensor) -> Quantized:
     codes = coding.codes(weight).round()
+    as_finite(codes)  # complains
     largest = int(codes.abs().max()) if codes.numel() else 0
     bits = max(2, math.ceil(math.log2(largest + 1)) + 1)
-    scale = coding.log_step.exp().reshape(1)
+    scale = wide(coding.log_step.exp()).reshape(1)  # the type that files have
     steps = Steps(scale, torch.zeros_like(scale))
     return Quantized(codes.to(torch.int8), steps, Grid(bits), weight.dtype)
 
@@ -182,11 +185,11 @@ def prepare_rate(
         with naming(name):
             if weight.dtype.itemsize < 4:
                 raise ValueError(f"{weight.dtype} is too coarse to train: model.float() first")
-            wide = as_finite(weight)
-            squares = wide[wide != 0].square()
-            size = squares.mean().sqrt() if len(squares) else torch.ones_like(wide.sum())
+            numbers = as_finite(weight)
+            squares = numbers[numbers != 0].square()
+            size = squares.mean().sqrt() if len(squares) else torch.ones_like(numbers.sum())
             coding[name] = LearnedCode(step * size)
-            coding[name].fit(coding[name].codes(wide), rounds=100)
+            coding[name].fit(coding[name].codes(numbers), rounds=100)
     return Rated(made, coding)
 
 

@@ -12,6 +12,7 @@ from structopt.compression.granularity import Granularity, PerTensor
 from structopt.compression.quantize import as_finite
 from structopt.compression.vectors import SharedVectors
 from structopt.losses.checks import whole
+from structopt.training.copying import need_changeable
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,8 +149,10 @@ class Tie:
                     f"the codes of {name} have shape {tuple(shared.shape)}, the weight "
                     f"{tuple(weight.shape)}: share the weights of this model"
                 )
-            self.codes[name] = shared = replace(shared, table=shared.moved(weight))
-            weight.copy_(shared.dequantize())
+            need_changeable(name, weight)
+        for name, shared in self.codes.items():
+            self.codes[name] = replace(shared, table=shared.moved(parameters[name]))
+            parameters[name].copy_(self.codes[name].dequantize())
 
     def __repr__(self) -> str:
         return f"Tie({len(self.codes)} weights)"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from structopt.compression.evidence import READERS, all_ran, by_channel, readers, watch
-from structopt.compression.folding import computes_the_same
+from structopt.compression.sameness import computes_the_same, in_double
 from structopt.measure.running import call
 from structopt.training.copying import copied
 from structopt.training.observing import first_of, observed
@@ -53,14 +53,14 @@ def smooth_inputs(
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha={alpha}: from 0, weights made even, to 1, inputs made even")
-    batches, made, wide = list(batches), copied(model), copied(model).double()
+    batches, made, wide = list(batches), copied(model), in_double(model)
     wanted, reach = readers(model, names), _reach(model, batches)
     if names is not None:
         all_ran(wanted, reach)
     example = placed(inputs_of(batches[0]), model)
     for members, before in _readings(model, example):
         asked = [name for name in members if name in wanted]
-        if not asked:
+        if not (asked and all(_weight(made.get_submodule(name)).numel() for name in members)):
             continue
         weights = [_by_input(made.get_submodule(name)).abs().amax((1, 3)) for name in members]
         w = torch.stack([weight.flatten() for weight in weights]).amax(0).double()

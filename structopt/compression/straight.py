@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from structopt.channels.exchanging import exchange_
-from structopt.compression.folding import computes_the_same, folded, joined
+from structopt.compression.folding import folded, joined
 from structopt.compression.merging import merge_pair
+from structopt.compression.sameness import computes_the_same
 from structopt.training.copying import copied
 from structopt.training.hooked import hooked
 

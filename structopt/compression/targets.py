@@ -14,7 +14,10 @@ from structopt.compression.ranks import Form, Ranks
 
 @dataclass(frozen=True)
 class Energy:
-    """The smallest ranks that keep this share of the squared singular values, in each layer."""
+    """The smallest ranks that keep this share of the squared singular values, for each rank.
+
+    A Tucker product has two, and may keep less: a share of 0.8 on either side leaves 0.6 at least.
+    """
 
     share: float
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from structopt.channels.exchanging import exchange_
-from structopt.compression.evidence import See, by_channel, readers, watch
+from structopt.compression.evidence import See, by_channel, own_forward, readers, watch
+from structopt.compression.finished import need_finished
 from structopt.measure import latency
 from structopt.training.copying import copied
 from structopt.training.hooked import in_place_of
@@ -89,14 +91,15 @@ class SkipZeros(nn.Module):
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
-        columns = layer.weight.detach().T.contiguous()  # (in, out)
-        self.columns = nn.Parameter(columns, layer.weight.requires_grad)
-        self.bias = None
-        if layer.bias is not None:
-            self.bias = nn.Parameter(layer.bias.detach().clone(), layer.bias.requires_grad)
+        with torch.inference_mode(False):  # to be trained, wherever it is made
+            columns = layer.weight.detach().T.clone(memory_format=torch.contiguous_format)
+            self.columns = nn.Parameter(columns, layer.weight.requires_grad)  # (in, out)
+            self.bias = None
+            if layer.bias is not None:
+                self.bias = nn.Parameter(layer.bias.detach().clone(), layer.bias.requires_grad)
 
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])  # (B, in)
+    def forward(self, input: Tensor) -> Tensor:
+        rows = input.reshape(input.shape[:-1].numel(), input.shape[-1])  # (B, in)
         if len(rows) == 1:
             places = rows[0].nonzero()[:, 0]
             values, starts = rows[0, places], places.new_zeros(1)
@@ -106,7 +109,7 @@ class SkipZeros(nn.Module):
             values, starts = rows[row, places], torch.searchsorted(row, numbers)
         made = F.embedding_bag(places, self.columns, starts, mode="sum", per_sample_weights=values)
         made = made if self.bias is None else made + self.bias
-        return made.reshape(*x.shape[:-1], made.shape[-1])
+        return made.reshape(*input.shape[:-1], made.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,9 @@ def skip_zeros(
 
     Both forms of each layer take turns on an input that it really reads, ``rounds`` times; it
     becomes :class:`SkipZeros` where that is ``at_least`` so many times faster. Give batches of the
-    size at which the model will be used, 1 above all. The function stays the same.
+    size at which the model will be used, 1 above all. The function stays the same. Layers with a
+    forward of their own, as adapters have, stay as they are, and those whose weight is computed, or
+    shared with another layer.
 
     Raises ValueError for a model without linear layers, no batches, and as ``latency``.
 
@@ -150,6 +155,9 @@ def skip_zeros(
     layers = {n: m for n, m in readers(model).items() if isinstance(m, nn.Linear)}
     if not layers:
         raise ValueError(f"this {type(model).__name__} has no linear layer")
+    need_finished(model)
+    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values())
+    layers = {n: m for n, m in layers.items() if owners[id(m.weight)] == 1 and not own_forward(m)}
     seen: dict[str, Tensor] = {}
     zeros = _counted(
         model, batches, layers, lambda name, given, made: seen.setdefault(name, given)

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -37,6 +38,22 @@ def need_plain(layers: Mapping[str, nn.Module], instead: str = "name other weigh
                 f"the weight of {name or 'the model'} is computed from other parameters: "
                 "torch.nn.utils.prune.remove or parametrize.remove_parametrizations first, or "
                 f"{instead}"
+            )
+
+
+def need_numbers(model: nn.Module) -> None:
+    """Raises ValueError for the first parameter or buffer that holds no numbers yet.
+
+    >>> need_numbers(nn.Linear(2, 1, device="meta"))
+    Traceback (most recent call last):
+    ValueError: weight is on the meta device, without numbers: load those of the model first
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise ValueError(f"{name} has no size yet: run the model once first, on an example")
+        if tensor.is_meta:
+            raise ValueError(
+                f"{name} is on the meta device, without numbers: load those of the model first"
             )
 
 

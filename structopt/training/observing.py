@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from structopt.measure.running import first_of as first_of  # for rooms that do not see `measure`
-from structopt.training.objectives import evaluating
+from structopt.measure.running import undisturbed
 
 
 @contextmanager
 def observed(model: nn.Module, handles: Iterable[RemovableHandle]) -> Iterator[None]:
     """Evaluation mode without gradients inside; afterwards these hooks are gone, come what may.
 
+    Buffers, and the generator of random numbers, are afterwards as before, too.
+
+    >>> import torch
     >>> model, seen = nn.ReLU(), list[tuple[int, ...]]()
     >>> see = model.register_forward_hook(lambda module, given, made: seen.append(made.shape))
     >>> with observed(model, [see]):
@@ -31,7 +33,7 @@ def observed(model: nn.Module, handles: Iterable[RemovableHandle]) -> Iterator[N
     try:
         for encoder in nested:  # hooks see padded tensors, as other layers do
             encoder.use_nested_tensor = False
-        with evaluating(model), torch.no_grad():
+        with undisturbed(model, ()):
             yield
     finally:
         for encoder in nested:
@@ -45,6 +47,7 @@ def columns(layer: nn.Linear | nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
 
     n is the number of weights in a row, in the order of ``weight.flatten(1)``.
 
+    >>> import torch
     >>> layer, x = nn.Conv2d(4, 6, 3, padding=1, groups=2), torch.randn(1, 4, 5, 5)
     >>> found = columns(layer, x)
     >>> made = layer.weight.flatten(1).unflatten(0, (2, 3)) @ found
@@ -62,4 +65,7 @@ def columns(layer: nn.Linear | nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
         (1, *pair) if flat else pair for pair in (layer.kernel_size, layer.dilation, layer.stride)
     )
     found = F.unfold(x, size, reach, 0, stride)  # (B, C · places of the kernel, L)
-    return found.movedim(1, 0).reshape(layer.groups, -1, found.shape[0] * found.shape[2])
+    rows = (
+        found.shape[1] // layer.groups
+    )  # said, since a batch of none leaves nothing to infer from
+    return found.movedim(1, 0).reshape(layer.groups, rows, found.shape[0] * found.shape[2])
