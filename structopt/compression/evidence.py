@@ -59,7 +59,7 @@ def watch(
     need_numbers(model)
 
     def hook(name: str, layer: nn.Module, given: Any, named: Any, out: Any) -> None:
-        x, made = first_of(given, named), next(tensors_of(out), None)  # a bias may go beside it
+        x, made = first_of(given, named), [*tensors_of(out), None][0]  # a bias may go beside it
         if not isinstance(x, Tensor) or made is None:
             raise ValueError(f"{name or 'the model'} reads or makes no tensor: leave it out")
         held.append(bool(x.numel() or made.numel()))
