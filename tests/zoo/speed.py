@@ -4,10 +4,10 @@
     python -m zoo.speed resnet50 …       the comparison for these alone, measured anew
 
 Processor time of one thread, both libraries taking turns in one run, each beginning without what
-the other left to collect. Torch-Pruning works in place
-and compares nothing; its time holds no copy of the network. This package's holds the copy and the
-comparison of the result with the masked network in double precision, which is timed apart too. The
-result goes to `tests/benchmarks/results/zoo-speed.json`.
+the other left to collect. Torch-Pruning works in place and compares nothing; its time holds no copy
+of the network. This package's holds the copy and the comparison of the result with the masked
+network in double precision, which is timed apart too. The result goes to
+`tests/benchmarks/results/zoo-speed.json`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ from structopt.channels import channel_groups, take, verify
 RESULT = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "zoo-speed.json"
 VERSUS = (
     *("resnet50", "densenet121", "densenet201", "vgg16_bn", "vit_b_16", "convnext_tiny"),
-    *("efficientnet_b0", "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf"),
+    *("efficientnet_b0", "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf", "mnasnet0_5"),
+    "lraspp_mobilenet_v3_large",  # the slowest for its size
 )
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 DEPTHS = (6, 12, 24, 48)
@@ -114,7 +115,8 @@ def theirs(model: nn.Module, example: torch.Tensor) -> tuple[float, float, float
 
 
 def versus(name: str, rounds: int) -> dict[str, Any]:
-    options = {"image_size": 64} if name.startswith("vit") else {}
+    options: dict[str, Any] = {"image_size": 64} if name.startswith("vit") else {}
+    options |= {"weights_backbone": None} if name.startswith("lraspp") else {}
     model, example = models.get_model(name, **options).eval(), image(64)
     if rounds > 1 and not name.startswith("densenet"):  # where Torch-Pruning takes a minute
         rounds *= 4
