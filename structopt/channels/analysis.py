@@ -17,7 +17,7 @@ from structopt.channels.nests import first_line, map_tensors, tensors_of
 from structopt.channels.probe import Probe, settle
 from structopt.channels.shadow import to_shadow
 from structopt.channels.tracing import label_parameters, trace
-from structopt.channels.walking import Modules, modules_of, tensors_in
+from structopt.channels.walking import Modules, tensors_in
 
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
@@ -79,7 +79,7 @@ def _check(model: nn.Module, example: Any) -> None:
     """Refuse at once what is no model, has no weights yet, or lies on several devices."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"give the model as an nn.Module, not {type(model).__name__}")
-    modules = modules_of(model)
+    modules = dict(model.named_modules())
     for name, module in modules.items():
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(
@@ -136,7 +136,7 @@ def _beware(channels: Channels) -> None:
 
 
 def _traced(labelled: nn.Module, example: Any) -> tuple[Book, Axes, list[torch.Size]]:
-    book, modules = Book(), modules_of(labelled)
+    book, modules = Book(), dict(labelled.named_modules())
     flatten(modules.values())
     axes = label_parameters(book, modules)
     for made, read in _insisted(modules):

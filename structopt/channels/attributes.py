@@ -90,15 +90,13 @@ def mark(modules: Modules, book: Book) -> None:
 
     And the widths of layers by ones that tell when Python looks at them.
     """
-
-    def tell() -> None:
-        book.insists = True
-
     book.insists |= mentions(modules.values(), _SPOKEN)
     for path, module in modules.items():
         for name in _WIDTHS if isinstance(module, _WIDE) else ():
             if type(vars(module).get(name)) is int:
-                vars(module)[name] = Width.of(vars(module)[name], path, name, -1).telling(tell)
+                vars(module)[name] = Width.of(vars(module)[name], path, name, -1).telling(
+                    book.insist
+                )
         for name, value in list(vars(module).items()) if own(module) else ():
             if type(value) is int:
                 vars(module)[name] = Known.of(value, path, name, -1)
@@ -139,13 +137,9 @@ class Attributes(TorchFunctionMode):
 
     def _seen(self, out: Any, tensor: Tensor, dim: Any = None) -> Any:
         """A shape in which numbers of channels tell when Python looks at them."""
-
-        def tell() -> None:
-            self.book.insists = True
-
         labelled = [axis is not None for axis in mirror_of(tensor) or [None] * tensor.ndim]
         sizes = [
-            Width(n).telling(tell) if told else n
+            Width(n).telling(self.book.insist) if told else n
             for n, told in zip(tensor.shape, labelled, strict=True)
         ]
         if isinstance(out, torch.Size):

@@ -15,7 +15,7 @@ from structopt.channels.groups import Channels
 from structopt.channels.nests import call, first_line, map_tensors
 from structopt.channels.rows import Choice, Edit, Refused
 from structopt.channels.shadow import Shadow, plain_kernels
-from structopt.channels.walking import modules_of, tensors_in
+from structopt.channels.walking import tensors_in
 from structopt.channels.widening import wide
 
 
@@ -96,8 +96,8 @@ class ByValue:
         if self.last is None or self.last[0] is not edit or self.source is not self.model:
             return build(self.channels, self.model, edit)
         made = self.last[1]
-        modules = modules_of(made)
-        old, new = tensors_in(modules_of(self.model)), tensors_in(modules)
+        modules = dict(made.named_modules())
+        old, new = tensors_in(dict(self.model.named_modules())), tensors_in(modules)
         for (_, before), (_, after) in zip(old, new, strict=True):
             if after.dtype != before.dtype:
                 after.data = after.data.to(before.dtype)
@@ -127,7 +127,7 @@ def _expected(channels: Channels, model: nn.Module, choice: Choice) -> list[Expe
 def _untouched(channels: Channels, model: nn.Module, choice: Choice) -> tuple[str, ...]:
     """Layers whose output stays, though what they read may change."""
     layers = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    names = [n for n, m in modules_of(model).items() if isinstance(m, layers)]
+    names = [n for n, m in model.named_modules() if isinstance(m, layers)]
     made = {n: channels.axes.get((f"{n}.weight" if n else "weight", 0)) for n in names}
     return tuple(
         name
@@ -141,8 +141,7 @@ def lively(model: nn.Module, example: Any) -> Any:
 
     Of whole numbers, only zeros are replaced: they may name rows of an embedding.
     """
-    every = modules_of(model).values()
-    layers = [m for m in every if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+    layers = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
     rows = min((layer.num_embeddings for layer in layers), default=0)
     generator = torch.Generator().manual_seed(0)
     changed = []

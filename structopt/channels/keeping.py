@@ -10,7 +10,6 @@ from structopt.channels.groups import Channels
 from structopt.channels.labels import Vector
 from structopt.channels.mirrors import Book
 from structopt.channels.rows import Choice, Edit, Reals, Refused, rows_of
-from structopt.channels.walking import modules_of, parameters_of
 
 
 def times(tensor: Tensor, dim: int, factors: Reals) -> Tensor:
@@ -82,7 +81,7 @@ def shares(channels: Channels, labels: Vector, taken: Vector, choice: Choice) ->
 def _scaled(channels: Channels, model: nn.Module, edit: Edit) -> Reals:
     """Multiply what makes a channel and divide what reads it (Nagel et al., 2019)."""
     found = np.ones(channels.book.labels.size)
-    parameters = parameters_of(modules_of(model)) if edit.scale else {}
+    parameters = dict(model.named_parameters()) if edit.scale else {}
     for number, values in edit.scale.items():
         group, powers = channels.every[number], _powers(channels, number)
         by_channel = np.ones(group.size)

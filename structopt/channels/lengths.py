@@ -16,14 +16,12 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from structopt.channels.walking import modules_of
-
 Pick = Callable[[str, Tensor], Tensor]
 
 
 def pairs(model: nn.Module) -> Iterator[tuple[str, str, int]]:
     """The names of length and direction, and the dimension whose entries have a length each."""
-    for path, module in modules_of(model).items():
+    for path, module in model.named_modules():
         dim = getattr(module, "dim", None)
         if type(module).__name__ == "_WeightNorm" and isinstance(dim, int):
             before = path.rpartition(".")[0]
@@ -36,7 +34,7 @@ def pairs(model: nn.Module) -> Iterator[tuple[str, str, int]]:
 
 def kept(model: nn.Module) -> bool:
     """Whether any weight is kept so."""
-    modules = modules_of(model).values()
+    modules = list(model.modules())
     if not any(m._forward_pre_hooks or "parametrizations" in m._modules for m in modules):
         return False
     return any(True for _ in pairs(model)) or any(True for m in modules for _ in _stretched(m))

@@ -89,6 +89,9 @@ class Book:
     given: frozenset[int] = frozenset()  # ids of what a layer at work was given to multiply
     op: str = ""
 
+    def insist(self) -> None:
+        self.insists = True
+
     def why(self, text: str) -> str:
         return f"{text}: {self.op} in {self.module or 'the model'}"
 

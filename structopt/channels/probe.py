@@ -21,7 +21,6 @@ from structopt.channels.reading import own
 from structopt.channels.rows import Edit
 from structopt.channels.shadow import Shadow, plain_kernels, to_shadow
 from structopt.channels.tracing import follow_modules
-from structopt.channels.walking import modules_of
 
 Shapes = list[torch.Size]
 
@@ -50,7 +49,7 @@ class Probe:
             self.problem = str(problem)
             with contextlib.suppress(Exception):  # once more, to see where
                 made = self._built(edit)
-                follow_modules(watch, modules_of(made))
+                follow_modules(watch, dict(made.named_modules()))
                 self._shapes(made)
             self.where = watch.module
             return False

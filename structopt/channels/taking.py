@@ -14,7 +14,6 @@ from structopt.channels.judging import ByShape, ByValue, Judge
 from structopt.channels.members import ChannelGroup
 from structopt.channels.rows import Edit, Refused
 from structopt.channels.sizes import guesses
-from structopt.channels.walking import modules_of, parameters_of
 
 Numbers = Sequence[int] | Sequence[float] | Tensor | range
 
@@ -67,7 +66,7 @@ def take(
 
 
 def _is_bare(model: nn.Module) -> bool:
-    return any(p.is_meta for p in parameters_of(modules_of(model)).values())
+    return any(p.is_meta for p in model.parameters())
 
 
 def _exact(
@@ -87,7 +86,7 @@ def _least(channels: Channels, model: nn.Module, edit: Edit, judge: Judge) -> Ed
     """The same without guesses that it does not need: nothing would show that they are wrong."""
     if edit.guessed is not None:
         return edit
-    modules = modules_of(model)
+    modules = dict(model.named_modules())
     needed = frozenset(guess.what for guess in guesses(channels, modules))
     for what in sorted(needed):
         fewer = replace(edit, guessed=needed - {what})

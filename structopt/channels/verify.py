@@ -21,7 +21,7 @@ from structopt.channels.nests import call, map_tensors, tensors_of
 from structopt.channels.reading import mentions
 from structopt.channels.rows import Choice
 from structopt.channels.tracing import follow_modules, label_parameters
-from structopt.channels.walking import modules_of, parameters_of, tensors_in
+from structopt.channels.walking import parameters_of, tensors_in
 from structopt.channels.widening import Mask, Wide, lendable, masked, repeatable, wide
 
 _BESIDE = frozenset({"numpy", "tolist", "data", "data_ptr"})  # lead to numbers past the dispatcher
@@ -72,7 +72,7 @@ def outputs(model: nn.Module, example: Any, seed: int = 0, watched: Watched = ()
 
 def _computed(model: nn.Module, *args: Any, **options: Any) -> list[Tensor]:
     """On weights that are lent and widened when met, or on a wide copy, which any model takes."""
-    if not (lengths.kept(model) or mentions(modules_of(model).values(), _BESIDE)):
+    if not (lengths.kept(model) or mentions(model.modules(), _BESIDE)):
         with contextlib.suppress(Exception):
             return _run(model, *args, **options, lend=True)
     return _run(model, *args, **options, lend=False)
@@ -90,7 +90,7 @@ def _run(
 ) -> list[Tensor]:
     """The outputs of a copy with these parts of its weights zero, for norms that others average."""
     masks = masks or {}
-    known = modules_of(model)
+    known = dict(model.named_modules())
     names = {id(tensor): name for name, tensor in tensors_in(known)}
 
     def change(tensor: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ def _run(
     copy = substitute(model, change).eval()
     if masks and not lend:
         lengths.adjust(model, copy, lambda _, tensor: wide(tensor))
-    modules = modules_of(copy)
+    modules = dict(copy.named_modules())
     flatten(modules.values())
     seen: list[Any] = []
     for name in watched:
@@ -124,7 +124,7 @@ def _run(
 def stumbles(model: nn.Module, example: Any) -> str:
     """The name of the module in which the model fails in double precision."""
     copy, book = substitute(model, wide).eval(), Book()
-    follow_modules(book, modules_of(copy))
+    follow_modules(book, dict(copy.named_modules()))
     with contextlib.suppress(Exception), repeatable(), Wide():
         call(copy, map_tensors(example, wide))
     return book.module

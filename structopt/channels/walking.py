@@ -1,4 +1,4 @@
-"""The modules of a model by name, and the tensors that they hold: one walk serves both."""
+"""The tensors that modules hold, by name: the walk that found the modules serves these too."""
 
 from __future__ import annotations
 
@@ -7,11 +7,7 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor, nn
 
 Modules = Mapping[str, nn.Module]
-
-
-def modules_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Each once, a whole before its parts."""
-    return dict(model.named_modules())
+"""As ``dict(model.named_modules())``."""
 
 
 def parameters_of(modules: Modules) -> dict[str, nn.Parameter]:

@@ -18,8 +18,8 @@ from structopt.compression.granularity import PerTensor
 from structopt.compression.grids import Grid
 from structopt.compression.inputs import SAMPLE
 from structopt.compression.quantize import fit
+from structopt.compression.sameness import made_by
 from structopt.losses.checks import real
-from structopt.measure.running import call, undisturbed
 from structopt.training.copying import copied
 from structopt.training.hooked import in_place_of
 from structopt.training.statistics import inputs_of, placed
@@ -159,7 +159,7 @@ def _bounded(
 @torch.no_grad()
 def outputs_of(model: nn.Module, batches: Iterable[Any]) -> list[list[Tensor]]:
     """What the model makes of each batch, in evaluation mode."""
-    return [_made(model, batch) for batch in batches]
+    return [made_by(model, placed(inputs_of(batch), model)) for batch in batches]
 
 
 @torch.no_grad()
@@ -177,14 +177,15 @@ def changed_by(
     """
     moved, whole, some = 0.0, 0.0, False
     for place, batch in enumerate(batches):
-        before = _made(model, batch) if known is None else known[place]
-        for y, z in zip(before, _made(other, batch), strict=True):
+        given = placed(inputs_of(batch), model)
+        before = made_by(model, given) if known is None else known[place]
+        for y, z in zip(before, made_by(other, placed(given, other)), strict=True):
             if y.shape != z.shape:
                 raise ValueError(f"outputs of {tuple(y.shape)} became {tuple(z.shape)}")
             moved += float((z.double() - y.double()).square().sum())
             whole += float(y.double().square().sum())
-        given = [x for x in tensors_of(inputs_of(batch)) if x.ndim]
-        some = some or (bool(before) and (not given or any(map(len, given))))
+        sizes = [len(x) for x in tensors_of(given) if x.ndim]
+        some = some or (bool(before) and (not sizes or any(sizes)))
     if not some:
         raise ValueError("the model makes no tensor of these batches, or they are empty")
     if not math.isfinite(moved + whole):
@@ -192,9 +193,3 @@ def changed_by(
             "the outputs on these batches are NaN or infinite: they cannot be compared"
         )
     return (moved / whole) ** 0.5 if whole else 0.0 if not moved else float("inf")
-
-
-def _made(model: nn.Module, batch: Any) -> list[Tensor]:
-    given = placed(inputs_of(batch), model)
-    with undisturbed(model, given):
-        return [*tensors_of(call(model, given))]

@@ -44,7 +44,7 @@ def computes_the_same(model: nn.Module, other: nn.Module, example: Any) -> bool:
 
     tree = map_tensors(example, drawn)
     try:
-        expected = _made(model, tree)
+        expected = made_by(model, tree)
     except RuntimeError as error:
         raise ValueError(
             f"this {type(model).__name__} does not run in double precision, in which edits are "
@@ -55,15 +55,16 @@ def computes_the_same(model: nn.Module, other: nn.Module, example: Any) -> bool:
             f"this {type(model).__name__} makes no tensor by which an edit could be checked"
         )
     try:
-        found = _made(other, tree)
+        found = made_by(other, tree)
     except RuntimeError:  # what was merged is read elsewhere too, with other channels
         return False
     return len(expected) == len(found) and all(map(_alike, expected, found))
 
 
-def _made(model: nn.Module, example: Any) -> list[Tensor]:
+def made_by(model: nn.Module, example: Any) -> list[Tensor]:
+    """The tensors that come out in evaluation mode; buffers and random numbers stay."""
     with undisturbed(model, example):
-        return [*tensors_of(call(model, example))]
+        return tensors_of(call(model, example))
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

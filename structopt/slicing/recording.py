@@ -17,7 +17,7 @@ from structopt.channels.mirrors import Book, Mirror, mirror_of
 from structopt.channels.nests import call, first_line, map_tensors, tensors_of
 from structopt.channels.shadow import plain_kernels
 from structopt.channels.tracing import Tracer, follow_modules, label_parameters
-from structopt.channels.walking import modules_of, tensors_in
+from structopt.channels.walking import tensors_in
 
 _KEY = "_structopt_key"  # the attribute of a tensor that holds its number
 _NUMBERS = itertools.count()
@@ -86,7 +86,7 @@ def recorded(
     The model itself is not touched. Raises ValueError where it does not accept the example.
     """
     book, labelled = Book(), substitute(model, torch.clone).eval()
-    modules = modules_of(labelled)
+    modules = dict(labelled.named_modules())
     flatten(modules.values())
     axes = label_parameters(book, modules)
     ops, sources = list[Op](), {_key(tensor): name for name, tensor in tensors_in(modules)}

@@ -65,7 +65,5 @@ def columns(layer: nn.Linear | nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
         (1, *pair) if flat else pair for pair in (layer.kernel_size, layer.dilation, layer.stride)
     )
     found = F.unfold(x, size, reach, 0, stride)  # (B, C · places of the kernel, L)
-    rows = (
-        found.shape[1] // layer.groups
-    )  # said, since a batch of none leaves nothing to infer from
+    rows = found.shape[1] // layer.groups  # said: a batch of none leaves nothing to infer it from
     return found.movedim(1, 0).reshape(layer.groups, rows, found.shape[0] * found.shape[2])
