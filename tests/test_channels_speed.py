@@ -123,6 +123,19 @@ def convolution(d: Draw) -> Any:
     return A.convolution.default, x, weight, bias, *how, d.rarely(True, False), [0] * n, groups
 
 
+def upsample(d: Draw) -> Any:
+    op = d.one(
+        *(A.upsample_nearest1d, A.upsample_linear1d, A.upsample_nearest2d, A.upsample_bilinear2d),
+        *(A.upsample_bicubic2d, A.upsample_nearest3d, A.upsample_trilinear3d),
+    )
+    ndim = int(op.__name__[-2])
+    x, sizes = d.tensor(d.shape(ndim + 2, ndim + 2)), d.shape(ndim, ndim)
+    corners = [] if "nearest" in op.__name__ else [d.one(True, False)]
+    if d.one(True, False):
+        return op.default, x, d.rarely([*sizes, 2], sizes), *corners
+    return d.one((op.vec, x, sizes, *corners, None), (op.vec, x, None, *corners, [2.0] * ndim))
+
+
 def told(tensors: Any) -> list[Any]:
     """All that matters of a tensor without values; the stride of a dimension of size 1 does not."""
     tensors = [tensors] if isinstance(tensors, Tensor) else tensors
@@ -144,6 +157,7 @@ OPERATORS = [
     sum_of_products,
     cat,
     convolution,
+    upsample,
 ]
 
 

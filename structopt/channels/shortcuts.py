@@ -15,6 +15,10 @@ from torch import Tensor
 META = torch.device("meta")
 # Torch checks the sizes of these before it takes them apart, on `meta`, into up to twenty.
 _BATCH_NORMS = ("native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm")
+_UPSAMPLED = (
+    *("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d"),
+    *("upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d"),
+)
 _UNARY = ("hardtanh", "relu", "hardswish", "hardsigmoid", "silu", "gelu", "sigmoid")
 _NUMBERS = {"alpha", "beta", "approximate"}  # what these may be told by name changes no shape
 _EXACT = (torch.float32, torch.float64)  # others are computed in a wider type in between
@@ -146,6 +150,11 @@ def _softmax(_: bool, x: Tensor, dim: int, *rest: Any) -> Tensor | None:
     return _empty(x.shape, x) if plain and -x.ndim <= dim < x.ndim else None
 
 
+def _upsample(_: bool, x: Tensor, sizes: Any, *__: Any) -> Tensor | None:
+    fits = _is_plain(x) and sizes is not None and len(sizes) == x.ndim - 2
+    return _empty((*x.shape[:2], *sizes), x) if fits and x.numel() and min(sizes) > 0 else None
+
+
 def _convolution(
     _: bool,
     x: Tensor,
@@ -176,6 +185,7 @@ _KNOWN: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(_UNARY, _unary),
     **dict.fromkeys(("add", "sub", "mul", "div"), _binary),
     **dict.fromkeys(_BATCH_NORMS, _batch_norm),
+    **dict.fromkeys(_UPSAMPLED, _upsample),
     **dict.fromkeys(("_softmax", "_safe_softmax"), _softmax),
     "addmm": _addmm,
     "bmm": _bmm,
