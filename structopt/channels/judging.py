@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from structopt.channels import lengths, verify
 from structopt.channels.copying import flatten, substitute
+from structopt.channels.deciding import Decisions
 from structopt.channels.edit import build
 from structopt.channels.groups import Channels
 from structopt.channels.nests import call, first_line, map_tensors
@@ -60,6 +62,8 @@ class ByValue:
             except Exception as failure:
                 return _failure(failure)
             error = verify.difference(expected, found)
+            if error > verify.tolerance(expected) and self.decides:
+                error = self._decided(edit.choice, made, example, watched)
             if error > verify.tolerance(expected):
                 if self.changes:
                     return (
@@ -90,6 +94,27 @@ class ByValue:
     @functools.cached_property
     def changes(self) -> bool:
         return verify.changes(self.source, self.channels.example)
+
+    @functools.cached_property
+    def decides(self) -> bool:
+        """Whether the model decides anything by its numbers."""
+        decisions = Decisions()
+        verify.outputs(self.source, self.channels.example, decisions=decisions)
+        return bool(decisions.made)
+
+    def _decided(
+        self, choice: Choice, made: nn.Module, example: Any, watched: tuple[str, ...]
+    ) -> float:
+        """The error when the edited model decides between equals as the reference does."""
+
+        def alike(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+            return verify.difference(a, b) <= verify.tolerance(a)
+
+        first = Decisions()
+        expected = verify.reference(self.channels, self.source, choice, example, watched, first)
+        again = Decisions(first.made, alike)
+        found = verify.outputs(made, example, watched=watched, decisions=again)
+        return verify.difference(expected, found)
 
     def made(self, edit: Edit) -> nn.Module:
         """What was judged last, with weights that were scaled rounded to what they were."""

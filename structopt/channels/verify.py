@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from structopt.channels import lengths
 from structopt.channels.copying import flatten, substitute
+from structopt.channels.deciding import Decisions
 from structopt.channels.groups import Channels
 from structopt.channels.labels import Vector
 from structopt.channels.masking import Masked
@@ -33,7 +34,12 @@ def tolerance(outputs: Sequence[Tensor]) -> float:
 
 
 def reference(
-    channels: Channels, model: nn.Module, choice: Choice, example: Any, watched: Watched = ()
+    channels: Channels,
+    model: nn.Module,
+    choice: Choice,
+    example: Any,
+    watched: Watched = (),
+    decisions: Decisions | None = None,
 ) -> list[Tensor]:
     """What the model computes when the channels that were not chosen are masked."""
     gone = _gone(channels, choice)
@@ -44,9 +50,8 @@ def reference(
         if gone[labels].any() and rows.get(name) != dim:
             masks.setdefault(name, []).append((dim, np.flatnonzero(gone[labels])))
     averaged = any(channels.every[number].averaged for number in choice)
-    return _computed(
-        model, example, watched, masks=masks, gone=gone if averaged and masks else None
-    )
+    lost = gone if averaged and masks else None
+    return _computed(model, example, watched, masks=masks, gone=lost, decisions=decisions)
 
 
 def _gone(channels: Channels, choice: Choice) -> npt.NDArray[np.bool_]:
@@ -65,9 +70,15 @@ def _gone(channels: Channels, choice: Choice) -> npt.NDArray[np.bool_]:
     return gone
 
 
-def outputs(model: nn.Module, example: Any, seed: int = 0, watched: Watched = ()) -> list[Tensor]:
+def outputs(
+    model: nn.Module,
+    example: Any,
+    seed: int = 0,
+    watched: Watched = (),
+    decisions: Decisions | None = None,
+) -> list[Tensor]:
     """What a model, and layers of it, compute in double precision, in evaluation mode."""
-    return _computed(model, example, watched, seed=seed)
+    return _computed(model, example, watched, seed=seed, decisions=decisions)
 
 
 def _computed(model: nn.Module, *args: Any, **options: Any) -> list[Tensor]:
@@ -87,6 +98,7 @@ def _run(
     seed: int = 0,
     masks: Mapping[str, Mask] | None = None,
     gone: npt.NDArray[np.bool_] | None = None,
+    decisions: Decisions | None = None,
 ) -> list[Tensor]:
     """The outputs of a copy with these parts of its weights zero, for norms that others average."""
     masks = masks or {}
@@ -117,7 +129,8 @@ def _run(
         inner = Masked(book, gone)
     given = parameters_of(known).values()
     sizes = [p.element_size() for p in given if p.is_floating_point()]
-    with repeatable(seed), Wide(lent, min(sizes, default=4)), inner:
+    followed = decisions or contextlib.nullcontext()
+    with repeatable(seed), Wide(lent, min(sizes, default=4)), inner, followed:
         return [*tensors_of(call(copy, map_tensors(example, wide))), *tensors_of(seen)]
 
 
