@@ -95,6 +95,34 @@ def test_an_error_that_shows_in_decisions_alone_is_no_tie():
         take(model, {channels["features"]: range(32)})
 
 
+class Told(nn.Module):
+    """Decides by a plain number that hangs on its width."""
+
+    def __init__(self, decide):
+        super().__init__()
+        self.made, self.read, self.decide = nn.Linear(4, 16), nn.Linear(16, 8), decide
+
+    def forward(self, x):
+        hidden = self.made(x).relu()
+        return self.decide(self.read(hidden), hidden.shape[-1])
+
+
+TOLD = {
+    "how many": lambda x, width: x.topk(width // 4).values.sum(-1),
+    "how large": lambda x, width: (x > 0.01 * width).double(),
+}
+
+
+@pytest.mark.parametrize("name", TOLD)
+@pytest.mark.parametrize("index", [range(8), [*range(16), *range(16)]])
+def test_what_is_decided_by_another_number_is_no_tie(name, index):
+    torch.manual_seed(0)
+    model, example = Told(TOLD[name]), torch.randn(64, 4)
+    (group,) = channel_groups(model, example)
+    with pytest.raises(ValueError, match="cannot be edited exactly"):
+        take(model, {group: index}, preserve=True)
+
+
 def alike(a, b):
     return verify.difference(a, b) <= 1e-10
 
@@ -110,6 +138,7 @@ DECIDERS = {
     "argmax": lambda x: x.argmax(),
     "max": lambda x: x.max(0).indices,
     "compare": lambda x: x > 0.5,
+    "a number of its own": lambda x: x > x.mean().item(),
     "nonzero": lambda x: (x > 0.5).nonzero(),
     "floor": lambda x: (x * 2).floor(),
     "integers": lambda x: (x * 2).long(),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from structopt.channels.calls import flat
 from structopt.channels.nests import map_tensors, tensors_of
 from structopt.channels.shadow import name_of
 
@@ -19,6 +20,7 @@ Alike = Callable[[Sequence[Tensor], Sequence[Tensor]], bool]
 class Decision(NamedTuple):
     name: str
     given: list[Tensor]
+    told: list[Any]  # beside numbers: how many to keep, along which dimension
     out: Any
 
 
@@ -48,12 +50,16 @@ class Decisions(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **kwargs)
         if not _decides(name, given, tensors_of(out)):
             return out
+        rest = flat([*args, *kwargs.values()])
+        told = [part for part in rest if not isinstance(part, Tensor | float)]
         kept = [tensor.clone() for tensor in given]  # the model may write to them
+        kept += [torch.tensor(part) for part in rest if isinstance(part, float)]
         if self.alike and len(self.made) < len(self.before):
             before = self.before[len(self.made)]
-            if before.name == name and self.alike(before.given, kept):
+            same = (before.name, before.told) == (name, told)
+            if same and self.alike(before.given, kept):
                 out = map_tensors(before.out, torch.clone)
-        self.made.append(Decision(name, kept, map_tensors(out, torch.clone)))
+        self.made.append(Decision(name, kept, told, map_tensors(out, torch.clone)))
         return out
 
 
