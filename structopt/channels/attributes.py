@@ -62,7 +62,9 @@ _WIDTHS = ("in_channels", "out_channels", "groups", "in_features", "out_features
 _SPOKEN = frozenset(_WIDTHS) - {"groups"}  # `range` and slices take these without a word
 
 _SHAPED = ("view", "reshape", "expand", "unflatten", "_unsafe_view")
-_SIZED = (*_SHAPED, "split", "split_with_sizes", "narrow")  # operators that are given sizes
+_FRESH = ("zeros", "ones", "full")  # as the state that a recurrent layer starts from
+_FILLED = (*_FRESH, *(f"new_{name}" for name in _FRESH))
+_SIZED = frozenset((*_SHAPED, *_FILLED, "split", "split_with_sizes", "narrow"))  # are given sizes
 
 # What torch's layers call, and much of what others do: no width is handed to these as a number.
 # fmt: off
@@ -131,6 +133,8 @@ class Attributes(TorchFunctionMode):
             return out
         for number, tensor, dim in _sizes(name, args, kwargs or {}, out):
             key = number.key if isinstance(number, Known) else None
+            if name in _FILLED and mirror_of(tensor) is None:  # of whole numbers
+                continue
             if key is not None and number > 1 and tensor.shape[dim] == number:
                 self._claim(key, tensor, dim)
         return out
@@ -167,12 +171,13 @@ def _sizes(
     name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any
 ) -> Iterator[tuple[Any, Tensor, int]]:
     """The numbers given to an op that are sizes of dimensions of what comes out."""
-    rest = list(args[1:])
-    if name in _SHAPED:
+    rest = list(args if name in _FRESH else args[1:])
+    if name in _SHAPED or name in _FILLED:
         first = 0
         if name == "unflatten":
             first = rest.pop(0) % args[0].ndim if rest else 0
-        given = rest[0] if rest and isinstance(rest[0], list | tuple) else rest
+        rest = rest or [kwargs.get("size", ())]
+        given = rest[0] if isinstance(rest[0], list | tuple) else rest
         if isinstance(out, Tensor) and first + len(given) <= out.ndim:
             yield from ((number, out, first + d) for d, number in enumerate(given))
     elif name in ("split", "split_with_sizes"):

@@ -74,7 +74,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             setattr(tensor, _SCALED, tuple(axis for axis in call.scales or () if axis is not None))
         if rules.is_square(call):
             setattr(out, _SQUARE, True)
-        if call.weights and len(call.weights) == len(call.shapes):
+        if call.weights and len(call.weights) == len(call.shapes) and rule is not rules.fresh:
             for tensor in made:
                 setattr(tensor, _WEIGHT, True)
         debts.owe(made, self.book.owed)

@@ -1,0 +1,72 @@
+"""Models that people write and that once could not grow: each keeps its function when it does."""
+
+import pytest
+import torch
+from torch import nn
+
+from structopt.channels import channel_groups, take
+
+
+def assert_keeps(made, model, x):
+    torch.testing.assert_close(made(x), model(x), rtol=1e-10, atol=1e-10)
+
+
+class Started(nn.Module):
+    """A recurrent layer whose state the model makes itself, of a width that it keeps."""
+
+    def __init__(self, start, cell):
+        super().__init__()
+        self.hidden, self.start = 6, start
+        self.layer = nn.GRUCell(3, 6) if cell else nn.RNN(3, 6, 2, batch_first=True)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x):
+        if isinstance(self.layer, nn.RNN):
+            state = self.start(self, 2, len(x), self.hidden)
+            return self.head(self.layer(x, state)[0].reshape(-1, self.hidden))
+        state = self.start(self, len(x), self.hidden)
+        for step in x.unbind(1):
+            state = self.layer(step, state)
+        return self.head(state)
+
+
+STARTS = {
+    "zeros": lambda model, *shape: torch.zeros(*shape, dtype=torch.float64),
+    "one tuple": lambda model, *shape: torch.ones(shape, dtype=torch.float64),
+    "full": lambda model, *shape: torch.full(shape, 0.5, dtype=torch.float64),
+    "of a weight": lambda model, *shape: next(model.parameters()).new_zeros(*shape),
+    "by name": lambda model, *shape: torch.zeros(size=shape, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("cell", [True, False])
+def test_a_state_that_the_model_starts_from_grows_with_its_layer(start, cell):
+    torch.manual_seed(0)
+    model, x = Started(STARTS[start], cell).double(), torch.randn(2, 4, 3, dtype=torch.float64)
+    (group,) = channel_groups(model, x)
+    for index in ([*range(6), 0, 2], torch.randperm(6)):
+        made = take(model, {group: index}, preserve=True)
+        assert made.hidden == len(index)
+        assert_keeps(made, model, x)
+
+
+class Counts(nn.Module):
+    """A width that also counts whole numbers, which are no channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.width, self.first, self.last = 6, nn.Linear(3, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        places = torch.zeros(len(x), self.width, dtype=torch.long).sum(1, keepdim=True)
+        return self.last(self.first(x).view(-1, self.width).relu()) + places
+
+
+def test_whole_numbers_that_are_made_freeze_nothing():
+    torch.manual_seed(0)
+    model, x = Counts().double(), torch.randn(2, 3, dtype=torch.float64)
+    (group,) = channel_groups(model, x)
+    made = take(model, {group: [*range(6), 1]}, preserve=True)
+    assert made.width == 7
+    assert_keeps(made, model, x)
