@@ -70,3 +70,62 @@ def test_whole_numbers_that_are_made_freeze_nothing():
     made = take(model, {group: [*range(6), 1]}, preserve=True)
     assert made.width == 7
     assert_keeps(made, model, x)
+
+
+class Attention(nn.Module):
+    """Of a scale that does not hang on the width, in a branch that may start from zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.query, self.key, self.value = (nn.Linear(4, 8) for _ in range(3))
+        self.out = nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.first(x)
+        scores = self.query(x) @ self.key(x).transpose(1, 2) * 0.3
+        return self.last(x + self.out(scores.softmax(-1) @ self.value(x)))
+
+
+@pytest.mark.parametrize("index", [range(5), [*range(8), *range(8)]])
+def test_a_branch_that_starts_from_zero_is_edited_as_it_would_be_later(index):
+    torch.manual_seed(0)
+    model, x = Attention().double(), torch.randn(2, 5, 3, dtype=torch.float64)
+    channels = channel_groups(model, x)
+    later = take(model, {channels["query"]: index}, preserve=True)
+    nn.init.zeros_(model.out.weight)
+    now = take(model, {channels["query"]: index}, preserve=True)
+    assert not now.out.weight.any()
+    assert not model.out.weight.any()
+    now.out.weight.data.copy_(later.out.weight)
+    assert_keeps(now, later, x)
+
+
+class Shared(nn.Module):
+    """Divides by its width, and a head that starts from zero hides it."""
+
+    def __init__(self, gain):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 3, padding=1)
+        self.gain = nn.Parameter(torch.zeros(4, 1, 1)) if gain else None
+        if not gain:
+            nn.init.zeros_(self.last.weight)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        x = self.last(x / x.shape[1])
+        return x if self.gain is None else x * self.gain
+
+
+@pytest.mark.parametrize("gain", [True, False])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_what_hangs_on_a_width_is_refused_behind_zeros_too(gain, layout):
+    torch.manual_seed(0)
+    model = Shared(gain).to(memory_format=layout)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    group = channel_groups(model, torch.randn(1, 3, 4, 4))["first"]
+    with pytest.raises(ValueError, match="cannot be edited exactly"):
+        take(model, {group: range(4)})
+    made = take(model, {group: torch.randperm(8)})  # the width stays
+    assert made.last.weight.is_contiguous(memory_format=layout)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

@@ -42,7 +42,8 @@ class ByValue:
     def __init__(self, channels: Channels, model: nn.Module) -> None:
         self.channels, self.model = channels, model
         # What is worked out from weights needs them in double precision from the start.
-        self.source = substitute(model, wide) if lengths.kept(model) else model
+        self.kept, self.zero = lengths.kept(model), _zero(model)
+        self.source = substitute(model, self._judged) if self.kept or self.zero else model
         self.known: dict[tuple[int, ...], list[Expected]] = {}
         self.last: tuple[Edit, nn.Module] | None = None
 
@@ -72,6 +73,16 @@ class ByValue:
                     )
                 return f"the outputs differ by {error:.1e} of their size"
         return ""
+
+    def _judged(self, tensor: Tensor) -> Tensor:
+        """What takes the place of a tensor of the model, in its memory perhaps: never written to.
+
+        Behind a weight that is zero nothing can be seen.
+        """
+        if id(tensor) in self.zero:
+            numbers = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(0))
+            tensor = torch.empty_like(tensor).copy_(numbers / 8)
+        return wide(tensor) if self.kept else tensor
 
     def _expected(self, choice: Choice) -> list[Expected]:
         try:
@@ -118,12 +129,14 @@ class ByValue:
 
     def made(self, edit: Edit) -> nn.Module:
         """What was judged last, with weights that were scaled rounded to what they were."""
-        if self.last is None or self.last[0] is not edit or self.source is not self.model:
+        if self.last is None or self.last[0] is not edit or self.kept:
             return build(self.channels, self.model, edit)
         made = self.last[1]
         modules = dict(made.named_modules())
         old, new = tensors_in(dict(self.model.named_modules())), tensors_in(modules)
         for (_, before), (_, after) in zip(old, new, strict=True):
+            if id(before) in self.zero:  # and so is any part of it
+                after.data.zero_()
             if after.dtype != before.dtype:
                 after.data = after.data.to(before.dtype)
         flatten(modules.values())  # what was replaced lies apart
@@ -159,6 +172,19 @@ def _untouched(channels: Channels, model: nn.Module, choice: Choice) -> tuple[st
         for name, labels in made.items()
         if labels is not None and not channels.along(labels).keys() & choice.keys()
     )
+
+
+def _zero(model: nn.Module) -> set[int]:
+    """Weights that are zero throughout, as those of a last layer or a gain may start.
+
+    What is added is not asked: all biases start so, and hide nothing.
+    """
+    return {
+        id(p)
+        for name, p in model.named_parameters()
+        if "bias" not in name.rpartition(".")[2] and p.is_floating_point() and p.numel()
+        if not p[(0,) * p.ndim].item() and not p.any()
+    }
 
 
 def lively(model: nn.Module, example: Any) -> Any:
