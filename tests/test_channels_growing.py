@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
 
 from structopt.channels import channel_groups, take
 
@@ -129,3 +130,47 @@ def test_what_hangs_on_a_width_is_refused_behind_zeros_too(gain, layout):
     made = take(model, {group: torch.randperm(8)})  # the width stays
     assert made.last.weight.is_contiguous(memory_format=layout)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+class Adapter(nn.Module):
+    """LoRA: a weight and the product of two small ones."""
+
+    def __init__(self, rows, columns):
+        super().__init__()
+        self.up, self.down = (nn.Parameter(torch.randn(n)) for n in ((rows, 3), (3, columns)))
+
+    def forward(self, weight):
+        return weight - 0.5 * (self.up @ self.down)
+
+
+class Merged(nn.Module):
+    """RepVGG: the kernels of two branches are one."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(6, 2, 1)
+        self.wide, self.small = nn.Parameter(torch.randn(6, 8, 3, 3)), nn.Conv2d(8, 6, 1)
+
+    def forward(self, x):
+        kernel = self.wide + nn.functional.pad(self.small.weight, (1, 1, 1, 1))
+        x = nn.functional.conv2d(self.first(x).relu(), kernel, self.small.bias, padding=1)
+        return self.last(x.relu())
+
+
+def adapted():
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
+    register_parametrization(model[2], "weight", Adapter(6, 8))
+    return model, torch.randn(4, 3)
+
+
+@pytest.mark.parametrize("make", [adapted, lambda: (Merged(), torch.randn(2, 3, 5, 5))])
+def test_what_reads_a_sum_of_weights_reads_each(make):
+    torch.manual_seed(0)
+    model, x = make()
+    model, x = model.double(), x.double()
+    for group in channel_groups(model, x):
+        every = range(group.size)
+        assert_keeps(take(model, {group: [*every, 0, 2]}, preserve=True), model, x)
+        if any(member.reads for member in group.members):
+            factors = torch.rand(group.size) + 0.5
+            assert_keeps(take(model, {group: every}, scale={group: factors}), model, x)

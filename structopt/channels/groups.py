@@ -50,6 +50,8 @@ class Channels:
         self.reads = np.zeros(self.book.labels.size, bool)  # of a label: summed over by an op
         for axis in self.book.readers:
             self.reads[self.book.unpaired(axis)] = True
+        for total, part in reversed(self.book.summed):
+            self.reads[self.book.unpaired(part[self.reads[total]])] = True
         self.twice: set[int] = set()  # groups that lie on both sides of a grid
         self.apart: list[tuple[Vector, frozenset[int]]] = []
         self.every = made = _collect(self)

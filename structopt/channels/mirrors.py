@@ -68,6 +68,7 @@ class Book:
     averaged: list[Vector] = field(default_factory=list)
     scored: list[Score] = field(default_factory=list)
     beside: list[tuple[Vector, Vector]] = field(default_factory=list)  # rows and their bias
+    summed: list[tuple[Vector, Vector]] = field(default_factory=list)  # weights, and one in them
     spent: list[tuple[Vector, Axis]] = field(default_factory=list)  # scaled anew; by these groups
     bent: list[tuple[Vector, str]] = field(default_factory=list)  # by what is not homogeneous
     apart: list[tuple[Vector, Vector]] = field(default_factory=list)  # readers; not across these

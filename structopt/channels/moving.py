@@ -126,6 +126,7 @@ def stack(call: Call) -> Mirror:
 # ------------------------------------------------------------------ element by element
 
 _PRODUCTS = ("mul", "div", "prelu", "_prelu_kernel")
+_SUMS = ("add", "sub", "rsub")
 
 # Twice as much comes out of these where twice as much goes in, or nothing of it comes out. Others
 # may seem to do so: a clip that no value of the example reaches, ELU where all are positive.
@@ -185,12 +186,22 @@ def pointwise(call: Call) -> Any:
             result.append(call.add(call.mirror(a)[d], call.mirror(b)[d]))
             continue
         result.append(join(call, axes) if axes else None)
+    if call.book.op.rstrip("_") in _SUMS and len(call.weights) == len(call.shapes):
+        _sum_weights(call, tensors, result)
     if not _is_homogeneous(call):
         why = call.book.why("an operator that is not positively homogeneous")
         call.book.bent += [(axis, why) for axis in result if axis is not None]
     if isinstance(call.out, Tensor):
         return result
     return [result if o.shape == shape else None for o in outputs]
+
+
+def _sum_weights(call: Call, parts: list[Tensor], result: Mirror) -> None:
+    """What reads the sum of two weights, as that of LoRA, reads both."""
+    for part in parts:
+        for axis, total in zip(reversed(call.mirror(part)), reversed(result), strict=False):
+            if axis is not None and total is not None and axis is not total:
+                call.book.summed.append((total, axis))
 
 
 @rule("zeros", "ones", "empty", "full", "new_zeros", "new_ones", "new_empty", "new_full")
