@@ -123,6 +123,33 @@ def test_what_is_decided_by_another_number_is_no_tie(name, index):
         take(model, {group: index}, preserve=True)
 
 
+class Chosen(nn.Module):
+    """Gives nothing but its choice, between numbers of which some hang on the width."""
+
+    def __init__(self, share=True):
+        super().__init__()
+        self.made, self.read, self.beside = nn.Linear(4, 16), nn.Linear(16, 8), nn.Linear(4, 8)
+        self.share = share
+
+    def forward(self, x):
+        hidden = self.made(x).relu()
+        width = hidden.shape[-1] if self.share else 16
+        best = (self.read(hidden) / width + self.beside(x)).topk(2, dim=-1)
+        return best.indices[:, 0]
+
+
+@pytest.mark.parametrize("index", [range(15), [*range(16), *range(16)]])
+def test_an_error_that_changes_no_choice_on_the_example_is_one(index):
+    torch.manual_seed(1)
+    example, right, wrong = torch.randn(2, 4), Chosen(share=False), Chosen()
+    (group,) = channel_groups(right, example)
+    assert take(right, {group: index}, preserve=True).made.out_features == len(index)
+    (group,) = channel_groups(wrong, example)
+    with pytest.raises(ValueError, match="cannot be edited exactly"):
+        take(wrong, {group: index}, preserve=True)
+    assert torch.equal(take(wrong, {group: torch.randperm(16)})(example), wrong(example))
+
+
 def alike(a, b):
     return verify.difference(a, b) <= 1e-10
 

@@ -22,6 +22,7 @@ class Decision(NamedTuple):
     given: list[Tensor]
     told: list[Any]  # beside numbers: how many to keep, along which dimension
     out: Any
+    held: list[Tensor]  # by the model, which may write to them
 
 
 class Decisions(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -42,6 +43,12 @@ class Decisions(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
+    def behind(self, out: Sequence[Tensor]) -> list[Tensor]:
+        """The numbers by which the outputs of a model were decided that are decisions."""
+        places = set(map(_place, out))
+        found = [made.given for made in self.made if not places.isdisjoint(map(_place, made.held))]
+        return [tensor for given in found for tensor in given]
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
@@ -59,7 +66,8 @@ class Decisions(TorchDispatchMode):  # type: ignore[no-untyped-call]
             same = (before.name, before.told) == (name, told)
             if same and self.alike(before.given, kept):
                 out = map_tensors(before.out, torch.clone)
-        self.made.append(Decision(name, kept, told, map_tensors(out, torch.clone)))
+        kept_out = map_tensors(out, torch.clone)
+        self.made.append(Decision(name, kept, told, kept_out, tensors_of(out)))
         return out
 
 
@@ -67,3 +75,8 @@ def _decides(name: str, given: Sequence[Tensor], made: Sequence[Tensor]) -> bool
     """Whether numbers went in, and whole ones, or true and false, came out."""
     whole = name in _STEPS or any(not t.is_floating_point() and not t.is_complex() for t in made)
     return whole and any(tensor.is_floating_point() for tensor in given)
+
+
+def _place(tensor: Tensor) -> int:
+    """The same for a view of it."""
+    return tensor.untyped_storage().data_ptr()

@@ -33,7 +33,7 @@ class Expected(NamedTuple):
 
     example: Any
     outputs: list[Tensor]
-    watched: tuple[str, ...]
+    watched: tuple[str, ...] | None
 
 
 class ByValue:
@@ -114,7 +114,7 @@ class ByValue:
         return bool(decisions.made)
 
     def _decided(
-        self, choice: Choice, made: nn.Module, example: Any, watched: tuple[str, ...]
+        self, choice: Choice, made: nn.Module, example: Any, watched: tuple[str, ...] | None
     ) -> float:
         """The error when the edited model decides between equals as the reference does."""
 
@@ -145,10 +145,11 @@ class ByValue:
 
 def _expected(channels: Channels, model: nn.Module, choice: Choice) -> list[Expected]:
     """Examples, and what the model gives for each when the channels not chosen are masked."""
-    watched: tuple[str, ...] = ()
+    watched: tuple[str, ...] | None = None
     expected = verify.reference(channels, model, choice, channels.example)
-    if not any(t.numel() for t in expected):  # as where no object is found
-        watched = _untouched(channels, model, choice)
+    if not any(t.numel() and (t.is_floating_point() or t.is_complex()) for t in expected):
+        nothing = not any(t.numel() for t in expected)  # as where no object is found
+        watched = _untouched(channels, model, choice) if nothing else ()
         expected = verify.reference(channels, model, choice, channels.example, watched)
     found = [Expected(channels.example, expected, watched)]
     other = lively(model, channels.example)

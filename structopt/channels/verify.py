@@ -26,7 +26,8 @@ from structopt.channels.walking import parameters_of, tensors_in
 from structopt.channels.widening import Mask, Wide, lendable, masked, repeatable, wide
 
 _BESIDE = frozenset({"numpy", "tolist", "data", "data_ptr"})  # lead to numbers past the dispatcher
-Watched = Sequence[str]  # names of modules whose outputs are compared as well
+# Names of modules whose outputs are compared as well, and what is behind decisions that come out.
+Watched = Sequence[str] | None
 
 
 def tolerance(outputs: Sequence[Tensor]) -> float:
@@ -38,7 +39,7 @@ def reference(
     model: nn.Module,
     choice: Choice,
     example: Any,
-    watched: Watched = (),
+    watched: Watched = None,
     decisions: Decisions | None = None,
 ) -> list[Tensor]:
     """What the model computes when the channels that were not chosen are masked."""
@@ -74,7 +75,7 @@ def outputs(
     model: nn.Module,
     example: Any,
     seed: int = 0,
-    watched: Watched = (),
+    watched: Watched = None,
     decisions: Decisions | None = None,
 ) -> list[Tensor]:
     """What a model, and layers of it, compute in double precision, in evaluation mode."""
@@ -116,7 +117,7 @@ def _run(
     modules = dict(copy.named_modules())
     flatten(modules.values())
     seen: list[Any] = []
-    for name in watched:
+    for name in watched or ():
         copy.get_submodule(name).register_forward_hook(
             lambda _, __, out: seen.append(map_tensors(out, torch.clone))
         )
@@ -129,9 +130,12 @@ def _run(
         inner = Masked(book, gone)
     given = parameters_of(known).values()
     sizes = [p.element_size() for p in given if p.is_floating_point()]
+    decisions = Decisions() if watched is not None and decisions is None else decisions
     followed = decisions or contextlib.nullcontext()
     with repeatable(seed), Wide(lent, min(sizes, default=4)), inner, followed:
-        return [*tensors_of(call(copy, map_tensors(example, wide))), *tensors_of(seen)]
+        out = tensors_of(call(copy, map_tensors(example, wide)))
+    behind = decisions.behind(out) if decisions and watched is not None else []
+    return [*out, *tensors_of(seen), *behind]
 
 
 def stumbles(model: nn.Module, example: Any) -> str:
