@@ -1,4 +1,4 @@
-"""Models that people write and that once could not grow: each keeps its function when it does."""
+"""Channels that are repeated, permuted or scaled, in models that people write."""
 
 import pytest
 import torch
@@ -174,3 +174,27 @@ def test_what_reads_a_sum_of_weights_reads_each(make):
         if any(member.reads for member in group.members):
             factors = torch.rand(group.size) + 0.5
             assert_keeps(take(model, {group: every}, scale={group: factors}), model, x)
+
+
+def test_copies_of_a_channel_take_the_same_factor():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+    x = torch.randn(5, 3, dtype=torch.float64)
+    group, index = channel_groups(model, x)["0"], [0, 2, 1, 3, 2]
+    with pytest.raises(ValueError, match=r"group '0': .* copies of channel 2 different numbers"):
+        take(model, {group: index}, preserve=True, scale={group: [1, 3, 1, 1, 2]})
+    factors = torch.tensor([1, 3, 0.5, 1, 3], dtype=torch.float64)
+    made = take(model, {group: index}, preserve=True, scale={group: factors})
+    torch.testing.assert_close(made[0].bias, model[0].bias[index] * factors)
+    assert_keeps(made, model, x)
+
+
+def test_where_a_norm_averages_the_remedy_is_to_repeat_all_alike():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)).double()
+    x = torch.randn(5, 3, dtype=torch.float64)
+    (group,) = channel_groups(model, x)
+    with pytest.raises(ValueError, match=r"group '0' .* repeat each of them equally often"):
+        take(model, {group: [0, 1, 2, 3, 3]}, preserve=True)
+    made = take(model, {group: [0, 1, 2, 3, 3, 2, 1, 0]}, preserve=True)
+    assert_keeps(made, model, x)

@@ -111,4 +111,11 @@ def _positive(group: ChannelGroup, values: Any, index: Vector) -> Reals:
     wrong = factors[~(np.isfinite(factors) & (factors > 0))]
     if len(wrong):
         raise ValueError(f"{wanted}, not {wrong[0]:g}")
+    _, first, back = np.unique(index, return_index=True, return_inverse=True)
+    apart = index[factors != factors[first][back]]
+    if len(apart):
+        raise ValueError(
+            f"group {group.name!r}: scale gives copies of channel {apart[0]} different numbers: "
+            "give them the same"
+        )
     return factors

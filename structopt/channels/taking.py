@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -112,7 +113,7 @@ def _complaint(channels: Channels, model: nn.Module, edit: Edit, judge: Judge, p
     if alone is not None:
         others = ", ".join(repr(channels.every[n].name) for n in numbers[: min(fails - 1, 3)])
         what = f"{what} together with {others}{' and others' if fails > 4 else ''}"
-    return (
-        f"{what} cannot be edited exactly: {why or problem}. The model is as it was; "
-        "leave the group out, or look at explain(model, example)"
-    )
+    remedy = "leave the group out, or look at explain(model, example)"
+    if guilty.averaged and len(set(np.unique(edit.choice[last], return_counts=True)[1])) > 1:
+        remedy = "a norm averages over these channels, so repeat each of them equally often"
+    return f"{what} cannot be edited exactly: {why or problem}. The model is as it was; {remedy}"
