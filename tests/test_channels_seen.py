@@ -71,6 +71,22 @@ def test_a_model_without_a_finite_number_is_refused():
         take(model, {channels["a"]: range(6)})
 
 
+class Normed(nn.Linear):
+    """Of rows of length one, which a row of zeros has no part in."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight / self.weight.norm(dim=1, keepdim=True))
+
+
+def test_a_model_that_divides_by_what_goes_is_told_so():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Normed(3, 4), nn.Linear(4, 2)), torch.randn(2, 3)
+    (group,) = channel_groups(model, x)
+    with pytest.raises(ValueError, match=r"without channels, .* divide by the norm of weights"):
+        take(model, {group: [0, 1]})
+    torch.testing.assert_close(take(model, {group: [1, 0, 3, 2]})(x), model(x))
+
+
 @dataclass
 class Plain:
     y: torch.Tensor

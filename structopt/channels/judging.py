@@ -96,9 +96,13 @@ class ByValue:
             ) from failure
         found = [t for row in known for t in row.outputs if t.numel() and t.is_floating_point()]
         if found and not any(bool(t.isfinite().any()) for t in found):
+            whole = verify.outputs(self.source, self.channels.example)
+            lost = any(t.is_floating_point() and bool(t.isfinite().any()) for t in whole)
             raise ValueError(
-                "the model gives no finite number on the example, so that nothing can be compared: "
-                "give another example; the model is as it was"
+                f"the model gives no finite number on the example{' without channels' * lost}, so "
+                "that nothing can be compared: "
+                f"{'does it divide by the norm of weights?' if lost else 'give another example'}; "
+                "the model is as it was"
             )
         return known
 
