@@ -31,13 +31,14 @@ def take(
 
     A subset prunes, a permutation reorders, repeated channels widen: with ``preserve`` the weights
     that read a doubled channel are divided, so that the function stays (Net2Net, Chen et al.,
-    2016). ``scale`` multiplies each channel taken by a positive number and divides its readers:
-    the same function where the activation is positively homogeneous, as ReLU is. One that is not,
-    as ReLU6, is refused even if no value of the example reaches its bend.
+    2016). ``scale`` multiplies each channel taken by a positive number, the same for its copies,
+    and divides its readers: the same function where the activation is positively homogeneous, as
+    ReLU is. One that is not, as ReLU6, is refused even if no value of the example reaches its bend.
 
     The copy is run in double precision on the example of the analysis, in evaluation mode, and on
-    random numbers of its shape where all of the example's are equal. A
-    subset has to equal the full model with the other channels masked; norms that average over
+    random numbers of its shape where all of the example's are equal; weights that are zero, behind
+    which nothing can be seen, have random numbers for that. A subset has to equal the full model
+    with the other channels masked; norms that average over
     channels average over those that stay. Anything else has to equal the full model. Parameters,
     buffers and the sizes that modules remember are edited; hooks, devices, dtypes, tied weights
     and `requires_grad` stay; so does the order in memory, but where a CPU's gradients of so few
