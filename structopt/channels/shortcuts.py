@@ -62,7 +62,7 @@ def _alike(x: Tensor) -> Tensor:
 
 def _binary(inplace: bool, x: Any, y: Any = None, *_: Any) -> Tensor | None:
     if not _is_plain(x):
-        return None
+        return None if inplace else _permuted(x, y)
     if type(y) in (int, float):
         return x if inplace else _empty(x.shape, x)
     if not _is_plain(x, y) or not x.ndim or not y.ndim:
@@ -71,6 +71,20 @@ def _binary(inplace: bool, x: Any, y: Any = None, *_: Any) -> Tensor | None:
         return x if inplace else _empty(x.shape, x)
     # Of two that both grow, strides decide how the result lies.
     return _empty(y.shape, x) if not inplace and _spreads(x.shape, y.shape) else None
+
+
+def _permuted(x: Any, y: Any) -> Tensor | None:
+    """Of what lies in another order, without gaps, and what is expanded to it."""
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor) and x.is_meta and y.is_meta):
+        return None
+    if x.dtype != y.dtype or not x.is_floating_point() or not _spreads(y.shape, x.shape):
+        return None
+    expected = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if stride != expected or size < 2:
+            return None
+        expected *= size
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=META) if y.ndim else None
 
 
 def _spreads(small: torch.Size, large: torch.Size) -> bool:
