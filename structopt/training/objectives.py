@@ -110,14 +110,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     >>> model.training
     True
     """
-    training = [module for module in model.modules() if module.training]
+    modes = [(module, module.training) for module in model.modules()]
     try:
-        for module in training:
+        for module, _ in modes:
             module.training = False
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module, mode in modes:  # also of those that were switched on inside
+            module.training = mode
 
 
 @torch.no_grad()
