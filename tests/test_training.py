@@ -825,6 +825,29 @@ def test_evaluation_is_exact_whatever_the_batches(size, device):
         )
 
 
+def test_a_metric_in_16_bits_is_added_up_in_32(device):
+    x = torch.linspace(0, 1, 500, device=device)[:, None].half()
+    mean = pytest.approx(x.double().mean().item(), rel=1e-5)
+    assert evaluate(nn.Identity(), [(x, x)], lambda output, _: output[:, 0]) == mean
+    assert evaluate(nn.Identity(), [(x, x)], lambda output, _: 300 + 0 * output.mean()) == 300
+
+
+def test_evaluation_of_batches_leaves_them_and_the_empty_ones_out(device):
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(1)).to(device)
+    given = data.Examples(x.clone(), torch.zeros(4, dtype=torch.long, device=device))
+    evaluate(nn.Sequential(nn.ReLU(inplace=True)), given)
+    torch.testing.assert_close(given.inputs, x)
+    assert evaluate(nn.Identity(), [(x, x), (x[:0], x[:0])], F.mse_loss) == 0
+    assert evaluate(nn.Identity(), [(x, x)], lambda output, _: float(len(output))) == 4
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (1,)])
+def test_a_metric_of_another_shape_is_no_score(shape):
+    x = torch.zeros(4, 2, 5)
+    with pytest.raises(ValueError, match=r"returned float32 \(.* for 4 examples"):
+        evaluate(nn.Identity(), [(x, x)], lambda *_: torch.ones(shape))
+
+
 def test_evaluation_brings_inputs_to_the_models_own_type(device):
     model, given = network().to(device), examples(60).to(device)
     want = evaluate(copy.deepcopy(model).double(), given)

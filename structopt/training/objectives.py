@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from structopt import losses
-from structopt.losses.checks import range_message
+from structopt.losses.checks import range_message, wide
 from structopt.measure.running import device_of
 
 Objective = Callable[[nn.Module, Any], Tensor]
@@ -149,14 +149,28 @@ def evaluate(
             if not isinstance(inputs, Tensor) or not isinstance(targets, Tensor):
                 found = describe((inputs, targets))
                 raise ValueError(f"evaluate takes pairs of tensors, not {found}: wrap the model")
-            inputs = inputs.to(device, dtype if inputs.is_floating_point() else None)
-            value = metric(model(inputs), targets.to(device))
-            value = value if value.is_floating_point() else value.float()
+            if not len(inputs):
+                continue  # the mean of none would be NaN
+            moved = inputs.to(device, dtype if inputs.is_floating_point() else None)
+            # A model may write to what it is given, and the data serve again.
+            output = model(moved.clone() if moved is inputs else moved)
+            value = _scores(metric(output, targets.to(device)), len(inputs))
             total = total + (value.sum() if value.ndim else value * len(inputs))
             count += len(inputs)
     if not count:
         raise ValueError("there is nothing to evaluate: the data hold no example")
     return float(total) / count
+
+
+def _scores(value: Any, count: int) -> Tensor:
+    """What a metric returned, wide enough to be added up."""
+    value = torch.as_tensor(value)
+    if value.ndim and value.numel() != count:
+        raise ValueError(
+            f"the metric returned {describe(value)} for {count} examples: one number an example, "
+            "or their mean"
+        )
+    return wide(value) if value.is_floating_point() else value.float()
 
 
 def _batches(data: Any, size: int = 512) -> Iterator[Any] | Iterable[Any]:
