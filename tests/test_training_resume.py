@@ -47,6 +47,7 @@ COMBINATIONS = [
     {"optimizer": "sgd", "batches": "sampler"},
     {"optimizer": "adam", "parts": "half"},
     {"optimizer": "sgd", "parts": "outside"},
+    {"optimizer": "nadam", "parts": "double"},
 ]
 
 
