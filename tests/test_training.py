@@ -133,6 +133,16 @@ def test_the_schedule_multiplies_each_groups_own_rate():
     torch.testing.assert_close(seen, [[0.1 * f, 0.02 * f] for f in (1, 0.75, 0.5, 0.25)])
 
 
+def test_a_scheduler_of_torchs_sets_the_rate_that_is_noted_and_kept():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    settings = {"epochs": 1, "after_step": lambda *_: scheduler.step(), "autocast": None}
+    history = train(model, data.batches(examples(), 20), cross_entropy, optimizer, **settings)
+    assert history.lrs == [0.1, 0.05]
+    assert optimizer.param_groups[0]["lr"] == 0.025
+
+
 @pytest.mark.parametrize("count", [32, 30, 27])
 def test_accumulated_batches_are_one_large_batch(count):
     given = examples(count, torch.float64)
@@ -711,6 +721,14 @@ def test_weights_that_are_not_finite_are_noticed_when_losses_are_not():
 
     with pytest.raises(FloatingPointError, match=r"weights are NaN .* epoch 1, step 4"):
         one_epoch(data.batches(examples(), 10), model=model, after_step=after_step)
+
+
+def test_whole_numbers_among_the_parameters_are_finite():
+    """An index, say, that a network holds as a parameter without gradient."""
+    model = network()
+    model.order = nn.Parameter(torch.arange(3), requires_grad=False)
+    assert len(one_epoch(data.batches(examples(), 10), model=model).losses) == 4
+    one_epoch(data.batches(examples(), 10), model=model, average=0.5)
 
 
 # Ctrl-C

@@ -115,7 +115,8 @@ def train(
                 if stop.asked:
                     raise KeyboardInterrupt
         finally:
-            run.set_rate(1.0)  # the optimiser keeps its own learning rates
+            if schedule:
+                run.set_rate(1.0)  # the optimiser keeps its own learning rates
     run.history.averaged = run.average.model if run.average else None
     return run.history
 

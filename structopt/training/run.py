@@ -152,7 +152,9 @@ class Run:
     def record(self, loss: Tensor, factor: float) -> None:
         """Keep the step's loss, and look at the kept ones now and then."""
         self.waiting.append(loss)
-        self.history.lrs.append(self.rates[0] * factor)
+        taken = self.optimizer.param_groups[0]["lr"]  # a scheduler of torch's may have set it
+        waits = isinstance(taken, Tensor) and taken.device.type != "cpu"
+        self.history.lrs.append(self.rates[0] * factor if waits else float(taken))
         late = time.monotonic() - self.fetched > FETCH_SECONDS and distributed.world_size() == 1
         if late or len(self.waiting) >= FETCH_STEPS:
             self.fetch()
@@ -186,7 +188,10 @@ class Run:
 
     def need_finite_weights(self) -> None:
         """A finite loss may still have had a gradient that is not."""
-        weights = [p.detach() for p in self.parameters if p.numel()]
+        parts = [p.detach() for p in self.parameters if p.numel()]
+        weights = [p for p in parts if p.is_floating_point() or p.is_complex()]
+        if not weights:
+            return
         largest = torch._foreach_norm(weights, float("inf"))  # the inf-norm keeps a NaN
         if not torch.stack([norm.to(self.device) for norm in largest]).isfinite().all():
             raise FloatingPointError(
