@@ -151,6 +151,14 @@ def test_history_smooths_to_the_mean_of_the_last_steps():
     assert axes.lines[1].get_xdata()[0] == 10
 
 
+def test_validation_stands_where_its_epoch_ended_under_each_of_its_names():
+    rows, ends = [{"top": 0.5}, {"top": 0.6, "rare": 0.1}], [1, 4]
+    axes = plots.history(SimpleNamespace(losses=[1.0] * 4, validation=rows, ends=ends))
+    lines = {line.get_label(): line for line in axes.figure.axes[1].lines}
+    assert list(lines["top"].get_xdata()) == ends
+    np.testing.assert_array_equal(lines["rare"].get_ydata(), [math.nan, 0.1])
+
+
 points = st.tuples(st.integers(1, 9), st.integers(0, 9))
 
 

@@ -791,6 +791,12 @@ def test_tensorboard_gets_each_step(tmp_path):
     assert len(events.Scalars("lr")) == 4
 
 
+def test_a_history_shows_each_name_that_a_validation_had():
+    history = History([2.0, 1.0], [0.1] * 2, [{"top": 0.5}, {"top": 0.75, "rare": 0.25}], [1, 2])
+    assert str(history).splitlines()[0].split() == ["epoch", "steps", "loss", "top", "rare", "rate"]
+    assert str(history).splitlines()[2].split()[4] == "0.25"
+
+
 def test_a_history_prints_and_draws_itself():
     history = History([2.0, 1.0, 0.5, 0.5], [0.1] * 4, [{"top": 0.5}, {"top": 0.75}], [2, 4], 1.0)
     assert str(history) == (

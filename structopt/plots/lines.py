@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -135,7 +136,7 @@ def history(history: Any, axes: Axes | None = None) -> Axes:
 
     Args:
         history: anything with `losses` (one a step) and `validation` (one number or one dict of
-            numbers an epoch; may be empty).
+            numbers an epoch; may be empty). Its `ends`, if any, are the steps where epochs ended.
         axes: where to draw; a new figure by default.
 
     Raises:
@@ -159,22 +160,25 @@ def history(history: Any, axes: Axes | None = None) -> Axes:
     axes.set(xlabel="step", ylabel="training loss")
     axes.yaxis.label.set_color(COLOURS["train"])
     if len(history.validation):
-        _validation(history.validation, len(losses), axes)
+        ends = list(getattr(history, "ends", ()))[: len(history.validation)]
+        if len(ends) < len(history.validation):  # not told: epochs of one length
+            ends = torch.linspace(0, len(losses), len(history.validation) + 1)[1:].tolist()
+        _validation(history.validation, ends, axes)
     return axes
 
 
-def _validation(values: Sequence[Any], steps: int, axes: Axes) -> None:
+def _validation(values: Sequence[Any], at: Sequence[float], axes: Axes) -> None:
     right = axes.twinx()
     right.spines["right"].set_visible(True)
     right.grid(visible=False)
-    at = torch.linspace(0, steps, len(values) + 1)[1:].numpy()
     rows = [v if isinstance(v, Mapping) else {"validation": v} for v in values]
-    for number, name in enumerate(rows[0]):
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    for number, name in enumerate(names):
         line = ["-", "--", ":", "-."][number % 4]
-        ys = [float(row[name]) for row in rows]
+        ys = [float(row.get(name, math.nan)) for row in rows]
         right.plot(at, ys, line, marker="o", color=COLOURS["validation"], label=name)
-    right.set_ylabel(", ".join(rows[0]), color=COLOURS["validation"])
-    if len(rows[0]) > 1:
+    right.set_ylabel(", ".join(names), color=COLOURS["validation"])
+    if len(names) > 1:
         right.legend(loc="center right")
 
 

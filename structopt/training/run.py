@@ -216,9 +216,10 @@ class Run:
             raise ValueError(
                 f"validate returned {describe(value)}, not a number or a dict of numbers"
             ) from error
-        self.history.validation.append(
-            numbers if isinstance(value, dict) else numbers["validation"]
-        )
+        kept = self.history.validation
+        while len(kept) < len(self.history.ends) - 1:  # a run that was validated from here on
+            kept.append({} if isinstance(value, dict) else math.nan)
+        kept.append(numbers if isinstance(value, dict) else numbers["validation"])
         for name, number in numbers.items():
             if self.writer and not distributed.rank():
                 self.writer.add_scalar(f"validation/{name}", number, self.steps)

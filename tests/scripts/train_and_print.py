@@ -124,8 +124,8 @@ def run(seed=0, *, batches="batches", optimizer="adam", parts="", stop=None, dev
     }  # fmt: skip
     history = train(
         model, feed(batches), objective, optimizer_of(optimizer, parameters),
-        after_step=after_step, validate=lambda model: torch.rand(()), device=device,
-        **{**settings, **rest},
+        after_step=after_step, device=device,
+        **{**settings, "validate": lambda model: torch.rand(()), **rest},
     )  # fmt: skip
     return history, [model.state_dict(), history.averaged.state_dict(), list(parameters)]
 
