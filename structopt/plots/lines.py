@@ -183,7 +183,7 @@ def _validation(values: Sequence[Any], at: Sequence[float], axes: Axes) -> None:
 
 
 def histogram(values: Tensor, axes: Axes | None = None, *, bins: int = 60) -> Axes:
-    """How values are spread; exact zeros are counted apart and said in words.
+    """How values are spread; zeros, and what is not finite, are counted apart and said in words.
 
     Args:
         values: any tensor, a layer's weights for example.
@@ -191,23 +191,28 @@ def histogram(values: Tensor, axes: Axes | None = None, *, bins: int = 60) -> Ax
         bins: number of bins.
 
     Raises:
-        ValueError: no values.
+        ValueError: no values, or complex ones.
 
     Example:
         >>> histogram(torch.tensor([0.0, 0.0, 1.0, -1.0])).texts[0].get_text()
         '50.0 % are exactly zero'
     """
-    flat = values.detach().float().flatten().cpu()
+    if values.is_complex():
+        raise ValueError("complex values have no order: give values.abs(), or one part of them")
+    flat = numbers(values).flatten()
     if flat.numel() == 0:
         raise ValueError("there are no values to draw")
     axes = axes_or_new(axes)
-    rest = flat[flat != 0]
+    finite = flat[flat.isfinite()]
+    rest = finite[finite != 0]
     axes.hist(rest.numpy(), bins=bins, color=COLOURS["pruned"])
     axes.set_ylabel("how many")
-    zeros = 1 - rest.numel() / flat.numel()
+    zeros, lost = len(finite) - len(rest), len(flat) - len(finite)
+    words = [f"{100 * zeros / len(flat):.1f} % are exactly zero"] if zeros else []
+    words += [f"{100 * lost / len(flat):.1f} % are NaN or infinite"] if lost else []
     if zeros:
         axes.axvline(0, color=INK, linewidth=1.5, linestyle="--")
+    if words:
         box = {"facecolor": CARD, "edgecolor": "none", "pad": 2}
-        words = f"{100 * zeros:.1f} % are exactly zero"
-        axes.text(0.02, 0.95, words, transform=axes.transAxes, va="top", bbox=box)
+        axes.text(0.02, 0.95, "\n".join(words), transform=axes.transAxes, va="top", bbox=box)
     return axes
