@@ -5,6 +5,7 @@ import math
 import signal
 from collections import UserDict, defaultdict
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    TensorDataset,
+)
 
 from structopt import data, descent, networks
 from structopt.distillation import Teacher
@@ -325,6 +332,23 @@ def test_what_keeps_a_batch_like_a_dict_is_one(kind, device):
     history = train(model, batches, objective, sgd(model), epochs=1, **settings)
     assert history.ends == [1]
     assert model.weight.item() == pytest.approx(before - 0.1 * (1 + 3 * 3) / 4)
+
+
+@pytest.mark.parametrize("hidden", [True, False], ids=["object", "numpy"])
+def test_batches_that_nobody_can_count_are_not_accumulated(hidden):
+    """Each would count as one example, however many it holds."""
+    batches = [SimpleNamespace(x=torch.ones(count, 1)) for count in (1, 3)]
+    given = batches if hidden else [batch.x.numpy() for batch in batches]
+
+    def objective(model, batch):
+        return model(torch.as_tensor(getattr(batch, "x", batch))).mean()
+
+    model = nn.Linear(1, 1)
+    train(model, given, objective, sgd(model), epochs=1, device="cpu")
+    with pytest.raises(ValueError, match=r"counted by its first tensor, and this \w+ shows none"):
+        train(model, given, objective, sgd(model), epochs=1, device="cpu", accumulate=2)
+    numbers = [1, "a", None]
+    train(model, numbers, lambda m, _: m.weight.sum(), sgd(model), epochs=1, accumulate=2)
 
 
 def test_batches_may_be_walked_over_by_number_alone():
@@ -687,6 +711,17 @@ def test_a_schedule_needs_a_length():
     assert len(one_epoch(Endless()).losses) == 2
     with pytest.raises(ValueError, match="number of steps"):
         one_epoch(Endless(), schedule=descent.cosine())
+
+
+def test_a_loader_of_a_stream_does_not_know_its_length(tmp_path):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return zip(examples().inputs, examples().targets, strict=True)
+
+    path = tmp_path / "run.safetensors"
+    assert len(one_epoch(DataLoader(Stream(), 20), checkpoint=path).losses) == 2
+    with pytest.raises(ValueError, match="number of steps"):
+        one_epoch(DataLoader(Stream(), 20), schedule=descent.cosine())
 
 
 def test_a_loss_that_is_not_finite_names_its_step(device):

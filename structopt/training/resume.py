@@ -128,7 +128,7 @@ def settings(run: Run) -> dict[str, Any]:
     found = {
         "optimizer": type(run.optimizer).__name__,
         "objective parts": len(helpers(run)),
-        "batches": len(run.feed.batches) if hasattr(run.feed.batches, "__len__") else None,
+        "batches": run.feed.length,
         "accumulate": run.feed.accumulate,
         "autocast": str(run.dtype),
         "clip": run.clip,
