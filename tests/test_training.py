@@ -376,6 +376,34 @@ def test_images_alone_are_laid_out_as_their_network(device):
         train(model, [{"x": [images, series]}], objective, sgd(model), epochs=1, device=device)
 
 
+class Viewing(nn.Module):
+    """As the first networks of many are written, which channels-last order does not allow."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers, self.head = network(dropout=0.5)[:6], nn.Linear(16, 2)
+
+    def forward(self, x):
+        return self.head(self.layers(x).view(-1, 16))
+
+
+@pytest.mark.parametrize("autocast", ["auto", None])
+def test_a_network_that_views_its_images_is_trained_in_plain_order(autocast, device, monkeypatch):
+    """As if channels-last order had not been tried, though the attempt had drawn and counted."""
+    found = []
+    for tried in (True, False):
+        if not tried:
+            monkeypatch.setattr("structopt.training.run.wants_channels_last", lambda *_: False)
+        model = Viewing()
+        history = train(
+            model, data.batches(examples(), 10), cross_entropy, sgd(model), epochs=2, average=0.9,
+            autocast=autocast, device=device, validate=lambda m: evaluate(m, examples()),
+        )  # fmt: skip
+        found.append([*model.state_dict().values(), *history.averaged.state_dict().values()])
+        assert torch.is_tensor(model(torch.zeros(2, 1, 6, 6, device=device)))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
 def test_a_loader_may_count_its_epochs_itself():
     class Loader(list):
         epoch = 3

@@ -19,7 +19,7 @@ from structopt.training.accepting import need_related
 from structopt.training.averaging import Average
 from structopt.training.feeding import Feed, Group, move, not_finite
 from structopt.training.history import History, Validation
-from structopt.training.layout import lay_like_parameters, wants_channels_last
+from structopt.training.layout import first_loss, lay_like_parameters, wants_channels_last
 from structopt.training.objectives import Objective, describe, need_scalar
 
 FETCH_STEPS, FETCH_SECONDS = 50, 0.5  # reading a loss waits for the device: do it seldom
@@ -48,6 +48,7 @@ class Run:
     average: Average | None = None
     writer: Any = None
     bar: Any = None
+    tried = False  # whether the model runs in channels-last order
 
     def __init__(
         self,
@@ -119,12 +120,14 @@ class Run:
     def loss(self, batch: Any) -> Tensor:
         """The objective of one batch, under autocast; errors say where they happened."""
         try:
-            batch = move(batch, self.device, self.channels_last)
+            moved = move(batch, self.device, self.channels_last)
             with self.autocast:
-                if self.whole is None:
-                    loss = self.objective(self.model, batch)
+                if self.whole is not None:
+                    loss: Tensor = self.whole(moved)
+                elif self.channels_last and not self.tried:
+                    loss = first_loss(self, batch)
                 else:
-                    loss = self.whole(batch)
+                    loss = self.objective(self.model, moved)
             need_scalar(loss)
         except Exception as error:
             spoiled = ", and holds NaN or infinite values" if not_finite(batch) else ""
