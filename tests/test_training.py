@@ -878,6 +878,8 @@ def test_a_history_prints_and_draws_itself():
 def test_accuracy_counts_right_answers():
     logits = torch.tensor([[0.1, 0.9], [0.8, 0.2], [0.3, 0.4]])
     assert accuracy(logits, torch.tensor([1, 1, 1])).tolist() == [1, 0, 1]
+    lost = torch.tensor([[math.nan, 1.0], [0.0, math.nan], [1.0, 0.0]])
+    assert accuracy(lost, torch.tensor([0, 0, 0])).tolist() == [0, 0, 1], "NaN is no largest"
     pixels = torch.stack([logits, logits.flip(1)], dim=2)  # (3, 2 classes, 2 places)
     assert accuracy(pixels, torch.tensor([[1, 1], [0, 0], [1, 0]])).tolist() == [0.5, 0.5, 1]
     with pytest.raises(ValueError, match=r"accuracy compares .* not float32 \(3, 2\) with int64"):

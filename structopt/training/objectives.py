@@ -95,7 +95,8 @@ def accuracy(output: Tensor, target: Tensor) -> Tensor:
         )
     if ((target < 0) | (target >= output.shape[1])).any():
         raise ValueError(range_message(output, target))
-    right = (output.argmax(1) == target).float()
+    right = (output.argmax(1) == target).float()  # argmax takes NaN for the largest
+    right = right * ~output.isnan().any(1)
     return right.flatten(1).mean(1) if right.ndim > 1 else right
 
 
