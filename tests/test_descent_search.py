@@ -150,6 +150,13 @@ def test_a_loss_below_zero_is_searched_as_far_as_one_above() -> None:
     )
 
 
+def test_the_finder_leaves_its_batches() -> None:
+    inputs = torch.linspace(-1, 1, 8)[:, None]
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(1, 1))
+    descent.find_lr(model, [inputs], lambda m, b: m(b).square().mean(), steps=2)
+    torch.testing.assert_close(inputs, torch.linspace(-1, 1, 8)[:, None])
+
+
 def test_the_finder_asks_for_epochs_by_number() -> None:
     class Numbered:
         asked: list[int]

@@ -160,7 +160,7 @@ def _endless(batches: Iterable[Any]) -> Iterator[Any]:
 
 def _to(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Tensor):
-        return batch.to(device)
+        return batch.to(device, copy=True)  # a model may write to it, and it serves again
     return nested(batch, lambda part: _to(part, device))
 
 
