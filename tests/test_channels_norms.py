@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from channel_networks import Fn, conv, filled
 from torch import nn
 
+from structopt import checkpoint
 from structopt.channels import channel_groups, take
 
 
@@ -73,6 +75,51 @@ def test_a_norm_written_out_averages_over_the_channels_that_stay(norm, device):
     error = 1e-10 if exact is torch.float64 else 1e-4
     with torch.no_grad():
         torch.testing.assert_close(narrow(x), expected(x), rtol=error, atol=error)
+
+
+class Own(nn.Module):
+    """A norm whose class keeps the shape itself, and no weights."""
+
+    def __init__(self, width: int, kind: str) -> None:
+        super().__init__()
+        self.shape, self.kind = (width,), kind
+
+    def forward(self, x):
+        return getattr(F, self.kind)(x, self.shape)
+
+
+BARE = {
+    "layer norm": lambda n: nn.LayerNorm(n, elementwise_affine=False),
+    "norm of squares": lambda n: nn.RMSNorm(n, eps=1e-5, elementwise_affine=False),
+    "its own layer norm": lambda n: Own(n, "layer_norm"),
+    "its own norm of squares": lambda n: Own(n, "rms_norm"),
+}
+
+
+@pytest.mark.parametrize("kind", BARE)
+def test_a_norm_without_weights_takes_the_new_width(kind, device, tmp_path):
+    """As in diffusion transformers."""
+
+    def built(width):
+        torch.manual_seed(0)
+        rows = nn.Linear(3, width), BARE[kind](width), nn.ReLU(), nn.Linear(width, 4)
+        return filled(nn.Sequential(*rows)).to(device)
+
+    model, x = built(8), torch.randn(5, 3, device=device)
+    channels = channel_groups(model, x)
+    assert {group.name: group.size for group in channels} == {"0": 8}
+    kept = [6, 1, 2]
+    narrow, expected = take(model, {channels["0"]: kept}), built(3)
+    with torch.no_grad():
+        expected[0].weight.copy_(model[0].weight[kept])
+        expected[0].bias.copy_(model[0].bias[kept])
+        expected[3].weight.copy_(model[3].weight[:, kept])
+        expected[3].bias.copy_(model[3].bias)
+        torch.testing.assert_close(narrow(x), expected(x))
+    checkpoint.save(narrow, tmp_path / "narrow")
+    again = checkpoint.load(tmp_path / "narrow", into=built(8))
+    with torch.no_grad():
+        assert torch.equal(again(x), narrow(x))
 
 
 def doubled_use(x):

@@ -58,6 +58,17 @@ def binary(d: Draw) -> Any:
     return d.one((op.Tensor, x, y), (op.Tensor, x, y), (op.Scalar, x, number))
 
 
+def permuted(d: Draw) -> Any:
+    """In any order and with gaps, and what is expanded to that."""
+    sizes = d.draw(st.lists(st.sampled_from([1, 2, 3, 5]), min_size=2, max_size=4))
+    x = d.tensor([*sizes[:-1], d.one(sizes[-1], 2 * sizes[-1])], torch.float32)
+    x = x[..., : sizes[-1]].permute(d.draw(st.permutations(range(len(sizes)))))
+    x = d.rarely(x[:1].expand(x.shape), x)
+    y = d.tensor([d.one(n, n, 1) for n in x.shape][d.one(0, 0, 1) :], torch.float32)
+    op = d.one(A.add, A.mul)
+    return d.one((op.Tensor, x, y), (op.Tensor, x, x), (op.Scalar, x, 2.5))
+
+
 def softmax(d: Draw) -> Any:
     x, dim = d.tensor(d.shape()), d.one(-3, -2, -1, 0, 1, 2)
     last = d.rarely(torch.float32, None)
@@ -84,6 +95,18 @@ def layer_norm(d: Draw) -> Any:
         for _ in range(2)
     ]
     return A.native_layer_norm.default, x, shape, *learned, 1e-5
+
+
+def group_norm(d: Draw) -> Any:
+    x = d.tensor(d.draw(st.lists(st.sampled_from([1, 2, 4]), min_size=3, max_size=4)))
+    x = d.rarely(x[:0], x)
+    n, c, area = x.shape[0], x.shape[1], x[0, 0].numel() if x.numel() else 0
+    sizes = d.rarely(d.one([n + 1, c, area], [n, c + 1, area], [n, c, area + 1]), [n, c, area])
+    learned = [
+        d.one(None, d.tensor([d.rarely(c + 1, c)], d.rarely(torch.float64, x.dtype)))
+        for _ in range(2)
+    ]
+    return A.native_group_norm.default, x, *learned, *sizes, d.one(1, 1, 2, c or 1), 1e-5
 
 
 def product(d: Draw, op: Any = None) -> Any:
@@ -149,10 +172,12 @@ def told(tensors: Any) -> list[Any]:
 OPERATORS = [
     unary,
     binary,
+    permuted,
     softmax,
     mean,
     roll,
     layer_norm,
+    group_norm,
     product,
     sum_of_products,
     cat,
@@ -178,6 +203,19 @@ def test_a_shortcut_says_what_torch_says_or_nothing(operator):
 
     law()
     assert taken > 20
+
+
+def test_sizes_that_do_not_fit_a_norm_of_groups_are_left_to_torch():
+    x, right = torch.empty(2, 4, 3, device="meta"), torch.empty(4, device="meta")
+    other = torch.empty(5, device="meta")
+    for weight, bias, *sizes in (
+        *((other, None, 2, 4, 3, 2), (None, other, 2, 4, 3, 2), (right.double(), None, 2, 4, 3, 2)),
+        *((right, right, 2, 4, 3, 3), (right, right, 2, 4, 3, 0), (right, right, 2, 4, 4, 2)),
+        (None, None, 4, 2, 3, 1),
+    ):
+        assert shortcut("native_group_norm", (x, weight, bias, *sizes, 1e-5), {}) is None
+    made = shortcut("native_group_norm", (x, right, right, 2, 4, 3, 2, 1e-5), {})
+    assert told(made) == told(A.native_group_norm.default(x, right, right, 2, 4, 3, 2, 1e-5))
 
 
 def test_a_batch_norm_and_arguments_by_name():

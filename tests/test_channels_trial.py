@@ -164,6 +164,41 @@ class Upwards(nn.Module):
         return F.interpolate(self.o(torch.cat([high, low], 1)), x.size()[2:])
 
 
+class Across(nn.LayerNorm):
+    """Norms channels of pictures, as ConvNeXt's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        last = x.permute(0, 2, 3, 1)
+        last = F.layer_norm(last, self.normalized_shape, self.weight, self.bias, self.eps)
+        return last.permute(0, 3, 1, 2)
+
+
+def test_groups_are_not_tried_where_a_norm_is_given_its_own_shape(monkeypatch):
+    monkeypatch.setattr(analysis, "settle", lambda probe: pytest.fail("tried"))
+    kinds = Across(8), Across(8, elementwise_affine=False)
+    model = filled(nn.Sequential(nn.Conv2d(3, 8, 1), *kinds, nn.Conv2d(8, 2, 1)))
+    channels = channel_groups(model, PICTURE)
+    assert [(g.name, g.size) for g in channels] == [("0", 8)]
+    made = take(model, {channels["0"]: [1, 5, 6]})
+    assert [tuple(norm.normalized_shape) for norm in made[1:3]] == [(3,), (3,)]
+    assert [type(n) for n in made[1].normalized_shape] == [int]
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda s, x: x[:, : s.norm.normalized_shape[0]],
+        lambda s, x: F.layer_norm(x, (8,)),
+        lambda s, x: F.layer_norm(x, [8]),
+        lambda s, x: F.rms_norm(x, (x.shape[1] + 0,)),
+    ],
+)
+def test_groups_are_tried_where_python_reads_the_shape_of_a_norm(use, is_tried):
+    parts = {"a": nn.Linear(3, 8), "norm": nn.LayerNorm(8), "b": nn.Linear(8, 2)}
+    model = filled(Fn(lambda s, x: s.b(use(s, s.norm(s.a(x)))), **parts))
+    is_tried(model, torch.randn(4, 3))
+
+
 class Looks(nn.Module):
     def __init__(self, look: Any) -> None:
         super().__init__()

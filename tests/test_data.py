@@ -297,6 +297,22 @@ def test_what_is_no_examples_or_list_of_functions_is_named() -> None:
             data.batches(given, 2, augment=augment)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_who_writes_to_a_batch_leaves_the_examples(shuffle: bool, device: torch.device) -> None:
+    """As a network that begins with an activation in place does, or an augmentation."""
+    examples = numbered(5, device)
+    for _ in range(2):
+        for inputs, targets in data.batches(examples, 2, shuffle=shuffle, augment=[_negated]):
+            inputs.sub_(1)
+            targets.zero_()
+    assert examples.inputs[:, 0].tolist() == [0, 1, 2, 3, 4]
+    assert examples.targets.tolist() == [0, 1, 2, 3, 4]
+
+
+def _negated(inputs: Tensor, _: torch.Generator) -> Tensor:
+    return inputs.neg_()
+
+
 def test_a_number_of_numpy_is_a_number() -> None:
     given = numbered(10)
     found = [y.tolist() for _, y in data.batches(given, np.int64(4), seed=np.int64(3))]
@@ -373,3 +389,5 @@ def test_augmentations_print_themselves_and_refuse_nonsense() -> None:
             Shift(pixels)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"Shift.*\(B, C, H, W\).*\(3, 4\)"):
         Shift()(torch.zeros(3, 4), torch.Generator())
+    with pytest.raises(ValueError, match=r"Flip.*not shape \(3,\)"):  # it would mix examples
+        Flip()(torch.zeros(3), torch.Generator())

@@ -250,3 +250,16 @@ def test_fused_adamw_equals_adamw_and_spares_biases(device: torch.device) -> Non
         torch.testing.assert_close(a, b)
     with pytest.raises(ValueError, match="ReLU"):
         descent.fused_adamw(nn.ReLU(), 0.01)
+
+
+def test_an_empty_parameter_is_stepped_over() -> None:
+    """As a layer whose channels were all removed has one; torch's optimisers allow it too."""
+    found = []
+    for ours in (True, False):
+        params = [nn.Parameter(torch.ones(0, 2)), nn.Parameter(torch.tensor([1.0, -2.0]))]
+        rule = descent.chain(descent.clip_norm(10.0), descent.adam(0.1))
+        optimizer = descent.Descent(params, rule) if ours else torch.optim.Adam(params, lr=0.1)
+        torch.cat([p.square().flatten() for p in params]).sum().backward()
+        optimizer.step()
+        found.append(params[1].detach())
+    torch.testing.assert_close(*found)

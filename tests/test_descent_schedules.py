@@ -73,6 +73,14 @@ def test_warm_up_hands_over_what_is_left() -> None:
     assert rest == [descent.cosine()(step, 40) for step in range(41)]
 
 
+@pytest.mark.parametrize("total", [1, 3, 5, 100])
+def test_steps_decay_where_the_fraction_is_reached_not_before(total: int) -> None:
+    for percent in (7, 29, 50, 57):
+        schedule = descent.step_decay(at=(percent / 100,), factor=0.1)
+        reached = [100 * step >= percent * total for step in range(total)]
+        assert [schedule(step, total) == 0.1 for step in range(total)] == reached
+
+
 def test_a_schedule_prints_itself_pickles_and_compares() -> None:
     made = descent.warm_up(3, then=descent.step_decay(at=(0.5,)))
     assert eval(repr(made), vars(descent)) == made

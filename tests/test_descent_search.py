@@ -133,6 +133,30 @@ def test_the_suggested_rate_trains(device: torch.device) -> None:
     assert f"{curve.suggestion:.1e}" in str(curve)
 
 
+def test_a_loss_below_zero_is_searched_as_far_as_one_above() -> None:
+    """The logarithm of a density may have either sign; its gradient knows no constant."""
+    model, batches = nn.Linear(4, 1), some_batches()
+    found = [
+        descent.find_lr(model, batches, lambda m, b, c=c: objective(m, b) + c, between=(1e-4, 1.0))
+        for c in (10.0, -10.0)
+    ]
+    both = min(len(curve.losses) for curve in found)
+    assert both > 50
+    torch.testing.assert_close(
+        [loss - 10 for loss in found[0].losses[:both]],
+        [loss + 10 for loss in found[1].losses[:both]],
+        atol=1e-4,
+        rtol=1e-4,
+    )
+
+
+def test_the_finder_leaves_its_batches() -> None:
+    inputs = torch.linspace(-1, 1, 8)[:, None]
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(1, 1))
+    descent.find_lr(model, [inputs], lambda m, b: m(b).square().mean(), steps=2)
+    torch.testing.assert_close(inputs, torch.linspace(-1, 1, 8)[:, None])
+
+
 def test_the_finder_asks_for_epochs_by_number() -> None:
     class Numbered:
         asked: list[int]

@@ -140,6 +140,15 @@ def test_an_operator_without_a_formula_is_named():
     assert "no formula for aten._trilinear" in str(found)
 
 
+def test_a_decomposition_is_work_without_a_formula_and_a_norm_is_none():
+    square = torch.eye(3)[None]
+    for work in (torch.linalg.inv, torch.linalg.svd, torch.linalg.cholesky, torch.matrix_exp):
+        assert measure.cost(work, square).uncounted, work
+    assert measure.cost(lambda x: torch.cholesky_solve(x, x), square).uncounted
+    assert measure.cost(torch.linalg.vector_norm, square).uncounted == ()
+    assert measure.cost(nn.utils.parametrizations.orthogonal(nn.Linear(3, 3)), square).uncounted
+
+
 def test_parameters_are_counted_once_and_bytes_follow_the_type(device):
     tied = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)).to(device)
     tied[1].weight = tied[0].weight
@@ -262,6 +271,14 @@ def test_measuring_changes_nothing(name, device):
     assert {key: id(value) for key, value in model.named_buffers()} == buffers
     assert torch.equal(torch.get_rng_state(), random)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("name", list(MEASURES)[:-1])
+def test_what_a_model_writes_to_its_input_is_undone(name, device):
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4)).to(device)
+    example = torch.arange(-4.0, 4.0, device=device).view(2, 4)
+    MEASURES[name](model, example)
+    assert example.flatten().tolist() == [*range(-4, 4)]
 
 
 def test_a_model_that_fails_is_left_as_it_was():

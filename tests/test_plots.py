@@ -151,6 +151,14 @@ def test_history_smooths_to_the_mean_of_the_last_steps():
     assert axes.lines[1].get_xdata()[0] == 10
 
 
+def test_validation_stands_where_its_epoch_ended_under_each_of_its_names():
+    rows, ends = [{"top": 0.5}, {"top": 0.6, "rare": 0.1}], [1, 4]
+    axes = plots.history(SimpleNamespace(losses=[1.0] * 4, validation=rows, ends=ends))
+    lines = {line.get_label(): line for line in axes.figure.axes[1].lines}
+    assert list(lines["top"].get_xdata()) == ends
+    np.testing.assert_array_equal(lines["rare"].get_ydata(), [math.nan, 0.1])
+
+
 points = st.tuples(st.integers(1, 9), st.integers(0, 9))
 
 
@@ -256,3 +264,27 @@ def test_zeros_are_counted_apart(device):
     assert plots.pattern(weights.reshape(2, 2) != 0).get_title(loc="left") == "75 % removed"
     with pytest.raises(ValueError, match="no values"):
         plots.histogram(torch.zeros(0))
+
+
+def test_a_histogram_says_what_it_cannot_show():
+    tiny = torch.tensor([1e-60, 1.0, 0.0, math.nan, math.inf], dtype=torch.float64)
+    axes = plots.histogram(tiny)
+    assert sum(bar.get_height() for bar in axes.patches) == 2, "1e-60 is small, not zero"
+    text = axes.texts[0].get_text()
+    assert text == "20.0 % are exactly zero\n40.0 % are NaN or infinite"
+    with pytest.raises(ValueError, match="complex"):
+        plots.histogram(torch.ones(2, dtype=torch.complex64))
+
+
+def test_what_is_lost_hides_nothing_else():
+    images = plots.images(torch.tensor([[[math.nan, 1.0]], [[0.0, 3.0]]])).images
+    np.testing.assert_allclose(images[1].get_array(), [[0.0, 1.0]])
+    rows = [{"model": k, "KB": kb, "right": 1.0} for k, kb in enumerate([math.nan, 1.0, 100.0])]
+    assert plots.tradeoff(rows, "KB", "right").get_xscale() == "log"
+    plots.surface(lambda p: p.sum() * math.nan).figure.canvas.draw()
+
+
+@pytest.mark.parametrize(("logit", "target"), [(math.nan, 0), (1.0, 2), (1.0, -100)])
+def test_reliability_refuses_what_has_no_confidence_or_class(logit, target):
+    with pytest.raises(ValueError, match="logits are NaN, or targets are no class"):
+        plots.reliability(torch.tensor([[logit, 0.0]]), torch.tensor([target]))

@@ -38,6 +38,27 @@ def test_recalibration_takes_the_mean_over_batches(device):
     assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
 
 
+def test_recalibration_of_a_model_in_use_leaves_it_in_use(device):
+    """A norm that stayed in training mode would normalise by the batch, and forget the mean."""
+    model, data = network(device).eval(), batches(device)
+    assert not any(m.training for m in pruning.recalibrate_(model, data).modules())
+    x = data[0][0]
+    with torch.no_grad():
+        torch.testing.assert_close(model(x)[:1], model(x[:1]))
+
+
+def test_recalibration_that_is_interrupted_leaves_the_statistics(device):
+    def interrupted():
+        yield from batches(device, 1)
+        raise KeyboardInterrupt
+
+    model = network(device)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(KeyboardInterrupt):
+        pruning.recalibrate_(model, interrupted())
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
 def test_recalibration_without_batches_leaves_the_statistics(device):
     model = network(device)
     nn.init.normal_(model[1].running_mean)

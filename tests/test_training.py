@@ -5,6 +5,7 @@ import math
 import signal
 from collections import UserDict, defaultdict
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    TensorDataset,
+)
 
 from structopt import data, descent, networks
 from structopt.distillation import Teacher
@@ -131,6 +138,16 @@ def test_the_schedule_multiplies_each_groups_own_rate():
         schedule=lambda step, total: 1 - step / total, after_step=after_step,
     )  # fmt: skip
     torch.testing.assert_close(seen, [[0.1 * f, 0.02 * f] for f in (1, 0.75, 0.5, 0.25)])
+
+
+def test_a_scheduler_of_torchs_sets_the_rate_that_is_noted_and_kept():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    settings = {"epochs": 1, "after_step": lambda *_: scheduler.step(), "autocast": None}
+    history = train(model, data.batches(examples(), 20), cross_entropy, optimizer, **settings)
+    assert history.lrs == [0.1, 0.05]
+    assert optimizer.param_groups[0]["lr"] == 0.025
 
 
 @pytest.mark.parametrize("count", [32, 30, 27])
@@ -317,6 +334,23 @@ def test_what_keeps_a_batch_like_a_dict_is_one(kind, device):
     assert model.weight.item() == pytest.approx(before - 0.1 * (1 + 3 * 3) / 4)
 
 
+@pytest.mark.parametrize("hidden", [True, False], ids=["object", "numpy"])
+def test_batches_that_nobody_can_count_are_not_accumulated(hidden):
+    """Each would count as one example, however many it holds."""
+    batches = [SimpleNamespace(x=torch.ones(count, 1)) for count in (1, 3)]
+    given = batches if hidden else [batch.x.numpy() for batch in batches]
+
+    def objective(model, batch):
+        return model(torch.as_tensor(getattr(batch, "x", batch))).mean()
+
+    model = nn.Linear(1, 1)
+    train(model, given, objective, sgd(model), epochs=1, device="cpu")
+    with pytest.raises(ValueError, match=r"counted by its first tensor, and this \w+ shows none"):
+        train(model, given, objective, sgd(model), epochs=1, device="cpu", accumulate=2)
+    numbers = [1, "a", None]
+    train(model, numbers, lambda m, _: m.weight.sum(), sgd(model), epochs=1, accumulate=2)
+
+
 def test_batches_may_be_walked_over_by_number_alone():
     class Numbered:
         def __getitem__(self, number):
@@ -340,6 +374,34 @@ def test_images_alone_are_laid_out_as_their_network(device):
             return model(batch["x"][0]).float().mean()
 
         train(model, [{"x": [images, series]}], objective, sgd(model), epochs=1, device=device)
+
+
+class Viewing(nn.Module):
+    """As the first networks of many are written, which channels-last order does not allow."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers, self.head = network(dropout=0.5)[:6], nn.Linear(16, 2)
+
+    def forward(self, x):
+        return self.head(self.layers(x).view(-1, 16))
+
+
+@pytest.mark.parametrize("autocast", ["auto", None])
+def test_a_network_that_views_its_images_is_trained_in_plain_order(autocast, device, monkeypatch):
+    """As if channels-last order had not been tried, though the attempt had drawn and counted."""
+    found = []
+    for tried in (True, False):
+        if not tried:
+            monkeypatch.setattr("structopt.training.run.wants_channels_last", lambda *_: False)
+        model = Viewing()
+        history = train(
+            model, data.batches(examples(), 10), cross_entropy, sgd(model), epochs=2, average=0.9,
+            autocast=autocast, device=device, validate=lambda m: evaluate(m, examples()),
+        )  # fmt: skip
+        found.append([*model.state_dict().values(), *history.averaged.state_dict().values()])
+        assert torch.is_tensor(model(torch.zeros(2, 1, 6, 6, device=device)))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
 
 
 def test_a_loader_may_count_its_epochs_itself():
@@ -679,6 +741,17 @@ def test_a_schedule_needs_a_length():
         one_epoch(Endless(), schedule=descent.cosine())
 
 
+def test_a_loader_of_a_stream_does_not_know_its_length(tmp_path):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return zip(examples().inputs, examples().targets, strict=True)
+
+    path = tmp_path / "run.safetensors"
+    assert len(one_epoch(DataLoader(Stream(), 20), checkpoint=path).losses) == 2
+    with pytest.raises(ValueError, match="number of steps"):
+        one_epoch(DataLoader(Stream(), 20), schedule=descent.cosine())
+
+
 def test_a_loss_that_is_not_finite_names_its_step(device):
     calls = []
 
@@ -711,6 +784,14 @@ def test_weights_that_are_not_finite_are_noticed_when_losses_are_not():
 
     with pytest.raises(FloatingPointError, match=r"weights are NaN .* epoch 1, step 4"):
         one_epoch(data.batches(examples(), 10), model=model, after_step=after_step)
+
+
+def test_whole_numbers_among_the_parameters_are_finite():
+    """An index, say, that a network holds as a parameter without gradient."""
+    model = network()
+    model.order = nn.Parameter(torch.arange(3), requires_grad=False)
+    assert len(one_epoch(data.batches(examples(), 10), model=model).losses) == 4
+    one_epoch(data.batches(examples(), 10), model=model, average=0.5)
 
 
 # Ctrl-C
@@ -773,6 +854,12 @@ def test_tensorboard_gets_each_step(tmp_path):
     assert len(events.Scalars("lr")) == 4
 
 
+def test_a_history_shows_each_name_that_a_validation_had():
+    history = History([2.0, 1.0], [0.1] * 2, [{"top": 0.5}, {"top": 0.75, "rare": 0.25}], [1, 2])
+    assert str(history).splitlines()[0].split() == ["epoch", "steps", "loss", "top", "rare", "rate"]
+    assert str(history).splitlines()[2].split()[4] == "0.25"
+
+
 def test_a_history_prints_and_draws_itself():
     history = History([2.0, 1.0, 0.5, 0.5], [0.1] * 4, [{"top": 0.5}, {"top": 0.75}], [2, 4], 1.0)
     assert str(history) == (
@@ -791,6 +878,8 @@ def test_a_history_prints_and_draws_itself():
 def test_accuracy_counts_right_answers():
     logits = torch.tensor([[0.1, 0.9], [0.8, 0.2], [0.3, 0.4]])
     assert accuracy(logits, torch.tensor([1, 1, 1])).tolist() == [1, 0, 1]
+    lost = torch.tensor([[math.nan, 1.0], [0.0, math.nan], [1.0, 0.0]])
+    assert accuracy(lost, torch.tensor([0, 0, 0])).tolist() == [0, 0, 1], "NaN is no largest"
     pixels = torch.stack([logits, logits.flip(1)], dim=2)  # (3, 2 classes, 2 places)
     assert accuracy(pixels, torch.tensor([[1, 1], [0, 0], [1, 0]])).tolist() == [0.5, 0.5, 1]
     with pytest.raises(ValueError, match=r"accuracy compares .* not float32 \(3, 2\) with int64"):
@@ -823,6 +912,29 @@ def test_evaluation_is_exact_whatever_the_batches(size, device):
         torch.testing.assert_close(
             mean, F.cross_entropy(model(given.inputs), given.targets).item(), rtol=1e-5, atol=1e-6
         )
+
+
+def test_a_metric_in_16_bits_is_added_up_in_32(device):
+    x = torch.linspace(0, 1, 500, device=device)[:, None].half()
+    mean = pytest.approx(x.double().mean().item(), rel=1e-5)
+    assert evaluate(nn.Identity(), [(x, x)], lambda output, _: output[:, 0]) == mean
+    assert evaluate(nn.Identity(), [(x, x)], lambda output, _: 300 + 0 * output.mean()) == 300
+
+
+def test_evaluation_of_batches_leaves_them_and_the_empty_ones_out(device):
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(1)).to(device)
+    given = data.Examples(x.clone(), torch.zeros(4, dtype=torch.long, device=device))
+    evaluate(nn.Sequential(nn.ReLU(inplace=True)), given)
+    torch.testing.assert_close(given.inputs, x)
+    assert evaluate(nn.Identity(), [(x, x), (x[:0], x[:0])], F.mse_loss) == 0
+    assert evaluate(nn.Identity(), [(x, x)], lambda output, _: float(len(output))) == 4
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (1,)])
+def test_a_metric_of_another_shape_is_no_score(shape):
+    x = torch.zeros(4, 2, 5)
+    with pytest.raises(ValueError, match=r"returned float32 \(.* for 4 examples"):
+        evaluate(nn.Identity(), [(x, x)], lambda *_: torch.ones(shape))
 
 
 def test_evaluation_brings_inputs_to_the_models_own_type(device):

@@ -47,6 +47,7 @@ COMBINATIONS = [
     {"optimizer": "sgd", "batches": "sampler"},
     {"optimizer": "adam", "parts": "half"},
     {"optimizer": "sgd", "parts": "outside"},
+    {"optimizer": "nadam", "parts": "double"},
 ]
 
 
@@ -85,6 +86,15 @@ def test_more_epochs_may_be_asked_for(tmp_path):
     assert script.digest(found) == script.digest(wanted)
     with pytest.raises(ValueError, match="epochs: 4 done there, 2 asked here"):
         script.run(schedule=None, epochs=2, checkpoint=path)
+
+
+@pytest.mark.parametrize("value", [0.5, {"top": 0.5}], ids=["number", "names"])
+def test_a_run_that_is_validated_later_says_in_which_epochs(tmp_path, value):
+    settings = {"checkpoint": tmp_path / "run.safetensors", "schedule": None, "batches": "loader"}
+    script.run(**settings, epochs=2, validate=None)
+    history, _ = script.run(**settings, epochs=3, validate=lambda model: value)
+    column = [line.split()[3] for line in str(history).splitlines()]
+    assert column[1:] == ["nan", "nan", "0.5"]
 
 
 def started(*arguments):

@@ -59,12 +59,15 @@ for _name, _method in vars(int).items():
 
 _WIDE = (_ConvNd, nn.Linear, _NormBase)  # layers without functions that would tell
 _WIDTHS = ("in_channels", "out_channels", "groups", "in_features", "out_features", "num_features")
+_NORMALIZING, _SHAPE = (nn.LayerNorm, nn.RMSNorm), "normalized_shape"
 _SPOKEN = frozenset(_WIDTHS) - {"groups"}  # `range` and slices take these without a word
 
+_NORMS = ("layer_norm", "rms_norm")
 _SHAPED = ("view", "reshape", "expand", "unflatten", "_unsafe_view")
 _FRESH = ("zeros", "ones", "full")  # as the state that a recurrent layer starts from
 _FILLED = (*_FRESH, *(f"new_{name}" for name in _FRESH))
-_SIZED = frozenset((*_SHAPED, *_FILLED, "split", "split_with_sizes", "narrow"))  # are given sizes
+# Operators that are given sizes.
+_SIZED = frozenset((*_SHAPED, *_FILLED, "split", "split_with_sizes", "narrow", *_NORMS))
 
 # What torch's layers call, and much of what others do: no width is handed to these as a number.
 # fmt: off
@@ -73,7 +76,7 @@ _WIDTHLESS = {
     "sigmoid", "tanh", "leaky_relu", "elu", "mish", "dropout", "dim", "flatten", "mean", "cat",
     "add", "add_", "sub", "mul", "mul_", "permute", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
     "adaptive_avg_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d", "max_pool2d",
-    "max_pool3d", "interpolate", "__get__", "size",
+    "max_pool3d", "interpolate", "__get__", "size", "_assert",
 }
 # fmt: on
 _CONVOLUTIONS = tuple(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3))
@@ -93,12 +96,16 @@ def mark(modules: Modules, book: Book) -> None:
     And the widths of layers by ones that tell when Python looks at them.
     """
     book.insists |= mentions(modules.values(), _SPOKEN)
+    others = (m for m in modules.values() if not isinstance(m, _NORMALIZING))
+    book.insists |= mentions(others, frozenset({_SHAPE}))
     for path, module in modules.items():
+        kept = vars(module)
         for name in _WIDTHS if isinstance(module, _WIDE) else ():
-            if type(vars(module).get(name)) is int:
-                vars(module)[name] = Width.of(vars(module)[name], path, name, -1).telling(
-                    book.insist
-                )
+            if type(kept.get(name)) is int:
+                kept[name] = Width.of(kept[name], path, name, -1).telling(book.insist)
+        if isinstance(module, _NORMALIZING) and type(kept.get(_SHAPE)) is tuple:
+            widths = (Width.of(v, path, _SHAPE, n) for n, v in enumerate(kept[_SHAPE]))
+            kept[_SHAPE] = tuple(width.telling(book.insist) for width in widths)
         for name, value in list(vars(module).items()) if own(module) else ():
             if type(value) is int:
                 vars(module)[name] = Known.of(value, path, name, -1)
@@ -123,6 +130,7 @@ class Attributes(TorchFunctionMode):
     ) -> Any:
         name, book = getattr(func, "__name__", ""), self.book
         book.widthless = name in _WIDTHLESS or (book.convolves and name in _CONVOLUTIONS)
+        book.widthless = book.widthless or (name in _NORMS and _is_known(args))
         book.widthless = book.widthless and self._is_torch(func, types, kwargs)
         book.insists |= not book.widthless
         out = func(*args, **(kwargs or {}))
@@ -135,7 +143,8 @@ class Attributes(TorchFunctionMode):
             key = number.key if isinstance(number, Known) else None
             if name in _FILLED and mirror_of(tensor) is None:  # of whole numbers
                 continue
-            if key is not None and number > 1 and tensor.shape[dim] == number:
+            # A width that is compared in the plain way would tell.
+            if key is not None and int.__gt__(number, 1) and int.__eq__(number, tensor.shape[dim]):
                 self._claim(key, tensor, dim)
         return out
 
@@ -167,6 +176,12 @@ class Attributes(TorchFunctionMode):
         book.said.add(key[:2])
 
 
+def _is_known(args: Sequence[Any]) -> bool:
+    """Whether a norm is given a layer's own widths, which are set when those change."""
+    shape = args[1] if len(args) > 1 else None
+    return type(shape) is tuple and all(type(n) is Width and n.key for n in shape)
+
+
 def _sizes(
     name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any
 ) -> Iterator[tuple[Any, Tensor, int]]:
@@ -186,6 +201,8 @@ def _sizes(
         dim = rest[1] if len(rest) > 1 else kwargs.get("dim", 0)
         numbers = given if isinstance(given, list | tuple) else [given] * len(out)
         yield from ((n, piece, dim) for n, piece in zip(numbers, out, strict=False))
+    elif name in _NORMS and rest and isinstance(rest[0], list | tuple):
+        yield from ((number, args[0], d - len(rest[0])) for d, number in enumerate(rest[0]))
     elif name == "narrow" and len(rest) == 3:
         yield rest[2], out, rest[0]
 

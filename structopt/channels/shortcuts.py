@@ -62,7 +62,7 @@ def _alike(x: Tensor) -> Tensor:
 
 def _binary(inplace: bool, x: Any, y: Any = None, *_: Any) -> Tensor | None:
     if not _is_plain(x):
-        return None
+        return None if inplace else _permuted(x, y)
     if type(y) in (int, float):
         return x if inplace else _empty(x.shape, x)
     if not _is_plain(x, y) or not x.ndim or not y.ndim:
@@ -71,6 +71,22 @@ def _binary(inplace: bool, x: Any, y: Any = None, *_: Any) -> Tensor | None:
         return x if inplace else _empty(x.shape, x)
     # Of two that both grow, strides decide how the result lies.
     return _empty(y.shape, x) if not inplace and _spreads(x.shape, y.shape) else None
+
+
+def _permuted(x: Any, y: Any) -> Tensor | None:
+    """Of what lies in another order, and what is expanded to it: that order, without gaps."""
+    y = x if type(y) in (int, float) else y
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor) and x.is_meta and y.is_meta):
+        return None
+    if x.dtype != y.dtype or not x.is_floating_point() or not _spreads(y.shape, x.shape):
+        return None
+    lies = [(s, n, d) for d, (s, n) in enumerate(zip(x.stride(), x.shape, strict=True)) if n != 1]
+    if not y.ndim or len({0, *(stride for stride, _, _ in lies)}) <= len(lies) or not x.numel():
+        return None
+    strides, step = [1] * x.ndim, 1
+    for _, size, dim in sorted(lies):
+        strides[dim], step = step, step * size
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=META)
 
 
 def _spreads(small: torch.Size, large: torch.Size) -> bool:
@@ -91,6 +107,23 @@ def _layer_norm(_: bool, x: Tensor, shape: Sequence[int], weight: Any, bias: Any
         return None
     some = (*x.shape[:last], *(1 for _ in shape))
     return _empty(x.shape, x), _empty(some, x), _empty(some, x)
+
+
+def _group_norm(_: bool, x: Tensor, *more: Any) -> Any:
+    *learned, many, channels, area, groups, _ = more
+    if (
+        not _is_plain(x)
+        or x.dtype not in _EXACT
+        or not x.numel()
+        or x.shape[:2] != (many, channels)
+    ):
+        return None
+    fits = groups > 0 and channels % groups == 0 and many * channels * area == x.numel()
+    if not fits or not all(
+        t is None or (_is_plain(x, t) and t.shape == (channels,)) for t in learned
+    ):
+        return None
+    return _empty(x.shape, x), _empty((many, groups), x), _empty((many, groups), x)
 
 
 def _product(a: Tensor, b: Tensor, ndim: int) -> Tensor | None:
@@ -193,6 +226,7 @@ _KNOWN: dict[str, Callable[..., Any]] = {
     "convolution": _convolution,
     "mean": _mean,
     "mm": _mm,
+    "native_group_norm": _group_norm,
     "native_layer_norm": _layer_norm,
     "roll": _roll,
 }

@@ -74,7 +74,7 @@ class Batches:
                 chosen = order[part]
                 x, y = inputs.index_select(0, chosen), targets.index_select(0, chosen)
             else:
-                x, y = inputs[part], targets[part]
+                x, y = inputs[part].clone(), targets[part].clone()  # who writes to them writes here
             if noise is not None:
                 noise.manual_seed(_mixed(self.seed, number, batch))
                 for change in self.augment:
@@ -132,6 +132,8 @@ class Flip:
             raise ValueError(f"p={self.p}: a probability lies between 0 and 1")
 
     def __call__(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
+        if inputs.ndim < 2:
+            raise ValueError(f"Flip mirrors images (B, ..., W), not shape {tuple(inputs.shape)}")
         chosen = torch.rand(len(inputs), generator=generator, device=inputs.device) < self.p
         return torch.where(chosen.view(-1, *[1] * (inputs.ndim - 1)), inputs.flip(-1), inputs)
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SMOOTHING = 0.9  # weight of the past in the running mean of the losses
-STOP = 4.0  # the search ends when the mean is this many times its lowest value
+STOP = 3.0  # the search ends when the mean is this many times its lowest value's size above it
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,8 @@ def find_lr(
     """Train for a few steps while the learning rate grows, and note the loss (Smith, 2017).
 
     Step i uses lr = low · (high / low)^(i / (steps - 1)). It stops early when the running mean of
-    the loss is four times its lowest value, or is not finite. `rule` makes a rule from a rate.
+    the loss is four times its lowest value (of one below zero: lies three times its size above it),
+    or is not finite. `rule` makes a rule from a rate.
     Afterwards the model is bit for bit what it was (parameters, gradients, buffers, training
     mode), and so are torch's random generators, even if the objective raises. Batches that have
     run out begin again; those with ``epoch(number)`` start at epoch 0 and keep their place.
@@ -135,7 +136,8 @@ def _search(
             break
         mean = SMOOTHING * mean + (1 - SMOOTHING) * loss.item()
         corrected = mean / (1 - SMOOTHING**number)
-        if not math.isfinite(corrected) or corrected > STOP * min(losses, default=corrected):
+        lowest = min(losses, default=corrected)  # below zero where it is a log-density's, say
+        if not math.isfinite(corrected) or corrected - lowest > STOP * abs(lowest):
             break
         losses.append(corrected)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -158,7 +160,7 @@ def _endless(batches: Iterable[Any]) -> Iterator[Any]:
 
 def _to(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Tensor):
-        return batch.to(device)
+        return batch.to(device, copy=True)  # a model may write to it, and it serves again
     return nested(batch, lambda part: _to(part, device))
 
 

@@ -109,7 +109,12 @@ class Descent(torch.optim.Optimizer):
         gradients = _gradients(params)
         if any(g.is_sparse for g in gradients):
             raise ValueError("Descent needs dense gradients: use Embedding(sparse=False).")
-        if not (self.check_finite and params):
+        if not self.check_finite:
+            return
+        # Of nothing torch knows no largest: an empty parameter is a layer without channels.
+        params = [p for p in params if p.numel()]
+        gradients = _gradients(params)
+        if not params:
             return
         largest = torch._foreach_norm(gradients, float("inf"))  # a NaN is its own largest
         device = largest[0].device

@@ -76,7 +76,11 @@ class Unknown(TorchDispatchMode):  # type: ignore[no-untyped-call]
         "linear",
         "dist",
         "fft",
+        "linalg",
+        "solve",
+        "cholesky",
     )
+    _ELEMENTWISE = ("vector_norm", "linalg_cross", "check_errors")
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -87,6 +91,7 @@ class Unknown(TorchDispatchMode):  # type: ignore[no-untyped-call]
         packet = func._overloadpacket
         space, _, name = str(packet).rpartition(".")
         foreign = space not in ("aten", "prims", "prim")
-        if packet not in self.known and (foreign or any(part in name for part in self._PARTS)):
+        works = any(part in name for part in self._PARTS) and not name.endswith(self._ELEMENTWISE)
+        if packet not in self.known and (foreign or works):
             self.names.add(str(packet))
         return func(*args, **(kwargs or {}))

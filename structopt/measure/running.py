@@ -100,7 +100,8 @@ def with_batch(example: Example, size: int) -> Example:
 def undisturbed(model: Model, example: Example) -> Iterator[None]:
     """Inference inside the block: eval mode, no gradients.
 
-    After it each module's mode, all buffers and the generators of random numbers are as before.
+    After it each module's mode, all buffers, the example's tensors (a first layer may write to its
+    input) and the generators of random numbers are as before.
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     modes = [(module, module.training) for module in modules]
@@ -110,6 +111,8 @@ def undisturbed(model: Model, example: Example) -> Iterator[None]:
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
+    counted = [tensor for tensor in tensors_of(example) if not tensor.is_inference()]
+    given = [(tensor, tensor._version, tensor.detach().clone()) for tensor in counted]
     with torch.no_grad(), _same_random_numbers(device_of(model, example)):
         try:
             for module in modules:
@@ -122,6 +125,9 @@ def undisturbed(model: Model, example: Example) -> Iterator[None]:
                 module._buffers[name] = buffer
                 if not buffer.is_meta and not _same(buffer, before):
                     buffer.copy_(before)
+            for tensor, version, before in given:
+                if tensor._version != version:
+                    tensor.copy_(before)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -63,8 +63,8 @@ def tradeoff(
         across, up = (getattr(row[column], "spread", None) for column in (x, y))
         axes.errorbar(*point, up, across, fmt=shape, color=fill, markersize=8, capsize=3, zorder=3)
         beside(axes, name, point, (7, 9), fill)
-    costs = [cost for cost, _ in points]
-    if min(costs) > 0 and max(costs) >= 10 * min(costs):
+    costs = [cost for cost, _ in points if not math.isnan(cost)]
+    if costs and min(costs) > 0 and max(costs) >= 10 * min(costs):
         axes.set_xscale("log")
     axes.margins(x=0.18, y=0.15)
     axes.set(xlabel=x, ylabel=y)
@@ -141,7 +141,7 @@ def reliability(
         bins: number of equal bins of confidence.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, logits that are NaN, targets that are no class.
 
     Example:
         >>> axes = reliability(torch.eye(3) * 5, torch.tensor([0, 1, 1]))
@@ -151,6 +151,8 @@ def reliability(
     if logits.ndim != 2 or targets.shape != logits.shape[:1] or len(logits) == 0:
         shapes = f"{tuple(logits.shape)} and {tuple(targets.shape)}"
         raise ValueError(f"logits and targets have shapes {shapes}, not (N, classes) and (N,)")
+    if logits.isnan().any() or ((targets < 0) | (targets >= logits.shape[1])).any():
+        raise ValueError("logits are NaN, or targets are no class: leave such examples out")
     axes = axes_or_new(axes)
     confidence, chosen = logits.detach().float().softmax(1).max(1)
     right = (chosen == targets).float().cpu()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -135,7 +136,7 @@ def history(history: Any, axes: Axes | None = None) -> Axes:
 
     Args:
         history: anything with `losses` (one a step) and `validation` (one number or one dict of
-            numbers an epoch; may be empty).
+            numbers an epoch; may be empty). Its `ends`, if any, are the steps where epochs ended.
         axes: where to draw; a new figure by default.
 
     Raises:
@@ -159,27 +160,30 @@ def history(history: Any, axes: Axes | None = None) -> Axes:
     axes.set(xlabel="step", ylabel="training loss")
     axes.yaxis.label.set_color(COLOURS["train"])
     if len(history.validation):
-        _validation(history.validation, len(losses), axes)
+        ends = list(getattr(history, "ends", ()))[: len(history.validation)]
+        if len(ends) < len(history.validation):  # not told: epochs of one length
+            ends = torch.linspace(0, len(losses), len(history.validation) + 1)[1:].tolist()
+        _validation(history.validation, ends, axes)
     return axes
 
 
-def _validation(values: Sequence[Any], steps: int, axes: Axes) -> None:
+def _validation(values: Sequence[Any], at: Sequence[float], axes: Axes) -> None:
     right = axes.twinx()
     right.spines["right"].set_visible(True)
     right.grid(visible=False)
-    at = torch.linspace(0, steps, len(values) + 1)[1:].numpy()
     rows = [v if isinstance(v, Mapping) else {"validation": v} for v in values]
-    for number, name in enumerate(rows[0]):
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    for number, name in enumerate(names):
         line = ["-", "--", ":", "-."][number % 4]
-        ys = [float(row[name]) for row in rows]
+        ys = [float(row.get(name, math.nan)) for row in rows]
         right.plot(at, ys, line, marker="o", color=COLOURS["validation"], label=name)
-    right.set_ylabel(", ".join(rows[0]), color=COLOURS["validation"])
-    if len(rows[0]) > 1:
+    right.set_ylabel(", ".join(names), color=COLOURS["validation"])
+    if len(names) > 1:
         right.legend(loc="center right")
 
 
 def histogram(values: Tensor, axes: Axes | None = None, *, bins: int = 60) -> Axes:
-    """How values are spread; exact zeros are counted apart and said in words.
+    """How values are spread; zeros, and what is not finite, are counted apart and said in words.
 
     Args:
         values: any tensor, a layer's weights for example.
@@ -187,23 +191,28 @@ def histogram(values: Tensor, axes: Axes | None = None, *, bins: int = 60) -> Ax
         bins: number of bins.
 
     Raises:
-        ValueError: no values.
+        ValueError: no values, or complex ones.
 
     Example:
         >>> histogram(torch.tensor([0.0, 0.0, 1.0, -1.0])).texts[0].get_text()
         '50.0 % are exactly zero'
     """
-    flat = values.detach().float().flatten().cpu()
+    if values.is_complex():
+        raise ValueError("complex values have no order: give values.abs(), or one part of them")
+    flat = numbers(values).flatten()
     if flat.numel() == 0:
         raise ValueError("there are no values to draw")
     axes = axes_or_new(axes)
-    rest = flat[flat != 0]
+    finite = flat[flat.isfinite()]
+    rest = finite[finite != 0]
     axes.hist(rest.numpy(), bins=bins, color=COLOURS["pruned"])
     axes.set_ylabel("how many")
-    zeros = 1 - rest.numel() / flat.numel()
+    zeros, lost = len(finite) - len(rest), len(flat) - len(finite)
+    words = [f"{100 * zeros / len(flat):.1f} % are exactly zero"] if zeros else []
+    words += [f"{100 * lost / len(flat):.1f} % are NaN or infinite"] if lost else []
     if zeros:
         axes.axvline(0, color=INK, linewidth=1.5, linestyle="--")
+    if words:
         box = {"facecolor": CARD, "edgecolor": "none", "pad": 2}
-        words = f"{100 * zeros:.1f} % are exactly zero"
-        axes.text(0.02, 0.95, words, transform=axes.transAxes, va="top", bbox=box)
+        axes.text(0.02, 0.95, "\n".join(words), transform=axes.transAxes, va="top", bbox=box)
     return axes

@@ -53,7 +53,8 @@ def surface(
         heights = torch.stack([function(torch.stack([a, b])) for b in up for a in across])
     grid = heights.reshape(81, 81).double().cpu()
     ranks = torch.linspace(0, 1, 16, dtype=torch.float64)
-    levels = sorted(set(grid[grid.isfinite()].quantile(ranks).tolist()))
+    finite = grid[grid.isfinite()]
+    levels = sorted(set(finite.quantile(ranks).tolist())) if len(finite) else []
     if len(levels) > 1:
         shades = LinearSegmentedColormap.from_list("height", ["#fdfdfb", "#aebccb"], len(levels))
         colours = shades(range(len(levels) - 1))
@@ -101,7 +102,9 @@ def images(
     if labels is not None and len(labels) != len(stack):
         raise ValueError(f"{len(labels)} labels for {len(stack)} images")
     stack = stack.detach().float().cpu()
-    stack = (stack - stack.min()) / (stack.max() - stack.min()).clamp(min=1e-12)
+    finite = stack[stack.isfinite()]  # one NaN would leave no scale for all the others
+    low, high = finite.aminmax() if len(finite) else (stack.new_zeros(()), stack.new_ones(()))
+    stack = (stack - low) / (high - low).clamp(min=1e-12)
     count, channels, height, width = stack.shape
     columns = min(columns, count)
     rows = -(-count // columns)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from itertools import islice
+from numbers import Number
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from structopt import distributed
 from structopt.losses.checks import wide
+
+PLAIN = (Number, str, bytes, type(None))  # one example each, such as the seed of a dreamt batch
 
 Group = list[tuple[Any, float]]
 """The batches of one optimiser step, each with the weight of its loss."""
@@ -41,10 +45,17 @@ class Feed:
         self.by_number = callable(getattr(batches, "epoch", None))
 
     @property
+    def length(self) -> int | None:
+        """Batches in an epoch, if they know their number."""
+        try:
+            return len(self.batches)
+        except TypeError:  # a DataLoader has a length, though that of its stream it cannot ask
+            return None
+
+    @property
     def steps(self) -> int:
         """Steps in an epoch; 0 where the batches do not know their number."""
-        batches = len(self.batches) if hasattr(self.batches, "__len__") else 0
-        return math.ceil(batches / self.accumulate)
+        return math.ceil((self.length or 0) / self.accumulate)
 
     @property
     def generators(self) -> list[torch.Generator]:
@@ -80,12 +91,24 @@ class Feed:
             raise ValueError("this batch holds no example: leave out empty batches")
         if len(batches) == 1 and not self.sliced:
             return [(batches[0], 1.0)]
+        need_counted(batches)
         total, world = sum(sizes), 1
         pieces = list(zip(batches, sizes, strict=True))
         if self.sliced:
             pieces, world = [distributed.cut(batch) for batch in batches], distributed.world_size()
         # DistributedDataParallel divides by the number of processes: undo it.
         return [(piece, own * world / total) for piece, own in pieces]
+
+
+def need_counted(batches: list[Any]) -> None:
+    """Raises ValueError for what may hold examples that nobody can count, as arrays of numpy."""
+    for batch in batches:
+        plain = all(isinstance(leaf, PLAIN) for leaf in tree_leaves(batch))
+        if not plain and not any(True for _ in distributed.tensors(batch)):
+            raise ValueError(
+                "to weigh its loss among others a batch is counted by its first tensor, and this "
+                f"{type(batch).__name__} shows none: give tensors, in tuples, lists or dicts"
+            )
 
 
 def not_finite(batch: Any) -> bool:

@@ -19,9 +19,10 @@ class History:
     """Losses, learning rates and validations of one run; prints and draws itself.
 
     ``losses`` and ``lrs`` hold one number a step (the learning rate is that of the first group),
-    ``validation`` one value an epoch, as ``validate`` returned it, ``ends`` the number of steps
-    taken when each epoch ended. ``seconds`` counts the whole run, before and after a resumption.
-    ``averaged`` is the model with averaged weights, where ``average`` was asked for.
+    ``validation`` one value an epoch, as ``validate`` returned it (NaN or {} for those before it
+    was given), ``ends`` the number of steps taken when each epoch ended. ``seconds`` counts the
+    whole run, before and after a resumption. ``averaged`` is the model with averaged weights, where
+    ``average`` was asked for.
 
     >>> print(History(losses=[2.0, 1.0, 0.5], lrs=[0.1] * 3, validation=[0.25], ends=[3]))
     epoch  steps    loss  validation  rate
@@ -36,7 +37,7 @@ class History:
     averaged: nn.Module | None = field(default=None, repr=False)
 
     def _table(self) -> list[list[str]]:
-        names = list(self._row(0)) if self.validation else []
+        names = list(dict.fromkeys(n for k in range(len(self.validation)) for n in self._row(k)))
         table = [["epoch", "steps", "loss", *names, "rate"]]
         for epoch, (start, stop) in enumerate(zip([0, *self.ends], self.ends, strict=False)):
             loss = sum(self.losses[start:stop]) / max(stop - start, 1)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from structopt import devices
+from structopt.training import randomness
+from structopt.training.feeding import move
 
 
 def wants_channels_last(model: nn.Module, device: torch.device) -> bool:
@@ -27,3 +31,33 @@ def lay_like_parameters(optimizer: torch.optim.Optimizer) -> None:
             if isinstance(value, Tensor) and value.ndim and value.shape == parameter.shape:
                 like = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
                 state[name] = like.copy_(value)
+
+
+def first_loss(run: Any, batch: Any) -> Tensor:
+    """The first loss in channels-last order; in plain order if the network has a view on that.
+
+    ``x.view(-1, 256)`` behind a convolution is nothing that one can have in another order. What
+    the attempt drew and counted is undone.
+    """
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in run.model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    drawn, run.tried = randomness.state(run.device), True
+    try:
+        return run.objective(run.model, move(batch, run.device, True))  # type: ignore[no-any-return]
+    except RuntimeError as error:
+        if "view size is not compatible" not in str(error):
+            raise
+    randomness.restore(drawn, run.device)
+    with torch.no_grad():
+        for module, name, buffer, before in buffers:
+            module._buffers[name] = buffer.copy_(before)
+    run.channels_last = False
+    for model in (run.model, run.average.model) if run.average else (run.model,):
+        model.to(memory_format=torch.contiguous_format)
+    torch.clear_autocast_cache()  # of weights in the order that they had
+    lay_like_parameters(run.optimizer)
+    return run.objective(run.model, move(batch, run.device, False))  # type: ignore[no-any-return]

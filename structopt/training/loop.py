@@ -54,9 +54,10 @@ def train(
     keeps ``validate(model)``, a number or a dict of numbers.
 
     The model is moved to ``device`` (the best one), convolutions to channels-last order where that
-    is safe; forward passes run under autocast in the device's fast type (``autocast=None``: as they
-    are), scaled where that is float16. ``average=0.999`` keeps a running mean of the weights,
-    which is what ``validate`` sees and ``history.averaged`` holds (:class:`Average` says how).
+    is safe and no ``view`` forbids it; forward passes run under autocast in the device's fast type
+    (``autocast=None``: as they are), scaled where that is float16. ``average=0.999`` keeps a
+    running mean of the weights, which is what ``validate`` sees and ``history.averaged`` holds
+    (:class:`Average` says how).
 
     ``checkpoint`` names a file that is written before the first epoch, after each, and on Ctrl-C
     (which waits for the end of a step). Where it exists the run continues from it, to the same
@@ -115,7 +116,8 @@ def train(
                 if stop.asked:
                     raise KeyboardInterrupt
         finally:
-            run.set_rate(1.0)  # the optimiser keeps its own learning rates
+            if schedule:
+                run.set_rate(1.0)  # the optimiser keeps its own learning rates
     run.history.averaged = run.average.model if run.average else None
     return run.history
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from structopt import losses
-from structopt.losses.checks import range_message
+from structopt.losses.checks import range_message, wide
 from structopt.measure.running import device_of
 
 Objective = Callable[[nn.Module, Any], Tensor]
@@ -95,7 +95,8 @@ def accuracy(output: Tensor, target: Tensor) -> Tensor:
         )
     if ((target < 0) | (target >= output.shape[1])).any():
         raise ValueError(range_message(output, target))
-    right = (output.argmax(1) == target).float()
+    right = (output.argmax(1) == target).float()  # argmax takes NaN for the largest
+    right = right * ~output.isnan().any(1)
     return right.flatten(1).mean(1) if right.ndim > 1 else right
 
 
@@ -110,14 +111,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     >>> model.training
     True
     """
-    training = [module for module in model.modules() if module.training]
+    modes = [(module, module.training) for module in model.modules()]
     try:
-        for module in training:
+        for module, _ in modes:
             module.training = False
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module, mode in modes:  # also of those that were switched on inside
+            module.training = mode
 
 
 @torch.no_grad()
@@ -149,14 +150,28 @@ def evaluate(
             if not isinstance(inputs, Tensor) or not isinstance(targets, Tensor):
                 found = describe((inputs, targets))
                 raise ValueError(f"evaluate takes pairs of tensors, not {found}: wrap the model")
-            inputs = inputs.to(device, dtype if inputs.is_floating_point() else None)
-            value = metric(model(inputs), targets.to(device))
-            value = value if value.is_floating_point() else value.float()
+            if not len(inputs):
+                continue  # the mean of none would be NaN
+            moved = inputs.to(device, dtype if inputs.is_floating_point() else None)
+            # A model may write to what it is given, and the data serve again.
+            output = model(moved.clone() if moved is inputs else moved)
+            value = _scores(metric(output, targets.to(device)), len(inputs))
             total = total + (value.sum() if value.ndim else value * len(inputs))
             count += len(inputs)
     if not count:
         raise ValueError("there is nothing to evaluate: the data hold no example")
     return float(total) / count
+
+
+def _scores(value: Any, count: int) -> Tensor:
+    """What a metric returned, wide enough to be added up."""
+    value = torch.as_tensor(value)
+    if value.ndim and value.numel() != count:
+        raise ValueError(
+            f"the metric returned {describe(value)} for {count} examples: one number an example, "
+            "or their mean"
+        )
+    return wide(value) if value.is_floating_point() else value.float()
 
 
 def _batches(data: Any, size: int = 512) -> Iterator[Any] | Iterable[Any]:

@@ -128,7 +128,7 @@ def settings(run: Run) -> dict[str, Any]:
     found = {
         "optimizer": type(run.optimizer).__name__,
         "objective parts": len(helpers(run)),
-        "batches": len(run.feed.batches) if hasattr(run.feed.batches, "__len__") else None,
+        "batches": run.feed.length,
         "accumulate": run.feed.accumulate,
         "autocast": str(run.dtype),
         "clip": run.clip,
@@ -173,8 +173,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> N
     for number, state in saved["state"].items():
         parameter = parameters[number]
         for name, value in state.items():
-            if isinstance(value, Tensor) and value.ndim:  # numbers stay where torch put them
-                like = torch.empty_like(value, device=parameter.device)
-                if value.shape == parameter.shape:  # fused kernels read raw memory
+            if isinstance(value, Tensor):
+                # Where torch put it, which rounds all but the steps to the parameter's type.
+                like = torch.empty_like(optimizer.state[parameter][name], dtype=value.dtype)
+                if value.ndim and value.shape == parameter.shape:  # fused kernels read raw memory
                     like = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
                 optimizer.state[parameter][name] = like.copy_(value)

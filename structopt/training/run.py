@@ -19,7 +19,7 @@ from structopt.training.accepting import need_related
 from structopt.training.averaging import Average
 from structopt.training.feeding import Feed, Group, move, not_finite
 from structopt.training.history import History, Validation
-from structopt.training.layout import lay_like_parameters, wants_channels_last
+from structopt.training.layout import first_loss, lay_like_parameters, wants_channels_last
 from structopt.training.objectives import Objective, describe, need_scalar
 
 FETCH_STEPS, FETCH_SECONDS = 50, 0.5  # reading a loss waits for the device: do it seldom
@@ -48,6 +48,7 @@ class Run:
     average: Average | None = None
     writer: Any = None
     bar: Any = None
+    tried = False  # whether the model runs in channels-last order
 
     def __init__(
         self,
@@ -119,12 +120,14 @@ class Run:
     def loss(self, batch: Any) -> Tensor:
         """The objective of one batch, under autocast; errors say where they happened."""
         try:
-            batch = move(batch, self.device, self.channels_last)
+            moved = move(batch, self.device, self.channels_last)
             with self.autocast:
-                if self.whole is None:
-                    loss = self.objective(self.model, batch)
+                if self.whole is not None:
+                    loss: Tensor = self.whole(moved)
+                elif self.channels_last and not self.tried:
+                    loss = first_loss(self, batch)
                 else:
-                    loss = self.whole(batch)
+                    loss = self.objective(self.model, moved)
             need_scalar(loss)
         except Exception as error:
             spoiled = ", and holds NaN or infinite values" if not_finite(batch) else ""
@@ -152,7 +155,9 @@ class Run:
     def record(self, loss: Tensor, factor: float) -> None:
         """Keep the step's loss, and look at the kept ones now and then."""
         self.waiting.append(loss)
-        self.history.lrs.append(self.rates[0] * factor)
+        taken = self.optimizer.param_groups[0]["lr"]  # a scheduler of torch's may have set it
+        waits = isinstance(taken, Tensor) and taken.device.type != "cpu"
+        self.history.lrs.append(self.rates[0] * factor if waits else float(taken))
         late = time.monotonic() - self.fetched > FETCH_SECONDS and distributed.world_size() == 1
         if late or len(self.waiting) >= FETCH_STEPS:
             self.fetch()
@@ -186,7 +191,10 @@ class Run:
 
     def need_finite_weights(self) -> None:
         """A finite loss may still have had a gradient that is not."""
-        weights = [p.detach() for p in self.parameters if p.numel()]
+        parts = [p.detach() for p in self.parameters if p.numel()]
+        weights = [p for p in parts if p.is_floating_point() or p.is_complex()]
+        if not weights:
+            return
         largest = torch._foreach_norm(weights, float("inf"))  # the inf-norm keeps a NaN
         if not torch.stack([norm.to(self.device) for norm in largest]).isfinite().all():
             raise FloatingPointError(
@@ -211,9 +219,10 @@ class Run:
             raise ValueError(
                 f"validate returned {describe(value)}, not a number or a dict of numbers"
             ) from error
-        self.history.validation.append(
-            numbers if isinstance(value, dict) else numbers["validation"]
-        )
+        kept = self.history.validation
+        while len(kept) < len(self.history.ends) - 1:  # a run that was validated from here on
+            kept.append({} if isinstance(value, dict) else math.nan)
+        kept.append(numbers if isinstance(value, dict) else numbers["validation"])
         for name, number in numbers.items():
             if self.writer and not distributed.rank():
                 self.writer.add_scalar(f"validation/{name}", number, self.steps)

@@ -81,7 +81,7 @@ def recalibrate_(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
                     count += 1
         if not count:
             raise ValueError("the batches are empty: there is nothing to take statistics from")
-    except Exception:
+    except BaseException:  # Ctrl-C too leaves no half of a mean
         for norm, buffers in zip(norms, before, strict=True):
             norm.load_state_dict({**norm.state_dict(), **buffers})
         raise

@@ -83,6 +83,8 @@ def network():
 def optimizer_of(kind, parameters):
     if kind == "sgd":
         return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, nesterov=True)
+    if kind == "nadam":  # whose product of momenta is a number in float32
+        return torch.optim.NAdam(parameters, lr=0.01)
     if kind == "fused":
         return torch.optim.AdamW(parameters, lr=0.01, fused=True)
     if kind == "descent":
@@ -102,6 +104,9 @@ def run(seed=0, *, batches="batches", optimizer="adam", parts="", stop=None, dev
         objective = lambda model, batch: hinted(model, batch)  # noqa: E731
     elif "half" in parts:  # so large that the first steps overflow, and the scale is lowered
         objective = lambda model, batch: 64 * supervised()(model, batch)  # noqa: E731
+    elif "double" in parts:
+        model.double()
+        objective = lambda model, batch: supervised()(model, (batch[0].double(), batch[1]))  # noqa: E731
     if "hint" in parts or "outside" in parts:
         parameters += [*hinted.parameters()]
     shrink = Shrink()
@@ -119,8 +124,8 @@ def run(seed=0, *, batches="batches", optimizer="adam", parts="", stop=None, dev
     }  # fmt: skip
     history = train(
         model, feed(batches), objective, optimizer_of(optimizer, parameters),
-        after_step=after_step, validate=lambda model: torch.rand(()), device=device,
-        **{**settings, **rest},
+        after_step=after_step, device=device,
+        **{**settings, "validate": lambda model: torch.rand(()), **rest},
     )  # fmt: skip
     return history, [model.state_dict(), history.averaged.state_dict(), list(parameters)]
 

@@ -2,6 +2,7 @@
 
     python -m zoo.speed [--quick]
     python -m zoo.speed resnet50 …       the comparison for these alone, measured anew
+    python -m zoo.speed --every          every network that both libraries get right, fewer rounds
 
 Processor time of one thread, both libraries taking turns in one run, each beginning without what
 the other left to collect. Torch-Pruning works in place and compares nothing; its time holds no copy
@@ -32,7 +33,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import models
 from torchvision.models.vision_transformer import VisionTransformer
-from zoo.networks import image
+from zoo.networks import FAMILIES, image
 
 from structopt import files
 from structopt.channels import channel_groups, take, verify
@@ -41,8 +42,9 @@ RESULT = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "zoo-s
 VERSUS = (
     *("resnet50", "densenet121", "densenet201", "vgg16_bn", "vit_b_16", "convnext_tiny"),
     *("efficientnet_b0", "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf", "mnasnet0_5"),
-    "lraspp_mobilenet_v3_large",  # of some thirty others none was slower
+    "lraspp_mobilenet_v3_large",
 )
+LIBRARIES = ("structopt", "torch-pruning")
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 DEPTHS = (6, 12, 24, 48)
 
@@ -65,7 +67,7 @@ def operators(model: nn.Module, example: torch.Tensor) -> int:
     return count.operators
 
 
-def ours(model: nn.Module, example: torch.Tensor) -> tuple[float, float, float]:
+def ours(model: nn.Module, example: Any) -> tuple[float, float, float]:
     checked = 0.0
 
     def timed(check: Callable[..., Any]) -> Callable[..., Any]:
@@ -91,7 +93,7 @@ def ours(model: nn.Module, example: torch.Tensor) -> tuple[float, float, float]:
     return found, taken, taken - checked
 
 
-def theirs(model: nn.Module, example: torch.Tensor) -> tuple[float, float, float]:
+def theirs(model: nn.Module, example: Any) -> tuple[float, float, float]:
     import torch_pruning as tp
 
     model = copy.deepcopy(model)
@@ -114,13 +116,39 @@ def theirs(model: nn.Module, example: torch.Tensor) -> tuple[float, float, float
     return found, taken, taken
 
 
-def versus(name: str, rounds: int) -> dict[str, Any]:
+def named(name: str, rounds: int) -> dict[str, Any]:
     options: dict[str, Any] = {"image_size": 64} if name.startswith("vit") else {}
     options |= {"weights_backbone": None} if name.startswith("lraspp") else {}
     model, example = models.get_model(name, **options).eval(), image(64)
     if rounds > 1 and not name.startswith("densenet"):  # where Torch-Pruning takes a minute
         rounds *= 4
-    seconds: dict[str, list[tuple[float, float, float]]] = {"structopt": [], "torch-pruning": []}
+    return versus(model, example, rounds)
+
+
+def every(rounds: int) -> dict[str, Any]:
+    """Networks of torchvision and timm of which the zoo's record says that both get them right."""
+    networks = json.loads(RESULT.with_name("zoo.json").read_text())["networks"]
+    found: dict[str, Any] = {}
+    for row in networks:
+        both = [row.get(library, {}) for library in LIBRARIES]
+        right = all(one.get("outcome") in ("exact", "norms") for one in both)
+        if row["family"] == "transformers" or not right or both[1]["configured"]:
+            continue
+        build, example = FAMILIES[row["family"]][1](row["name"])
+        try:
+            taken = versus(build().eval(), example, rounds)
+        except Exception as problem:  # weights are others than in the record
+            taken = {"fails": f"{type(problem).__name__}: {problem}"[:200]}
+        sizes = {"family": row["family"], "parameters": both[0]["parameters"]}
+        left = {"left": [one["left"] for one in both]}
+        found[row["name"]] = sizes | left | {k: v for k, v in taken.items() if k not in LIBRARIES}
+        sys.stdout.write(f"{row['name']}: {json.dumps(found[row['name']])}\n")
+        sys.stdout.flush()
+    return found
+
+
+def versus(model: nn.Module, example: Any, rounds: int) -> dict[str, Any]:
+    seconds: dict[str, list[tuple[float, float, float]]] = {library: [] for library in LIBRARIES}
     both: list[tuple[str, Callable[..., tuple[float, float, float]]]]
     both = [("structopt", ours), ("torch-pruning", theirs)]
     for turn in range(rounds + 1):
@@ -232,6 +260,7 @@ def llama() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="What coupled channels cost to find and to edit.")
     parser.add_argument("--quick", action="store_true", help="one round; keeps no figures")
+    parser.add_argument("--every", action="store_true", help="compare all that both get right")
     parser.add_argument("names", nargs="*", help="compare these alone, anew")
     options = parser.parse_args()
     rounds = 1 if options.quick else 3
@@ -239,8 +268,9 @@ def main() -> None:
     warnings.simplefilter("ignore")
     parts: dict[str, Callable[[], Any]] = {
         "seven billion parameters on meta": lambda: apart(llama),
-        "versus": lambda: {name: versus(name, rounds) for name in VERSUS},
+        "versus": lambda: {name: named(name, rounds) for name in VERSUS},
         "length": lambda: lengths(5 * rounds),
+        "every": lambda: every(rounds),
         "memory": lambda: {name: memory(name) for name in ("resnet50", "densenet121", "vit_b_16")},
     }
     result: dict[str, Any] = {
@@ -248,12 +278,12 @@ def main() -> None:
         "machine": machine(torch.device("cpu")),
         "clock": "processor time of one thread",
     }
-    if options.names:
+    if options.names or options.every:
         before = json.loads(RESULT.read_text())
         if before["machine"]["device"] != result["machine"]["device"]:
             parser.error(f"the other figures are of {before['machine']['device']}")
-        parts = {"versus": lambda: before["versus"] | {n: versus(n, rounds) for n in options.names}}
-        result = before
+        anew = {"versus": lambda: before["versus"] | {n: named(n, rounds) for n in options.names}}
+        parts, result = {"every": parts["every"]} if options.every else anew, before
     for name, part in parts.items():  # written as they come
         result[name] = part()
         text = json.dumps(result, indent=1) + "\n"
