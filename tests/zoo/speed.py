@@ -142,10 +142,13 @@ def every(rounds: int) -> dict[str, Any]:
             taken = versus(build().eval(), example, rounds)
         except Exception as problem:  # weights are others than in the record
             taken = {"fails": f"{type(problem).__name__}: {problem}"[:200]}
-        sizes = {"family": row["family"], "parameters": both[0]["parameters"]}
-        left = {"left": [one["left"] for one in both]}
         name = f"{row['family']}: {row['name']}"  # some names are in both families
-        found[name] = sizes | left | {k: v for k, v in taken.items() if k not in LIBRARIES}
+        found[name] = {
+            "family": row["family"],
+            "parameters": both[0]["parameters"],
+            "left": [one["left"] for one in both],
+            **{k: v for k, v in taken.items() if k not in LIBRARIES},
+        }
         sys.stdout.write(f"{name}: {json.dumps(found[name])}\n")
         sys.stdout.flush()
     return found
