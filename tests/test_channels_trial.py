@@ -53,6 +53,7 @@ def inside(mode: Any, x: Tensor, layer: Any) -> Any:
 
 INSISTING = {
     "a view": lambda s, x: s.b(s.a(x).view(len(x), 8, -1).mean(2)),
+    "a view of one width": lambda s, x: s.b(s.a(x).view(-1, 8, 25).mean(2)),
     "an operator of torch.ops": lambda s, x: s.b(A.view.default(s.a(x), [2, 8, 25]).mean(2)),
     "a function of its own": lambda s, x: s.b(Seen.apply(s.a(x))),
     "a reading of the shape": lambda s, x: s.b(s.a(x)[:, : s.a(x).shape[1]].mean((2, 3))),
@@ -104,6 +105,12 @@ def plain(s, x):
     return s.b((s.c(s.a(x)).relu() + 1).mean((2, 3)))
 
 
+def open_(s, x):
+    """Shapes that suit any width, and operators that no width is given to."""
+    y = s.c(s.a(x)) * s.c.bias.reshape([1, -1, 1, 1]) / 2
+    return torch.matmul(y.mean((2, 3)), s.b.weight.transpose(0, 1).contiguous())
+
+
 @pytest.fixture
 def is_tried(monkeypatch):
     """A law: groups are tried, and then each that is left may change."""
@@ -142,9 +149,10 @@ def test_groups_are_tried_where_tensors_are_of_another_class(is_tried):
     is_tried(network(plain), torch.randn(2, 3, 5, 5).as_subclass(Picky))
 
 
-def test_groups_of_plain_layers_are_not_tried(monkeypatch):
+@pytest.mark.parametrize("forward", [plain, open_])
+def test_groups_of_plain_layers_are_not_tried(monkeypatch, forward):
     monkeypatch.setattr(analysis, "settle", lambda probe: pytest.fail("tried"))
-    model = network(plain)
+    model = network(forward)
     channels = channel_groups(model, torch.randn(2, 3, 5, 5))
     assert [(g.name, g.size) for g in channels] == [("a", 8)]
     assert take(model, {channels["a"]: [1, 5]}).c.groups == 2

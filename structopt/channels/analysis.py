@@ -17,7 +17,7 @@ from structopt.channels.nests import first_line, map_tensors, tensors_of
 from structopt.channels.probe import Probe, settle
 from structopt.channels.shadow import to_shadow
 from structopt.channels.tracing import label_parameters, trace
-from structopt.channels.walking import Modules, tensors_in
+from structopt.channels.walking import Modules, modules_of, tensors_in
 
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
@@ -31,7 +31,7 @@ def channel_groups(model: nn.Module, example: Any) -> Channels:
     labels travel beside the tensors of one forward pass, and what meets is tied. The pass needs
     no values, unless the model's own control flow asks for some. It is made in evaluation mode, and
     once more in training mode where some weights were not used, or the Python of a layer that holds
-    weights asks for the mode. The model is not touched.
+    weights does more with the mode than to hand it to `dropout`. The model is not touched.
 
     Raises ValueError where the model does not accept the example, returns no tensor, or lies on
     several devices.
@@ -79,7 +79,7 @@ def _check(model: nn.Module, example: Any) -> None:
     """Refuse at once what is no model, has no weights yet, or lies on several devices."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"give the model as an nn.Module, not {type(model).__name__}")
-    modules = dict(model.named_modules())
+    modules = modules_of(model)
     for name, module in modules.items():
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(
@@ -136,7 +136,7 @@ def _beware(channels: Channels) -> None:
 
 
 def _traced(labelled: nn.Module, example: Any) -> tuple[Book, Axes, list[torch.Size]]:
-    book, modules = Book(), dict(labelled.named_modules())
+    book, modules = Book(), modules_of(labelled)
     flatten(modules.values())
     axes = label_parameters(book, modules)
     for made, read in _insisted(modules):

@@ -13,7 +13,7 @@ from structopt.channels.groups import Channels
 from structopt.channels.labels import Vector
 from structopt.channels.members import ChannelGroup
 from structopt.channels.rows import Edit, Reals, Refused
-from structopt.channels.walking import tensors_in
+from structopt.channels.walking import modules_of, tensors_in
 
 
 def asked(model: nn.Module, groups: Any, preserve: bool, scale: Any) -> tuple[Channels, Edit]:
@@ -53,7 +53,7 @@ def _one_analysis(model: nn.Module, groups: list[ChannelGroup]) -> Channels:
     for group in groups:
         if group.channels is not channels:
             raise ValueError(f"group {group.name!r} comes from another analysis than the first")
-    shapes = {name: tensor.shape for name, tensor in tensors_in(dict(model.named_modules()))}
+    shapes = {name: tensor.shape for name, tensor in tensors_in(modules_of(model))}
     for (name, dim), labels in channels.axes.items():
         if name not in shapes or dim >= len(shapes[name]) or shapes[name][dim] != len(labels):
             raise ValueError(

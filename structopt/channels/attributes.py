@@ -74,9 +74,10 @@ _SIZED = frozenset((*_SHAPED, *_FILLED, "split", "split_with_sizes", "narrow", *
 _WIDTHLESS = {
     "batch_norm", "linear", "relu", "relu6", "hardtanh", "hardswish", "hardsigmoid", "silu", "gelu",
     "sigmoid", "tanh", "leaky_relu", "elu", "mish", "dropout", "dim", "flatten", "mean", "cat",
-    "add", "add_", "sub", "mul", "mul_", "permute", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
-    "adaptive_avg_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d", "max_pool2d",
-    "max_pool3d", "interpolate", "__get__", "size", "_assert",
+    "add", "add_", "sub", "mul", "mul_", "div", "matmul", "permute", "transpose", "unsqueeze",
+    "contiguous", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "avg_pool1d",
+    "avg_pool2d", "avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d", "interpolate", "__get__",
+    "size", "_assert",
 }
 # fmt: on
 _CONVOLUTIONS = tuple(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3))
@@ -131,6 +132,7 @@ class Attributes(TorchFunctionMode):
         name, book = getattr(func, "__name__", ""), self.book
         book.widthless = name in _WIDTHLESS or (book.convolves and name in _CONVOLUTIONS)
         book.widthless = book.widthless or (name in _NORMS and _is_known(args))
+        book.widthless = book.widthless or (name in _SHAPED and _fits_any(args[1:]))
         book.widthless = book.widthless and self._is_torch(func, types, kwargs)
         book.insists |= not book.widthless
         out = func(*args, **(kwargs or {}))
@@ -180,6 +182,12 @@ def _is_known(args: Sequence[Any]) -> bool:
     """Whether a norm is given a layer's own widths, which are set when those change."""
     shape = args[1] if len(args) > 1 else None
     return type(shape) is tuple and all(type(n) is Width and n.key for n in shape)
+
+
+def _fits_any(sizes: Sequence[Any]) -> bool:
+    """Whether a shape is given as (1, -1), which suits any width: only what is 1 cannot change."""
+    given = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], list | tuple) else sizes
+    return len(given) > 0 and all(type(n) is int and n in (1, -1) for n in given)
 
 
 def _sizes(

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from structopt.channels.walking import modules_of
+
 _ATOMS = frozenset((bool, int, float, str, type(None)))
 _HELD = ("_parameters", "_buffers", "_modules")
 _STORES = (dict, OrderedDict, set)
@@ -21,7 +23,7 @@ _WAYS = ("__reduce_ex__", "__reduce__", "__new__")
 def substitute(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
     """A copy of the model in which each parameter and buffer is what `change` makes of it."""
     memo: dict[int, Any] = {}
-    modules = list(model.modules())
+    modules = list(modules_of(model).values())
     with torch.no_grad():
         for store in (s for m in modules for s in (m._parameters, m._buffers, vars(m))):
             for value in store.values():
@@ -42,7 +44,7 @@ def substitute(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Modul
 def _apart(modules: list[nn.Module], made: nn.Module) -> None:
     """A part that gives itself when it is copied would be changed with the copy."""
     mine = set(map(id, modules))
-    for name, module in made.named_modules():
+    for name, module in modules_of(made).items():
         if id(module) in mine:
             raise ValueError(
                 f"{name or type(module).__name__} gives itself when it is copied "

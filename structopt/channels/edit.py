@@ -13,7 +13,7 @@ from structopt.channels.groups import Channels
 from structopt.channels.layout import laid_out_as, lay_plainly_
 from structopt.channels.rows import Edit, rows_of
 from structopt.channels.sizes import refresh
-from structopt.channels.walking import tensors_in
+from structopt.channels.walking import modules_of, tensors_in
 
 
 def build(
@@ -31,7 +31,7 @@ def build(
     choice = edit.choice
     factors = keeping.factors(channels, model, edit)
     even = bool((factors == 1).all())
-    names = {id(tensor): name for name, tensor in tensors_in(dict(model.named_modules()))}
+    names = {id(tensor): name for name, tensor in tensors_in(modules_of(model))}
 
     def change(tensor: Tensor, name: str = "", scaled: bool = True) -> Tensor:
         name, made = name or names.get(id(tensor), ""), start(tensor) if start else tensor

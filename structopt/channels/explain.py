@@ -16,6 +16,7 @@ from structopt.channels.members import ChannelGroup
 from structopt.channels.mirrors import Extent
 from structopt.channels.sizes import guesses
 from structopt.channels.tables import columns, few, percent, table
+from structopt.channels.walking import modules_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -205,7 +206,7 @@ def _attributes(channels: Channels, model: nn.Module) -> dict[int, list[str]]:
     """The sizes that the model's own Python keeps, by the number of their group."""
     found: dict[int, dict[str, None]] = {}
     known = [(e, e.name) for e in channels.extents if e.name]
-    for guess in guesses(channels, dict(model.named_modules())):
+    for guess in guesses(channels, modules_of(model)):
         first, *rest = (set(_numbers(channels, e)) for e in guess.extents)
         if all(numbers == first for numbers in rest):
             known.append((guess.extents[0], guess.name))

@@ -16,7 +16,7 @@ from structopt.channels.attributes import keeper
 from structopt.channels.labels import Labels, Vector
 from structopt.channels.members import ChannelGroup, Member
 from structopt.channels.mirrors import Book, Extent
-from structopt.channels.walking import Modules
+from structopt.channels.walking import Modules, modules_of, parameters_of
 
 Axes = Mapping[tuple[str, int], Vector]
 _SIDES: tuple[Literal["left"], Literal["right"]] = ("left", "right")
@@ -33,7 +33,7 @@ class Channels:
         self.book = book
         self.axes = axes
         self.model = weakref.ref(model)
-        self.extents = _extents(dict(model.named_modules()), book)
+        self.extents = _extents(modules_of(model), book)
         self.scored = book.scored
         self.regroup()
 
@@ -234,7 +234,7 @@ def _build(
             averaged[channels.group_of[leaf[leaf >= 0]]] = True
     whys = [labels.reasons[labels.reason[roots[order[a]]]] for a in bounds[:-1]]
     model = channels.model()
-    learned = {name for name, _ in model.named_parameters()} if model is not None else set()
+    learned = set(parameters_of(modules_of(model))) if model is not None else set[str]()
     for number, (a, b) in enumerate(itertools.pairwise(bounds)):
         if not whys[number] and b - a == 1:
             whys[number] = "a single channel"

@@ -17,7 +17,7 @@ from structopt.channels.groups import Channels
 from structopt.channels.nests import call, first_line, map_tensors
 from structopt.channels.rows import Choice, Edit, Refused
 from structopt.channels.shadow import Shadow, plain_kernels
-from structopt.channels.walking import tensors_in
+from structopt.channels.walking import modules_of, parameters_of, tensors_in
 from structopt.channels.widening import wide
 
 
@@ -136,8 +136,8 @@ class ByValue:
         if self.last is None or self.last[0] is not edit or self.kept:
             return build(self.channels, self.model, edit)
         made = self.last[1]
-        modules = dict(made.named_modules())
-        old, new = tensors_in(dict(self.model.named_modules())), tensors_in(modules)
+        modules = modules_of(made)
+        old, new = tensors_in(modules_of(self.model)), tensors_in(modules)
         for (_, before), (_, after) in zip(old, new, strict=True):
             if id(before) in self.zero:  # and so is any part of it
                 after.data.zero_()
@@ -170,7 +170,7 @@ def _expected(channels: Channels, model: nn.Module, choice: Choice) -> list[Expe
 def _untouched(channels: Channels, model: nn.Module, choice: Choice) -> tuple[str, ...]:
     """Layers whose output stays, though what they read may change."""
     layers = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    names = [n for n, m in model.named_modules() if isinstance(m, layers)]
+    names = [n for n, m in modules_of(model).items() if isinstance(m, layers)]
     made = {n: channels.axes.get((f"{n}.weight" if n else "weight", 0)) for n in names}
     return tuple(
         name
@@ -186,7 +186,7 @@ def _zero(model: nn.Module) -> set[int]:
     """
     return {
         id(p)
-        for name, p in model.named_parameters()
+        for name, p in parameters_of(modules_of(model)).items()
         if "bias" not in name.rpartition(".")[2] and p.is_floating_point() and p.numel()
         if not p[(0,) * p.ndim].item() and not p.any()
     }
@@ -197,7 +197,9 @@ def lively(model: nn.Module, example: Any) -> Any:
 
     Of whole numbers, only zeros are replaced: they may name rows of an embedding.
     """
-    layers = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+    layers = [
+        m for m in modules_of(model).values() if isinstance(m, nn.Embedding | nn.EmbeddingBag)
+    ]
     rows = min((layer.num_embeddings for layer in layers), default=0)
     generator = torch.Generator().manual_seed(0)
     changed = []

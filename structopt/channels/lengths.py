@@ -16,12 +16,14 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from structopt.channels.walking import modules_of
+
 Pick = Callable[[str, Tensor], Tensor]
 
 
 def pairs(model: nn.Module) -> Iterator[tuple[str, str, int]]:
     """The names of length and direction, and the dimension whose entries have a length each."""
-    for path, module in model.named_modules():
+    for path, module in modules_of(model).items():
         dim = getattr(module, "dim", None)
         if type(module).__name__ == "_WeightNorm" and isinstance(dim, int):
             before = path.rpartition(".")[0]
@@ -34,7 +36,7 @@ def pairs(model: nn.Module) -> Iterator[tuple[str, str, int]]:
 
 def kept(model: nn.Module) -> bool:
     """Whether any weight is kept so."""
-    modules = list(model.modules())
+    modules = list(modules_of(model).values())
     if not any(m._forward_pre_hooks or "parametrizations" in m._modules for m in modules):
         return False
     return any(True for _ in pairs(model)) or any(True for m in modules for _ in _stretched(m))
@@ -52,7 +54,7 @@ def adjust(old: nn.Module, new: nn.Module, pick: Pick) -> None:
         norms = torch.norm_except_dim(before[direction].detach(), 2, dim)
         ratio = torch.norm_except_dim(after[direction].detach(), 2, dim) / pick(length, norms)
         after[length].data.copy_(pick(length, before[length].detach()) * ratio)
-    for was, now in zip(old.modules(), new.modules(), strict=True):
+    for was, now in zip(*(modules_of(m).values() for m in (old, new)), strict=True):
         for (weight, u, v), (made, u_, v_) in zip(_stretched(was), _stretched(now), strict=True):
             _keep_stretch(float(u @ weight @ v) if not u.is_meta else 0.0, made, u_, v_)
 

@@ -21,6 +21,7 @@ from structopt.channels.reading import own
 from structopt.channels.rows import Edit
 from structopt.channels.shadow import Shadow, plain_kernels, to_shadow
 from structopt.channels.tracing import follow_modules
+from structopt.channels.walking import modules_of
 
 Shapes = list[torch.Size]
 
@@ -49,7 +50,7 @@ class Probe:
             self.problem = str(problem)
             with contextlib.suppress(Exception):  # once more, to see where
                 made = self._built(edit)
-                follow_modules(watch, dict(made.named_modules()))
+                follow_modules(watch, modules_of(made))
                 self._shapes(made)
             self.where = watch.module
             return False
@@ -101,7 +102,7 @@ def _silence(probe: Probe, kind: type) -> bool:
     channels = probe.channels
     if kind in channels.book.silent:
         return False
-    paths = {n for n, m in probe.model.named_modules() if type(m) is kind}
+    paths = {n for n, m in modules_of(probe.model).items() if type(m) is kind}
     sizes = [e for e in channels.extents if not e.name and e.module in paths]
     touched = {n for e in sizes if e.labels is not None for n in channels.along(e.labels)}
     for group in channels.groups:
@@ -123,7 +124,9 @@ def _tie_sides(probe: Probe, kind: type, times: int) -> bool:
     verdicts: dict[frozenset[int], bool] = {}  # of sets of groups: do they work alone?
     both = (*channels.groups, *channels.frozen)
     groups = {channels.number[id(g)]: g for g in both if not g.frozen}
-    paths = tuple(n + "." if n else "" for n, m in probe.model.named_modules() if type(m) is kind)
+    paths = tuple(
+        n + "." if n else "" for n, m in modules_of(probe.model).items() if type(m) is kind
+    )
     fails = ""
     for (name, dim), rows in channels.axes.items():
         columns = channels.axes.get((name, 1))
@@ -163,7 +166,7 @@ def _freeze(probe: Probe, culprit: ChannelGroup) -> None:
     """Freeze a group, and those that stand in its place in other modules of the same class."""
     channels = probe.channels
     kind = type(probe.model.get_submodule(_owner(probe)))
-    paths = tuple(f"{p}." for p, m in probe.model.named_modules() if p and type(m) is kind)
+    paths = tuple(f"{p}." for p, m in modules_of(probe.model).items() if p and type(m) is kind)
     place = _place(culprit)
     why = f"the model fails without some: {probe.problem}".splitlines()[0]
     for group in channels.groups:

@@ -12,7 +12,7 @@ from structopt.channels.copying import flatten
 from structopt.channels.groups import Channels
 from structopt.channels.mirrors import Extent
 from structopt.channels.rows import Edit, rows_of
-from structopt.channels.walking import Modules
+from structopt.channels.walking import Modules, modules_of
 
 DEFORMED = "torchvision.ops.deform_conv"  # a convolution that is none of torch's classes
 _SIZED = (  # layers whose attributes follow from their weights
@@ -47,7 +47,7 @@ def guesses(channels: Channels, modules: Modules) -> list[Guess]:
 
 def refresh(channels: Channels, model: nn.Module, edit: Edit) -> None:
     """Set the sizes that the modules of an edited model remember."""
-    modules = dict(model.named_modules())
+    modules = modules_of(model)
 
     def now(extent: Extent) -> int:
         if extent.labels is None:

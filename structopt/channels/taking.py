@@ -15,6 +15,7 @@ from structopt.channels.judging import ByShape, ByValue, Judge
 from structopt.channels.members import ChannelGroup
 from structopt.channels.rows import Edit, Refused
 from structopt.channels.sizes import guesses
+from structopt.channels.walking import modules_of
 
 Numbers = Sequence[int] | Sequence[float] | Tensor | range
 
@@ -88,7 +89,7 @@ def _least(channels: Channels, model: nn.Module, edit: Edit, judge: Judge) -> Ed
     """The same without guesses that it does not need: nothing would show that they are wrong."""
     if edit.guessed is not None:
         return edit
-    modules = dict(model.named_modules())
+    modules = modules_of(model)
     needed = frozenset(guess.what for guess in guesses(channels, modules))
     for what in sorted(needed):
         fewer = replace(edit, guessed=needed - {what})

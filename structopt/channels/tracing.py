@@ -17,7 +17,7 @@ from structopt.channels.calls import Call
 from structopt.channels.labels import Vector
 from structopt.channels.mirrors import MIRROR, Axis, Book, Mirror, mirror_of
 from structopt.channels.nests import call, map_tensors, tensors_of
-from structopt.channels.reading import mentions, own
+from structopt.channels.reading import ask_for_mode, own
 from structopt.channels.shadow import Shadow, name_of, plain_kernels
 from structopt.channels.walking import Modules, parameters_of, tensors_in
 
@@ -27,7 +27,6 @@ _WEIGHT = "_structopt_weight"  # marks a tensor that is made of parameters only
 _SQUARE = "_structopt_square"  # marks the square of a tensor: its mean belongs to a norm
 _LAYERS = tuple(f"torch.nn.modules.{name}" for name in ("linear", "conv", "activation"))
 _DECIDES = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2")
-_MODE = frozenset({"training"})
 _FOLLOWS = -1  # the number of a hook; torch counts from 0
 _VALUE = "_structopt_value"  # marks a tensor whose values the example or the weights decide
 
@@ -148,15 +147,15 @@ def label_parameters(book: Book, modules: Modules) -> dict[tuple[str, int], Vect
 def trace(book: Book, shadow: nn.Module, modules: Modules, example: Any) -> list[torch.Size]:
     """Run the labelled model, freeze what comes out, and say what shapes that had.
 
-    In evaluation mode first. If some weights were not met, or a part with weights asks for the
-    mode, in training mode too: branches that serve training only read channels all the same.
+    In evaluation mode first. If some weights were not met, or a part with weights may go another
+    way in training, in that mode too: branches that serve training only read channels as well.
     """
     follow_modules(book, modules)
     mark(modules, book)
     shapes = _run(book, shadow.eval(), example)
     parameters = parameters_of(modules)
     unmet = [p for p in parameters.values() if id(p) not in book.met]
-    if unmet or mentions(_parts(modules), _MODE):
+    if unmet or ask_for_mode(_parts(modules)):
         with contextlib.suppress(Exception):
             _run(book, shadow.train(), example)
         for name, p in parameters.items():

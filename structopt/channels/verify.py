@@ -22,7 +22,7 @@ from structopt.channels.nests import call, map_tensors, tensors_of
 from structopt.channels.reading import mentions
 from structopt.channels.rows import Choice
 from structopt.channels.tracing import follow_modules, label_parameters
-from structopt.channels.walking import parameters_of, tensors_in
+from structopt.channels.walking import modules_of, parameters_of, tensors_in
 from structopt.channels.widening import Mask, Wide, lendable, masked, repeatable, wide
 
 _BESIDE = frozenset({"numpy", "tolist", "data", "data_ptr"})  # lead to numbers past the dispatcher
@@ -84,7 +84,7 @@ def outputs(
 
 def _computed(model: nn.Module, *args: Any, **options: Any) -> list[Tensor]:
     """On weights that are lent and widened when met, or on a wide copy, which any model takes."""
-    if not (lengths.kept(model) or mentions(model.modules(), _BESIDE)):
+    if not (lengths.kept(model) or mentions(modules_of(model).values(), _BESIDE)):
         with contextlib.suppress(Exception):
             return _run(model, *args, **options, lend=True)
     return _run(model, *args, **options, lend=False)
@@ -103,7 +103,7 @@ def _run(
 ) -> list[Tensor]:
     """The outputs of a copy with these parts of its weights zero, for norms that others average."""
     masks = masks or {}
-    known = dict(model.named_modules())
+    known = modules_of(model)
     names = {id(tensor): name for name, tensor in tensors_in(known)}
 
     def change(tensor: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ def _run(
     copy = substitute(model, change).eval()
     if masks and not lend:
         lengths.adjust(model, copy, lambda _, tensor: wide(tensor))
-    modules = dict(copy.named_modules())
+    modules = modules_of(copy)
     flatten(modules.values())
     seen: list[Any] = []
     for name in watched or ():
@@ -141,7 +141,7 @@ def _run(
 def stumbles(model: nn.Module, example: Any) -> str:
     """The name of the module in which the model fails in double precision."""
     copy, book = substitute(model, wide).eval(), Book()
-    follow_modules(book, dict(copy.named_modules()))
+    follow_modules(book, modules_of(copy))
     with contextlib.suppress(Exception), repeatable(), Wide():
         call(copy, map_tensors(example, wide))
     return book.module

@@ -7,7 +7,21 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor, nn
 
 Modules = Mapping[str, nn.Module]
-"""As ``dict(model.named_modules())``."""
+
+
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    """As ``dict(model.named_modules())``, in a fraction of its time: that hands each name up."""
+    found: dict[str, nn.Module] = {}
+    _walk(model, "", found, set())
+    return found
+
+
+def _walk(module: nn.Module, name: str, found: dict[str, nn.Module], seen: set[nn.Module]) -> None:
+    seen.add(module)
+    found[name] = module
+    for key, part in module._modules.items():
+        if part is not None and part not in seen:
+            _walk(part, f"{name}.{key}" if name else key, found, seen)
 
 
 def parameters_of(modules: Modules) -> dict[str, nn.Parameter]:
