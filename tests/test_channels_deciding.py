@@ -228,3 +228,12 @@ def test_a_decision_outlives_what_the_model_writes_later():
         best.indices.zero_()
     assert first.made[0].given[0].tolist() == [1, 2]
     assert first.made[0].out[1].tolist() == [1]
+
+
+def test_decisions_without_entries_are_not_behind_each_other():
+    """All tensors without entries lie at one place in memory."""
+    with Decisions() as decisions:
+        torch.zeros(0).argsort()
+        chosen = torch.tensor([2.0, 1.0]).argsort()
+    assert decisions.behind([torch.zeros(0)]) == []
+    assert [t.tolist() for t in decisions.behind([chosen])] == [[2.0, 1.0]]

@@ -107,12 +107,12 @@ def mark(modules: Modules, book: Book) -> None:
         if isinstance(module, _NORMALIZING) and type(kept.get(_SHAPE)) is tuple:
             widths = (Width.of(v, path, _SHAPE, n) for n, v in enumerate(kept[_SHAPE]))
             kept[_SHAPE] = tuple(width.telling(book.insist) for width in widths)
-        for name, value in list(vars(module).items()) if own(module) else ():
+        for name, value in list(kept.items()) if own(module) else ():
             if type(value) is int:
-                vars(module)[name] = Known.of(value, path, name, -1)
+                kept[name] = Known.of(value, path, name, -1)
             elif type(value) in (list, tuple) and value and all(type(v) is int for v in value):
                 known = (Known.of(v, path, name, n) for n, v in enumerate(value))
-                vars(module)[name] = type(value)(known)
+                kept[name] = type(value)(known)
 
 
 class Attributes(TorchFunctionMode):

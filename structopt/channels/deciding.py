@@ -45,7 +45,7 @@ class Decisions(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def behind(self, out: Sequence[Tensor]) -> list[Tensor]:
         """The numbers by which the outputs of a model were decided that are decisions."""
-        places = set(map(_place, out))
+        places = {_place(tensor) for tensor in out if tensor.numel()}  # else all are one place
         found = [made.given for made in self.made if not places.isdisjoint(map(_place, made.held))]
         return [tensor for given in found for tensor in given]
 

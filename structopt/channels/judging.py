@@ -29,11 +29,11 @@ class Judge(Protocol):
 
 
 class Expected(NamedTuple):
-    """An example, what has to come out, and the layers whose output is compared as well."""
+    """An example, what has to come out, and what is compared as well."""
 
     example: Any
     outputs: list[Tensor]
-    watched: tuple[str, ...] | None
+    watch: verify.Watch | None
 
 
 class ByValue:
@@ -57,14 +57,14 @@ class ByValue:
         except Exception as failure:
             return _failure(failure)
         self.last = edit, made
-        for example, expected, watched in self.known[key]:
+        for example, expected, watch in self.known[key]:
             try:
-                found = verify.outputs(made, example, watched=watched)
+                found = verify.outputs(made, example, watch=watch)
             except Exception as failure:
                 return _failure(failure)
             error = verify.difference(expected, found)
             if error > verify.tolerance(expected) and self.decides:
-                error = self._decided(edit.choice, made, example, watched)
+                error = self._decided(edit.choice, made, example, watch)
             if error > verify.tolerance(expected):
                 if self.changes:
                     return (
@@ -118,7 +118,7 @@ class ByValue:
         return bool(decisions.made)
 
     def _decided(
-        self, choice: Choice, made: nn.Module, example: Any, watched: tuple[str, ...] | None
+        self, choice: Choice, made: nn.Module, example: Any, watch: verify.Watch | None
     ) -> float:
         """The error when the edited model decides between equals as the reference does."""
 
@@ -126,9 +126,9 @@ class ByValue:
             return verify.difference(a, b) <= verify.tolerance(a)
 
         first = Decisions()
-        expected = verify.reference(self.channels, self.source, choice, example, watched, first)
+        expected = verify.reference(self.channels, self.source, choice, example, watch, first)
         again = Decisions(first.made, alike)
-        found = verify.outputs(made, example, watched=watched, decisions=again)
+        found = verify.outputs(made, example, watch=watch, decisions=again)
         return verify.difference(expected, found)
 
     def made(self, edit: Edit) -> nn.Module:
@@ -149,21 +149,21 @@ class ByValue:
 
 def _expected(channels: Channels, model: nn.Module, choice: Choice) -> list[Expected]:
     """Examples, and what the model gives for each when the channels not chosen are masked."""
-    watched: tuple[str, ...] | None = None
+    watch: verify.Watch | None = None
     expected = verify.reference(channels, model, choice, channels.example)
     if not any(t.numel() and (t.is_floating_point() or t.is_complex()) for t in expected):
         nothing = not any(t.numel() for t in expected)  # as where no object is found
-        watched = _untouched(channels, model, choice) if nothing else ()
-        expected = verify.reference(channels, model, choice, channels.example, watched)
-    found = [Expected(channels.example, expected, watched)]
+        watch = verify.Watch(_untouched(channels, model, choice) if nothing else ())
+        expected = verify.reference(channels, model, choice, channels.example, watch)
+    found = [Expected(channels.example, expected, watch)]
     other = lively(model, channels.example)
     if other is not None:
         try:
-            expected = verify.reference(channels, model, choice, other, watched)
+            expected = verify.reference(channels, model, choice, other, watch)
         except Exception:  # not every model takes random numbers; the example itself it took
             return found
         if all(bool(t.isfinite().all()) for t in expected):
-            found.append(Expected(other, expected, watched))
+            found.append(Expected(other, expected, watch))
     return found
 
 

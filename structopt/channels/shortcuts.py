@@ -111,17 +111,10 @@ def _layer_norm(_: bool, x: Tensor, shape: Sequence[int], weight: Any, bias: Any
 
 def _group_norm(_: bool, x: Tensor, *more: Any) -> Any:
     *learned, many, channels, area, groups, _ = more
-    if (
-        not _is_plain(x)
-        or x.dtype not in _EXACT
-        or not x.numel()
-        or x.shape[:2] != (many, channels)
-    ):
-        return None
-    fits = groups > 0 and channels % groups == 0 and many * channels * area == x.numel()
-    if not fits or not all(
-        t is None or (_is_plain(x, t) and t.shape == (channels,)) for t in learned
-    ):
+    fits = _is_plain(x) and x.dtype in _EXACT and x.numel() and x.shape[:2] == (many, channels)
+    fits = fits and groups > 0 and channels % groups == 0 and many * channels * area == x.numel()
+    learned = [t for t in learned if t is not None]
+    if not fits or any(not _is_plain(x, t) or t.shape != (channels,) for t in learned):
         return None
     return _empty(x.shape, x), _empty((many, groups), x), _empty((many, groups), x)
 

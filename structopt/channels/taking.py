@@ -15,7 +15,7 @@ from structopt.channels.judging import ByShape, ByValue, Judge
 from structopt.channels.members import ChannelGroup
 from structopt.channels.rows import Edit, Refused
 from structopt.channels.sizes import guesses
-from structopt.channels.walking import modules_of
+from structopt.channels.walking import modules_of, parameters_of
 
 Numbers = Sequence[int] | Sequence[float] | Tensor | range
 
@@ -69,7 +69,7 @@ def take(
 
 
 def _is_bare(model: nn.Module) -> bool:
-    return any(p.is_meta for p in model.parameters())
+    return any(p.is_meta for p in parameters_of(modules_of(model)).values())
 
 
 def _exact(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,8 +26,12 @@ from structopt.channels.walking import modules_of, parameters_of, tensors_in
 from structopt.channels.widening import Mask, Wide, lendable, masked, repeatable, wide
 
 _BESIDE = frozenset({"numpy", "tolist", "data", "data_ptr"})  # lead to numbers past the dispatcher
-# Names of modules whose outputs are compared as well, and what is behind decisions that come out.
-Watched = Sequence[str] | None
+
+
+class Watch(NamedTuple):
+    """Compared beside the outputs: the numbers behind decisions, and what these layers give."""
+
+    layers: tuple[str, ...] = ()
 
 
 def tolerance(outputs: Sequence[Tensor]) -> float:
@@ -39,7 +43,7 @@ def reference(
     model: nn.Module,
     choice: Choice,
     example: Any,
-    watched: Watched = None,
+    watch: Watch | None = None,
     decisions: Decisions | None = None,
 ) -> list[Tensor]:
     """What the model computes when the channels that were not chosen are masked."""
@@ -52,7 +56,7 @@ def reference(
             masks.setdefault(name, []).append((dim, np.flatnonzero(gone[labels])))
     averaged = any(channels.every[number].averaged for number in choice)
     lost = gone if averaged and masks else None
-    return _computed(model, example, watched, masks=masks, gone=lost, decisions=decisions)
+    return _computed(model, example, watch, masks=masks, gone=lost, decisions=decisions)
 
 
 def _gone(channels: Channels, choice: Choice) -> npt.NDArray[np.bool_]:
@@ -75,11 +79,11 @@ def outputs(
     model: nn.Module,
     example: Any,
     seed: int = 0,
-    watched: Watched = None,
+    watch: Watch | None = None,
     decisions: Decisions | None = None,
 ) -> list[Tensor]:
     """What a model, and layers of it, compute in double precision, in evaluation mode."""
-    return _computed(model, example, watched, seed=seed, decisions=decisions)
+    return _computed(model, example, watch, seed=seed, decisions=decisions)
 
 
 def _computed(model: nn.Module, *args: Any, **options: Any) -> list[Tensor]:
@@ -93,7 +97,7 @@ def _computed(model: nn.Module, *args: Any, **options: Any) -> list[Tensor]:
 def _run(
     model: nn.Module,
     example: Any,
-    watched: Watched,
+    watch: Watch | None,
     *,
     lend: bool,
     seed: int = 0,
@@ -117,7 +121,7 @@ def _run(
     modules = modules_of(copy)
     flatten(modules.values())
     seen: list[Any] = []
-    for name in watched or ():
+    for name in watch.layers if watch else ():
         copy.get_submodule(name).register_forward_hook(
             lambda _, __, out: seen.append(map_tensors(out, torch.clone))
         )
@@ -130,11 +134,11 @@ def _run(
         inner = Masked(book, gone)
     given = parameters_of(known).values()
     sizes = [p.element_size() for p in given if p.is_floating_point()]
-    decisions = Decisions() if watched is not None and decisions is None else decisions
+    decisions = Decisions() if watch is not None and decisions is None else decisions
     followed = decisions or contextlib.nullcontext()
     with repeatable(seed), Wide(lent, min(sizes, default=4)), inner, followed:
         out = tensors_of(call(copy, map_tensors(example, wide)))
-    behind = decisions.behind(out) if decisions and watched is not None else []
+    behind = decisions.behind(out) if decisions is not None and watch is not None else []
     return [*out, *tensors_of(seen), *behind]
 
 

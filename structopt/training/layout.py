@@ -33,11 +33,11 @@ def lay_like_parameters(optimizer: torch.optim.Optimizer) -> None:
                 state[name] = like.copy_(value)
 
 
-def first_loss(run: Any, batch: Any) -> Tensor:
+def first_loss(run: Any, batch: Any, moved: Any) -> Tensor:
     """The first loss in channels-last order; in plain order if the network has a view on that.
 
     ``x.view(-1, 256)`` behind a convolution is nothing that one can have in another order. What
-    the attempt drew and counted is undone.
+    the attempt drew and counted is undone. `moved` is the batch in channels-last order.
     """
     buffers = [
         (module, name, buffer, buffer.detach().clone())
@@ -47,7 +47,7 @@ def first_loss(run: Any, batch: Any) -> Tensor:
     ]
     drawn, run.tried = randomness.state(run.device), True
     try:
-        return run.objective(run.model, move(batch, run.device, True))  # type: ignore[no-any-return]
+        return run.objective(run.model, moved)  # type: ignore[no-any-return]
     except RuntimeError as error:
         if "view size is not compatible" not in str(error):
             raise

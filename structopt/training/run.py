@@ -125,7 +125,7 @@ class Run:
                 if self.whole is not None:
                     loss: Tensor = self.whole(moved)
                 elif self.channels_last and not self.tried:
-                    loss = first_loss(self, batch)
+                    loss = first_loss(self, batch, moved)
                 else:
                     loss = self.objective(self.model, moved)
             need_scalar(loss)

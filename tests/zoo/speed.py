@@ -36,7 +36,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 from zoo.networks import FAMILIES, image
 
 from structopt import files
-from structopt.channels import channel_groups, take, verify
+from structopt.channels import channel_groups, judging, take, verify
 
 RESULT = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "zoo-speed.json"
 VERSUS = (
@@ -85,6 +85,8 @@ def ours(model: nn.Module, example: Any) -> tuple[float, float, float]:
     with (
         mock.patch.object(verify, "reference", timed(verify.reference)),
         mock.patch.object(verify, "outputs", timed(verify.outputs)),
+        mock.patch.object(judging.ByValue, "__init__", timed(judging.ByValue.__init__)),
+        mock.patch.object(judging, "lively", timed(judging.lively)),
     ):
         start = time.process_time()
         channels = channel_groups(model, example)
