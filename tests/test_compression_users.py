@@ -258,3 +258,28 @@ def test_layers_that_hand_on_more_than_a_tensor_are_seen():
     model[0].forward = lambda x: x[0]
     with pytest.raises(ValueError, match="0 reads or makes no tensor: leave it out"):
         compression.calibrate(model, [([x], None)], Grid(8))
+
+
+NORMED = {
+    "weight norm": nn.utils.parametrizations.weight_norm,
+    "its older form": nn.utils.weight_norm,
+    "spectral norm": nn.utils.spectral_norm,
+    "any": lambda layer: nn.utils.parametrize.register_parametrization(
+        layer, "weight", nn.Identity()
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of the older form
+@pytest.mark.parametrize("normed", NORMED)
+def test_what_a_weight_is_computed_from_is_not_rounded_in_its_place(normed):
+    model = nn.Sequential(nn.Linear(4, 4), NORMED[normed](nn.Linear(4, 3)))
+    name = "1.weight"
+    for make in (
+        lambda: compression.quantize_weights(model, compression.Grid(4)),
+        lambda: compression.share_weights(model, 4),
+    ):
+        with pytest.raises(ValueError, match=f"{name} is computed from other parameters"):
+            make()
+    part = next(n for n, p in model.named_parameters() if n.startswith("1.") and p.ndim > 1)
+    assert set(compression.quantize_weights(model, compression.Grid(4), [part])) == {part}

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from structopt.compression.granularity import Granularity
 from structopt.compression.grids import Grid
@@ -29,7 +31,8 @@ def quantize_weights(
 
     ``names`` are the parameters to round: by default all with two dimensions or more, which leaves
     out biases and norms. Write them into a model by :func:`put_`. Raises ValueError for a name
-    that the model has not, and for weights that cannot be rounded, with their name.
+    that the model has not, and for weights that cannot be rounded, with their name: those that are
+    computed from other parameters, as by weight norm, are among them.
 
     >>> quantize_weights(nn.Linear(3, 2), Grid(4))["weight"].codes.shape
     torch.Size([2, 3])
@@ -92,6 +95,7 @@ def chosen(model: nn.Module, names: Sequence[str] | None) -> dict[str, Tensor]:
     if isinstance(names, str):
         raise ValueError(f"names is a list of names: [{names!r}]")
     if names is None:
+        _need_no_computed(model)
         return {name: weight for name, weight in parameters.items() if weight.ndim > 1}
     if missing := [name for name in names if name not in parameters]:
         near = ", ".join(name for name, weight in parameters.items() if weight.ndim > 1)
@@ -101,6 +105,21 @@ def chosen(model: nn.Module, names: Sequence[str] | None) -> dict[str, Tensor]:
                 raise ValueError(f"{missing[0]!r} is tied to {name!r}: give that name")
         raise ValueError(f"this model has no {missing[0]!r}; its weights are {near}")
     return {name: parameters[name] for name in names}
+
+
+def _need_no_computed(model: nn.Module) -> None:
+    """Rounding what a weight is computed from leaves the weight itself between the codes."""
+    for path, module in model.named_modules():
+        chains = getattr(module, "parametrizations", {}).items()
+        found = [key for key, chain in chains if any(p.ndim > 1 for p in chain.parameters())]
+        hooks = module._forward_pre_hooks.values()
+        found += [hook.name for hook in hooks if isinstance(hook, WeightNorm | SpectralNorm)]
+        if found:
+            raise ValueError(
+                f"{f'{path}.' if path else ''}{found[0]} is computed from other parameters, and "
+                "would not be rounded with them: parametrize.remove_parametrizations first "
+                "(remove_gates_, remove_weight_norm, remove_spectral_norm), or name the parameters"
+            )
 
 
 @contextmanager
