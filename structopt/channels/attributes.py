@@ -87,8 +87,9 @@ _TORCH = (None, "torch", "torch._C._nn", "torch.nn.functional", "torch._tensor")
 
 def is_convolution(module: nn.Module) -> bool:
     """Whether it is one of torch's, and no Python but torch's runs in it."""
-    changed = module._forward_hooks or not {"forward", "_conv_forward"}.isdisjoint(vars(module))
-    return type(module).__module__ == "torch.nn.modules.conv" and not changed
+    if type(module).__module__ != "torch.nn.modules.conv":
+        return False
+    return not module._forward_hooks and {"forward", "_conv_forward"}.isdisjoint(vars(module))
 
 
 def mark(modules: Modules, book: Book) -> None:

@@ -118,8 +118,11 @@ class Channels:
 
     def _lookup(self, labels: Vector) -> dict[int, Vector]:
         found: dict[int, Vector] = {}
-        for roots in self.book.labels.leaves(labels).values():
+        leaves = self.book.labels.leaves(labels)
+        for roots in leaves.values():
             group = np.where(roots >= 0, self.group_of[roots], -1)
+            if len(leaves) == 1 and group[0] >= 0 and not np.count_nonzero(group != group[0]):
+                return {int(group[0]): self.ordinal_of[roots]}  # as most are
             numbers = np.flatnonzero(np.bincount(group + 1)[1:]).tolist()
             for number in numbers:
                 mine = group == number

@@ -20,7 +20,11 @@ _MODE = "training"
 
 def own(module: nn.Module) -> bool:
     """Whether the module is of the model's own making, not one of torch's layers."""
-    return not type(module).__module__.startswith("torch.nn.modules.")
+    return _is_own(type(module))
+
+
+def _is_own(kind: type) -> bool:
+    return not kind.__module__.startswith("torch.nn.modules.")
 
 
 def mentions(modules: Iterable[nn.Module], names: frozenset[str]) -> bool:
@@ -28,7 +32,8 @@ def mentions(modules: Iterable[nn.Module], names: frozenset[str]) -> bool:
 
     That of a function that is held in a table, or called by another name, is not found.
     """
-    return any(not names.isdisjoint(_names(kind)) for kind in {type(m) for m in modules if own(m)})
+    kinds = filter(_is_own, {type(module) for module in modules})
+    return any(not names.isdisjoint(_names(kind)) for kind in kinds)
 
 
 def ask_for_mode(modules: Iterable[nn.Module]) -> bool:
@@ -37,7 +42,7 @@ def ask_for_mode(modules: Iterable[nn.Module]) -> bool:
     It may not where the mode is only handed to functions of torch's, as dropout is. A norm that is
     made of torch's chooses its statistics by it.
     """
-    return any(_chooses(kind) for kind in {type(m) for m in modules if own(m)})
+    return any(map(_chooses, filter(_is_own, {type(module) for module in modules})))
 
 
 def _chooses(kind: type) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from structopt.channels.calls import Call
 from structopt.channels.labels import Vector
 from structopt.channels.mirrors import MIRROR, Axis, Book, Mirror, mirror_of
 from structopt.channels.nests import call, map_tensors, tensors_of
-from structopt.channels.reading import ask_for_mode, own
+from structopt.channels.reading import ask_for_mode
 from structopt.channels.shadow import Shadow, name_of, plain_kernels
 from structopt.channels.walking import Modules, parameters_of, tensors_in
 
@@ -27,7 +27,6 @@ _WEIGHT = "_structopt_weight"  # marks a tensor that is made of parameters only
 _SQUARE = "_structopt_square"  # marks the square of a tensor: its mean belongs to a norm
 _LAYERS = tuple(f"torch.nn.modules.{name}" for name in ("linear", "conv", "activation"))
 _DECIDES = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2")
-_FOLLOWS = -1  # the number of a hook; torch counts from 0
 _VALUE = "_structopt_value"  # marks a tensor whose values the example or the weights decide
 
 
@@ -168,7 +167,7 @@ def trace(book: Book, shadow: nn.Module, modules: Modules, example: Any) -> list
 
 def _parts(modules: Modules) -> Iterator[nn.Module]:
     """Modules with weights or parts: others, as those that drop paths, do not choose a branch."""
-    return (m for m in modules.values() if own(m) and (m._modules or m._parameters))
+    return (m for m in modules.values() if m._modules or m._parameters)
 
 
 def follow_modules(book: Book, modules: Modules) -> None:
@@ -176,24 +175,25 @@ def follow_modules(book: Book, modules: Modules) -> None:
 
     What a layer of torch's is given to multiply is data to it, parameters too: learned queries.
     """
-    names = {id(module): name for name, module in modules.items()}
-    plain = {id(module) for module in modules.values() if is_convolution(module)}
-    stack: list[tuple[str, str, bool, frozenset[int]]] = []
+    for name, module in modules.items():
+        vars(module)["forward"] = _followed(book, module, name)  # in half the time of hooks
 
-    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-        stack.append((book.module, book.kind, book.convolves, book.given))
-        book.module, book.kind, book.given = names[id(module)], type(module).__name__, frozenset()
-        book.convolves = id(module) in plain
-        if type(module).__module__ in _LAYERS:
+
+def _followed(book: Book, module: nn.Module, name: str) -> Callable[..., Any]:
+    forward, kind, convolves = module.forward, type(module).__name__, is_convolution(module)
+    layer = type(module).__module__ in _LAYERS
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        before = book.module, book.kind, book.convolves, book.given
+        book.module, book.kind, book.convolves, book.given = name, kind, convolves, frozenset()
+        if layer:
             book.given = frozenset(id(tensor) for tensor in tensors_of((args, kwargs)))
+        out = forward(*args, **kwargs)
+        book.module, book.kind, book.convolves, book.given = before  # where it failed, it stays
+        return out
 
-    def leave(module: nn.Module, _: Any, __: Any) -> None:
-        book.module, book.kind, book.convolves, book.given = stack.pop()
-
-    for module in modules.values():  # what torch's methods do, without a handle to remove each
-        module._forward_pre_hooks[_FOLLOWS] = enter
-        module._forward_pre_hooks_with_kwargs[_FOLLOWS] = True
-        module._forward_hooks[_FOLLOWS] = leave
+    run.__wrapped__ = forward  # type: ignore[attr-defined]  # a model may look at its signature
+    return run
 
 
 def _run(book: Book, shadow: nn.Module, example: Any) -> list[torch.Size]:
