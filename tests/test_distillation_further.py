@@ -327,6 +327,31 @@ def test_dreams_are_taken_for_their_labels_and_fit_the_statistics(device: torch.
     assert d.total_variation(smooth) < 0.8 * d.total_variation(images)
 
 
+def test_statistics_of_compiled_parts_count_too(device: torch.device) -> None:
+    """Compiled before it is asked, a part calls no hook: half of the gap would be the whole."""
+    teacher = nn.Sequential(
+        nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3)), nn.BatchNorm2d(3), nn.Flatten()
+    ).to(device).eval()  # fmt: skip
+    x = torch.randn(5, 1, 6, 6, device=device)
+    expected = d.statistics_gap(teacher, x)
+    assert isinstance(teacher[0], nn.Module)
+    teacher[0].compile(backend="eager")
+    teacher(x)
+    torch.testing.assert_close(d.statistics_gap(teacher, x), expected)
+    teacher.forward = nn.Flatten().forward  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="calls none of its batch norms"):
+        d.statistics_gap(teacher, x)
+
+
+def test_dreams_need_no_gradients_around_them(device: torch.device) -> None:
+    teacher = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(16, 3)).to(device)
+    start, y = torch.randn(6, 1, 4, 4, device=device), torch.arange(6, device=device) % 3
+    expected = d.dream(teacher, start, y, steps=2)
+    for around in (torch.no_grad(), torch.inference_mode()):
+        with around:
+            assert torch.equal(d.dream(teacher, start.clone(), y, steps=2), expected)
+
+
 def test_one_step_of_a_dream_is_one_of_adam(device: torch.device) -> None:
     """Whose first step is the learning rate in each pixel, against the gradient."""
     teacher = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(16, 3)).to(device)

@@ -222,3 +222,15 @@ def test_bad_counts_are_named() -> None:
         losses.kl_divergence(s[0, :, 0], t[0, :, 0], counts=counts[0, 0])
     with pytest.raises(ValueError, match="has no setting 'counts'; it has temperature"):
         d.from_logits(Says(t), counts=counts)
+
+
+def test_padding_of_the_logits_is_none_of_the_features() -> None:
+    """A loss between layers sees them whole, whatever labels say of the positions of logits."""
+    s, t, y, counts = lesson(T)
+    shape = nn.Flatten(), nn.Unflatten(1, (C, T))
+    student, teacher = (nn.Sequential(Says(x), *shape) for x in (s, t))
+    pair = {"1": "1"}
+    objective = d.from_features(teacher, pair, d.soft_targets, label_weight=0, temperature=2.0)
+    found = objective(student, (torch.zeros(B, 1), y.masked_fill(~counts, -100)))
+    want = d.soft_targets(s.flatten(1), t.flatten(1), temperature=2.0)
+    torch.testing.assert_close(found, want)

@@ -304,6 +304,51 @@ def test_where_an_exit_does_not_run_no_other_is_taken_for_it(device):
         ValueError, match=r"ran as \['1'\], not once each in the order \['0', '1'\]"
     ):
         network.train()(x)
+    with pytest.raises(ValueError, match=r"ran as \['1'\], not once each"):
+        network.leave(x, lambda _, logits: torch.zeros_like(logits[:, 0]).bool())
+
+
+def test_exits_that_a_compiled_model_passes_over_are_no_answers(device):
+    """Compiled code calls no modules: every example would be answered at the end, in silence."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).to(device)
+    x = torch.randn(5, 4, device=device)
+    network = EarlyExits(model, x, ["1"]).eval()
+    model.compile(backend="eager")
+    model(x)
+    with pytest.raises(ValueError, match=r"ran as \[\], not once each in the order \['1'\]"):
+        network.answer(x, 0.0)
+
+
+def test_a_confidence_of_the_threshold_is_enough(device):
+    network = EarlyExits(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 4)), torch.ones(1, 2), ["0"])
+    for value in network.heads.parameters():
+        nn.init.zeros_(value)  # a quarter for each class
+    network, x = network.to(device), torch.randn(3, 2, device=device)
+    assert network.answer(x, 0.25).exits.tolist() == [0, 0, 0]
+    assert network.answer(x, 0.2500001).exits.tolist() == [1, 1, 1]
+
+
+class Mixing(nn.Module):
+    """Looks at the batch as a whole, by so much."""
+
+    def __init__(self, share, scale):
+        super().__init__()
+        self.share, self.scale = share, scale
+
+    def forward(self, x):
+        return self.scale * (x - self.share * x.mean(0))
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_no_example_leaves_a_batch_that_is_looked_at_as_a_whole(scale, device):
+    x = torch.randn(4, 3, device=device)
+    for share in (0.0, 0.05):
+        model = nn.Sequential(nn.Linear(3, 3), Mixing(share, scale)).to(device)
+        if not share:
+            assert EarlyExits(model, x, ["0"]).at == ("0",)
+            continue
+        with pytest.raises(ValueError, match=r"no example can leave at 0: .* get other answers"):
+            EarlyExits(model, x, ["0"])
 
 
 def test_of_three_axes_behind_a_1d_convolution_the_channels_are_not_guessed(device):

@@ -502,6 +502,7 @@ WRONG = {
     "the op add does not treat": Wrong(lambda m, x: x + 1.0),
     "the op sub does not treat": Wrong(lambda m, x: x - 1),
     "the op add does not treat all axes": Wrong(lambda m, x: x + True),
+    "in the model, the op add does not treat": Wrong(lambda m, x: x + torch.ones(2, 1)),
     "the op div does not treat": Wrong(lambda m, x: torch.ones(2, 1) / x),
     "the op slice takes the axes": Wrong(lambda m, x: torch.cat([x[..., 2:], x[..., :2]], -1)),
     "the op mean takes the axes": Wrong(lambda m, x: x - x.mean(-1, keepdim=True)),

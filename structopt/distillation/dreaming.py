@@ -22,9 +22,9 @@ def statistics_gap(teacher: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
     The sum is over its batch norms l, with mean and biased variance of what reaches l over batch
     and positions: how far ``inputs`` are, as the teacher sees them, from what it was trained on.
     Yin et al., 2020, "Dreaming to distill". The teacher runs in evaluation mode and is left as
-    it was.
+    it was, and without ``torch.compile``.
 
-    Raises ``ValueError`` for a teacher without batch norms that keep statistics.
+    Raises ``ValueError`` for a teacher that calls no batch norm, or none that keeps statistics.
 
     >>> teacher = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 3))
     >>> logits, gap = statistics_gap(teacher, torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
@@ -47,12 +47,14 @@ def statistics_gap(teacher: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
     if not norms:
         raise ValueError("this teacher has no batch norm that keeps statistics to compare with")
     hooks = [layer.register_forward_pre_hook(compare, with_kwargs=True) for layer in norms]
-    try:
-        with evaluating(teacher):
+    try:  # compiled code would call none of the hooks, or those of one part alone
+        with evaluating(teacher), torch.compiler.set_stance("force_eager"):
             logits = as_logits(teacher(inputs), "teacher")
     finally:
         for hook in hooks:
             hook.remove()
+    if not gaps:
+        raise ValueError("the teacher calls none of its batch norms: there is nothing to compare")
     return logits, torch.stack(gaps).sum()
 
 
@@ -70,6 +72,7 @@ def total_variation(images: Tensor) -> Tensor:
     return images.diff(dim=2).abs().mean() + images.diff(dim=3).abs().mean()
 
 
+@torch.inference_mode(False)  # and with gradients, also where torch.no_grad() is around it
 def dream(
     teacher: nn.Module,
     start: Tensor,

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -87,27 +88,21 @@ class EarlyExits(nn.Module):
 
         Raises ValueError where the model does not run an exit's module once, as with layer drop.
         """
-        found: list[tuple[int, Tensor]] = []
+        found: list[Tensor] = []
 
         def note(number: int, output: Tensor) -> Tensor:
-            found.append((number, self.heads[number](output)))
+            found.append(self.heads[number](output))
             return output
 
         final = self._run(inputs, note)
-        ran = [self.at[number] for number, _ in found]
-        if ran != list(self.at):  # the logits of one exit would be taken for another's
-            raise ValueError(
-                f"the modules with exits ran as {ran}, not once each in the order {list(self.at)}: "
-                "does the model leave layers out in training? Switch that off"
-            )
-        return (*(logits for _, logits in found), final)
+        return (*found, final)
 
     def answer(self, inputs: Tensor, threshold: float) -> Answers:
         """Let each example leave where the largest probability is at least the threshold.
 
         0 answers everything at the first exit, 1.01 nothing before the end. Use it in evaluation
         mode; each exit waits for the device, since what runs next depends on it. Raises ValueError
-        for what is no number.
+        for what is no number, and as the forward pass does.
         """
         if math.isnan(real(threshold)):
             raise ValueError(f"threshold={threshold!r}: give the confidence that is enough, 0 to 1")
@@ -168,20 +163,27 @@ class EarlyExits(nn.Module):
 
     def _run(self, inputs: Tensor, at_exit: Callable[[int, Tensor], Tensor]) -> Tensor:
         """Run the model; what `at_exit` makes of a module's output is what the rest reads."""
+        ran = list[str]()
 
-        def hook(number: int) -> Callable[..., Tensor]:
-            return lambda _module, _args, output: at_exit(number, output)
+        def see(number: int, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+            ran.append(self.at[number])
+            return at_exit(number, output)
 
         handles = [
-            self.model.get_submodule(name).register_forward_hook(hook(number))
+            self.model.get_submodule(name).register_forward_hook(partial(see, number))
             for number, name in enumerate(self.at)
         ]
         try:
             logits: Tensor = self.model(inputs)
-            return logits
         finally:
             for handle in handles:
                 handle.remove()
+        if ran != list(self.at):  # one exit would be taken for another, or passed over
+            raise ValueError(
+                f"the modules with exits ran as {ran}, not once each in the order {list(self.at)}: "
+                "does the model leave layers out in training? Was it compiled? Switch that off"
+            )
+        return logits
 
 
 class Deciding(nn.Module):
