@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -34,6 +34,7 @@ from structopt.slicing.grouped import (
     grouped_layer,
     mixing,
 )
+from structopt.slicing.refitting import refit_
 from structopt.training.copying import copied
 from structopt.training.hooked import in_place_of
 from structopt.training.observing import observed
@@ -55,6 +56,7 @@ def group_layers(
     *,
     exchange: Exchange = Shuffled(),  # noqa: B008 (a frozen value)
     layers: Sequence[str] | None = None,
+    batches: Iterable[Any] | None = None,
 ) -> nn.Module:
     """A copy whose dense convolutions and linear layers are in groups, with 1 / groups of weights.
 
@@ -62,7 +64,9 @@ def group_layers(
     order is then folded into the layers around, by :func:`structopt.channels.take`, so that no
     channel has to move at run time; only where two layers want the same channels in two orders a
     :class:`Reorder` stands between. Where the weights are block-diagonal up to the order of
-    channels, the copy computes the same function; else fine-tune it.
+    channels, the copy computes the same function; else fine-tune it. With `batches`, the weights
+    kept are first fitted by least squares to what each dense layer makes, one after the other,
+    without labels (He et al., 2017, "Channel pruning for accelerating very deep neural networks").
 
     Args:
         model: a trained network. It is not touched.
@@ -72,11 +76,15 @@ def group_layers(
         layers: patterns of names; without them all whose inputs and outputs may be put in any
             order, which leaves out the first and the last. Sizes that the groups do not divide
             stay dense.
+        batches: inputs, or pairs of inputs and targets, which are not read. A layer that runs
+            several times is fitted to all of its calls. Running statistics are taken anew from the
+            batches (:func:`structopt.pruning.recalibrate_`), also where weights are block-diagonal.
 
     Raises:
         ValueError: fewer than 2 groups, another exchange, or a pattern of which no layer can be
             split, with the reasons; weights that are not finite; a model that reads the weight of a
-            layer outside of its call.
+            layer outside of its call; batches that are empty, pass a layer by, or make numbers that
+            are not finite, and ``nn.Conv3d`` with batches.
 
     Example:
         >>> from structopt.networks import ResNet20
@@ -99,6 +107,7 @@ def group_layers(
     orders, fits = (_own_orders if shuffled else _joint_orders)(model, sides, groups)
     order = {group: torch.from_numpy(index) for group, index in orders.items()}
     made = take(model, order) if order else copied(model)
+    dense = copied(made) if batches is not None else made
     for name, (outputs, inputs) in fits.items():
         layer = made.get_submodule(name)
         assert isinstance(layer, LAYERS)
@@ -110,6 +119,8 @@ def group_layers(
             parameter.requires_grad_(like is None or like.requires_grad)
         exchange_(made, name, in_place_of(layer, new, name))
     _try(made, channels.example, fits)
+    if batches is not None:
+        refit_(made, dense, fits, channels.example, batches)
     return made
 
 
