@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import inspect
 import math
 from dataclasses import dataclass
 
@@ -388,3 +389,19 @@ def test_numbers_that_are_written_past_the_dispatcher_are_not_the_callers():
     take(model, {channels["0"]: range(6)})
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
+
+
+class Asking(nn.Module):
+    """Hands over what its part takes, as models that wrap others do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        named = inspect.signature(self.first.forward).parameters
+        return self.last(self.first(**dict.fromkeys(named, x)))
+
+
+def test_a_model_may_look_at_what_its_parts_take():
+    assert [(g.name, g.size) for g in channel_groups(Asking(), torch.randn(2, 4))] == [("first", 8)]
